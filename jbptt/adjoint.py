@@ -1,0 +1,189 @@
+"""The one engine: a backward pass segment by segment, with gates on every crossing.
+
+    λ_t = ∂ℓ_t/∂h_t + gate_{t+1} · J_{t+1}ᵀ λ_{t+1},     ∂L/∂w = Σ_t (∂⁺h_t/∂w)ᵀ λ_t
+
+`forward` caches the carries at the segments' starts; `backward` goes through the segments from the
+last to the first, recomputes each from its cached carry, runs its readouts and losses at once, runs λ
+backwards through it and hands it on. Memory is O(T/segment + segment).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jbptt.cells import split_readout
+from jbptt.recurrence import default_segment, is_inexact, scan_steps, split_time, zero_masked
+from jbptt.types import Batch, Carry, Loss, Params, PyTree, Step, align_leading
+
+
+class Sums(NamedTuple):
+    """What adds up over steps, windows and batches: loss, gradient, weight and the loss's aux."""
+
+    loss: chex.Array
+    grad: Params
+    weight: chex.Array
+    aux: PyTree
+
+
+def at_least_float32(array: chex.Array) -> chex.Array:
+    """Sums are held in float32 at least: a long sum of bfloat16 loses all but its first digits."""
+    return jnp.asarray(array, jnp.promote_types(jnp.result_type(array), jnp.float32))
+
+
+def split_inexact(tree: PyTree) -> tuple[list[chex.Array], Callable[[list[chex.Array]], PyTree]]:
+    """The leaves that gradients flow through, and the way back to the whole tree."""
+    leaves, structure = jax.tree.flatten(tree)
+    inexact = [is_inexact(leaf) for leaf in leaves]
+
+    def rebuild(parts):
+        parts = iter(parts)
+        return structure.unflatten([next(parts) if i else leaf for i, leaf in zip(inexact, leaves, strict=True)])
+
+    return [jnp.asarray(leaf) for i, leaf in zip(inexact, leaves, strict=True) if i], rebuild
+
+
+def wide_parts(step: Step, params: Params) -> tuple[Step, Any, Params]:
+    """Core, readout and parameters widened to float32; each use narrows them again.
+
+    The step computes in the dtypes it was given, while its parameter gradient adds up wide.
+    """
+    core, readout = split_readout(step)
+    dtypes = jax.tree.map(jnp.result_type, params)
+
+    def narrow(wide):
+        return jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), wide, dtypes)
+
+    def wide_core(wide, carry, x):
+        return core(narrow(wide), carry, x)
+
+    def wide_readout(wide, outputs):
+        return jax.vmap(readout, in_axes=(None, 0))(narrow(wide), outputs)
+
+    return wide_core, wide_readout, jax.tree.map(at_least_float32, params)
+
+
+def batch_steps(batch: Batch) -> int:
+    """T of a batch that has passed the border."""
+    return jax.tree.leaves(batch)[0].shape[0]
+
+
+def step_losses(loss: Loss, ys: PyTree, targets: PyTree, mask: chex.Array | None) -> tuple[chex.Array, PyTree]:
+    """Losses `[S, *batch]` (0 where masked) and aux of all steps at once."""
+
+    def one(y, target, mask_t):
+        # Both sides of the loss are cleared: a NaN target times a zero weight is still NaN on the way back.
+        result = loss(zero_masked(mask_t, y), zero_masked(mask_t, target))
+        value, aux = result if isinstance(result, tuple) else (result, None)
+        return zero_masked(mask_t, value), zero_masked(mask_t, aux)
+
+    return jax.vmap(one)(ys, targets, mask)
+
+
+def loss_weights(batch: Batch, losses: chex.Array) -> chex.Array:
+    """`mask · weights`, broadcast from the left to the losses' shape `[S, *batch]`."""
+    weights = jnp.ones_like(at_least_float32(losses))
+    if batch.weights is not None:
+        weights = weights * align_leading(jnp.asarray(batch.weights), losses.ndim)
+    if batch.mask is not None:
+        weights = jnp.where(align_leading(batch.mask, losses.ndim), weights, 0)
+    return weights
+
+
+def weighted_losses(loss: Loss, ys: PyTree, batch: Batch) -> tuple[chex.Array, tuple[chex.Array, PyTree]]:
+    """`Σ w_t ℓ_t` and beside it `Σ w_t` and the weighted aux."""
+    losses, aux = step_losses(loss, ys, batch.targets, batch.mask)
+    weights = loss_weights(batch, losses)
+
+    def total(values):
+        values = at_least_float32(values)
+        w = align_leading(weights, values.ndim)
+        return jnp.sum(jnp.where(w == 0, 0, w * values), axis=tuple(range(losses.ndim)))
+
+    return total(losses), (jnp.sum(weights), jax.tree.map(total, aux))
+
+
+def parallel_pullback(step, params, carries, inputs):
+    """The derivatives of all steps at once, each linearised at its own cached (carry, input), leaves `[T, ...]`.
+
+    Returns a linear function: from (cotangents of the carries emitted, cotangents of the outputs) to
+    (gradient summed over steps, cotangents of the carries received), lists over inexact leaves.
+    """
+    leaves, rebuild = split_inexact(carries)
+
+    def run(params, leaves):
+        after, outputs = jax.vmap(step, in_axes=(None, 0, 0))(params, rebuild(leaves), inputs)
+        return split_inexact(after)[0], split_inexact(outputs)[0]
+
+    return jax.vjp(run, params, leaves)[1]
+
+
+def segment_sums(step, loss, params, carry, batch, gates, cotangent):
+    """One segment: the cotangent that leaves its first carry, its sums, and the carry after it.
+
+    `cotangent` belongs to the carry after the segment, a list over its inexact leaves; None is zero.
+    """
+    core, readout, wide = wide_parts(step, params)
+    leaves, rebuild = split_inexact(carry)
+
+    def run(wide, leaves):
+        after, outputs = scan_steps(core, wide, rebuild(leaves), batch.xs, gates, batch.mask, batch_steps(batch))
+        value, rest = weighted_losses(loss, readout(wide, outputs), batch)
+        return (value, split_inexact(after)[0]), (after, rest)
+
+    (value, after_leaves), pull, (after, (weight, aux)) = jax.vjp(run, wide, leaves, has_aux=True)
+    if cotangent is None:
+        cotangent = [jnp.zeros_like(leaf) for leaf in after_leaves]
+    grad, cotangent = pull((jnp.ones_like(value), cotangent))
+    return cotangent, Sums(value, grad, weight, aux), after
+
+
+def forward(step: Step, params: Params, carry: Carry, segments: Batch) -> tuple[Carry, Carry]:
+    """Runs the recurrent part only; returns the carry after it and the carries at the segments' starts."""
+    core, _ = split_readout(step)
+
+    def body(carry, batch):
+        return scan_steps(core, params, carry, batch.xs, None, batch.mask, batch_steps(batch))[0], carry
+
+    return lax.scan(body, carry, segments)
+
+
+def backward(step, loss, params, starts, segments, gates, cotangent, sums):
+    """Runs λ through the segments from the last to the first, adding to `sums`."""
+
+    def body(state, inputs):
+        cotangent, sums = state
+        start, batch, gate = inputs
+        cotangent, more, _ = segment_sums(step, loss, params, start, batch, gate, cotangent)
+        return (cotangent, jax.tree.map(jnp.add, sums, more)), None
+
+    return lax.scan(body, (cotangent, sums), (starts, segments, gates), reverse=True)[0]
+
+
+def gradient_sums(
+    step: Step,
+    loss: Loss,
+    params: Params,
+    carry: Carry,
+    batch: Batch,
+    gates: chex.Array | None = None,
+    segment: int | None = None,
+) -> tuple[Sums, Carry]:
+    """The sums of one batch, its gradient gated but otherwise exact, and the carry after it.
+
+    Each step is evaluated twice (once in the last segment) and differentiated once.
+    """
+    num_steps = batch_steps(batch)
+    segment = segment or default_segment(num_steps)
+    num_whole = (num_steps - 1) // segment  # the last segment, whole or ragged, opens the backward pass
+    (main, main_gates), (last, last_gates) = split_time((batch, gates), segment, num_whole)
+    starts = None
+    if num_whole:
+        carry, starts = forward(step, params, carry, main)
+    cotangent, sums, carry = segment_sums(step, loss, params, carry, last, last_gates, None)
+    if num_whole:
+        _, sums = backward(step, loss, params, starts, main, main_gates, cotangent, sums)
+    return sums, carry

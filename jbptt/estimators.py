@@ -1,0 +1,295 @@
+"""Gradients of one batch: full, truncated in windows, gated, randomized.
+
+Every function returns an `Estimator`; hold each against its coverage matrix (`truncation`).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jbptt import truncation, validation
+from jbptt.adjoint import Sums, batch_steps, gradient_sums
+from jbptt.cells import split_readout
+from jbptt.recurrence import split_time, trajectory
+from jbptt.types import Batch, Carry, Estimate, Estimator, Loss, Params, Step, weighted_mean
+from jbptt.windows import History, empty_history, extend, latest, overlapping_sums, pad_front
+
+
+class CarryState(NamedTuple):
+    """The live carry."""
+
+    carry: Carry
+
+
+class KeyState(NamedTuple):
+    """The live carry, and the key that the next update draws from."""
+
+    carry: Carry
+    key: chex.PRNGKey | None
+
+
+class WindowState(NamedTuple):
+    """The live carry, the steps that a window may reach back to, and the phase of the stride.
+
+    Attributes:
+      carry: the live carry.
+      history: the latest steps; None for blocks that start with each update.
+      phase: steps into the current stride, an int array; None where updates are whole strides.
+    """
+
+    carry: Carry
+    history: History | None
+    phase: chex.Array | None
+
+
+def _estimate(sums: Sums, **info: Any) -> Estimate:
+    aux = {} if sums.aux is None else {"aux": jax.tree.map(lambda a: weighted_mean(a, sums.weight), sums.aux)}
+    return Estimate(sums.loss, sums.grad, sums.weight, {**aux, **info})
+
+
+def full_bptt(step: Step, loss: Loss, *, segment: int | None = None) -> Estimator:
+    """Full backpropagation through time (Werbos, 1990): the exact gradient of one batch.
+
+        C[t, i] = 1 for every i ≤ t
+
+    Exact within an update; the carry goes on to the next update, the gradient does not. Time: two
+    forward passes and one backward; memory O(T/segment + segment) carries.
+
+    Args:
+      step: `(params, carry, x) -> (carry, y)`.
+      loss: `(y, target) -> [*batch]`, or that and aux.
+      segment: steps recomputed at a time; None: all of T up to 128, then √T, 64 at least.
+
+    Raises:
+      ValueError: a segment < 1; at init or update: bad shapes, before anything is compiled.
+
+    >>> estimator = full_bptt(lambda w, h, x: (w * h + x, w * h + x), lambda y, target: y)
+    >>> batch = Batch(jnp.ones(3))
+    >>> estimate, _ = estimator.update(2.0, estimator.init(2.0, jnp.zeros(()), batch), batch)
+    >>> float(estimate.grads)  # (1 + w) + (1 + w + w²) + 1 over 3 steps, differentiated
+    2.0
+    """
+    if segment is not None:
+        validation.check_positive_integer("segment", segment)
+
+    def init(params: Params, carry: Carry, batch: Batch, key=None) -> CarryState:
+        del key
+        validation.check_problem(step, loss, params, carry, batch)
+        return CarryState(carry)
+
+    def update(params: Params, state: CarryState, batch: Batch):
+        validation.check_problem(step, loss, params, state.carry, batch)
+        sums, carry = gradient_sums(step, loss, params, state.carry, batch, segment=segment)
+        return _estimate(sums), CarryState(carry)
+
+    return Estimator(init, update)
+
+
+def gated_bptt(
+    step: Step,
+    loss: Loss,
+    *,
+    gates_fn: Callable[[chex.PRNGKey | None, int], chex.Array],
+    segment: int | None = None,
+) -> Estimator:
+    """BPTT with a gate on every crossing: any schedule, also as data under `vmap`.
+
+        λ_t = ∂ℓ_t/∂h_t + gates[t+1] · J_{t+1}ᵀ λ_{t+1},    C[t, i] = Π_{j=i+1..t} gates[j]
+
+    What it costs is what full BPTT costs: a gate of 0 saves no time. As biased as its coverage; the
+    gradient is cut at the update's edge. `info["gates"]` holds the gates used.
+
+    Args:
+      step: `(params, carry, x) -> (carry, y)`.
+      loss: `(y, target) -> [*batch]`, or that and aux.
+      gates_fn: `(key, T) -> gates`, `[T]` or `[T, *batch]`; windows, phases and keep probabilities in
+        it may be traced. The key is split off the state's, new for every update; None without one.
+      segment: as in `full_bptt`.
+
+    Raises:
+      ValueError: gates of the wrong length or batch shape; what `full_bptt` raises.
+    """
+    if segment is not None:
+        validation.check_positive_integer("segment", segment)
+
+    def init(params: Params, carry: Carry, batch: Batch, key=None) -> KeyState:
+        num_steps, _ = validation.check_problem(step, loss, params, carry, batch)
+        gates = jax.eval_shape(lambda k: gates_fn(k, num_steps), key)
+        validation.check_problem(step, loss, params, carry, batch, gates)
+        return KeyState(carry, key)
+
+    def update(params: Params, state: KeyState, batch: Batch):
+        key, draw = (None, None) if state.key is None else jax.random.split(state.key)
+        num_steps, _ = validation.check_problem(step, loss, params, state.carry, batch)
+        gates = jnp.asarray(gates_fn(draw, num_steps))
+        validation.check_problem(step, loss, params, state.carry, batch, gates)
+        sums, carry = gradient_sums(step, loss, params, state.carry, batch, gates, segment)
+        return _estimate(sums, gates=gates), KeyState(carry, key)
+
+    return Estimator(init, update)
+
+
+def randomized_bptt(
+    step: Step,
+    loss: Loss,
+    *,
+    keep_prob: chex.Numeric | None = None,
+    mean_length: chex.Numeric | None = None,
+    reweight: bool = True,
+    segment: int | None = None,
+) -> Estimator:
+    """Randomized truncation: cuts fall at random, and what survives is weighted up (Tallec & Ollivier, 2017).
+
+        gates[t] = ξ_t / π_t,   ξ_t ~ Bernoulli(π_t),   so that E[C] = 1
+
+    Unbiased within an update; the variance grows with the length, without bound where the squared
+    Jacobian over π reaches 1. Costs what full BPTT costs. Replaying a state replays its draw.
+
+    Args:
+      step: `(params, carry, x) -> (carry, y)`.
+      loss: `(y, target) -> [*batch]`, or that and aux.
+      keep_prob: π, scalar or `[T]`: `truncation.randomized` (windows of 1/(1 − π) steps on average).
+      mean_length: L₀ in steps instead: `truncation.artbp`, whose hazard falls with the lag.
+      reweight: False leaves the weights out; biased towards short lags.
+      segment: as in `full_bptt`.
+
+    Raises:
+      ValueError: both or neither of keep_prob and mean_length; a value out of range; init without a key.
+    """
+    if (keep_prob is None) == (mean_length is None):
+        raise ValueError(
+            f"randomized_bptt needs keep_prob or mean_length, got keep_prob={keep_prob} and "
+            f"mean_length={mean_length}; pass exactly one of them"
+        )
+    if keep_prob is not None:
+        validation.check_probability("keep_prob", keep_prob)
+
+        def gates_fn(key, num_steps):
+            return truncation.randomized(key, num_steps, keep_prob, reweight=reweight)
+    else:
+        validation.check_above("mean_length", mean_length, 1, "every window of one step would cut everywhere")
+
+        def gates_fn(key, num_steps):
+            return truncation.artbp(key, num_steps, mean_length, reweight=reweight)
+
+    gated = gated_bptt(step, loss, gates_fn=gates_fn, segment=segment)
+
+    def init(params: Params, carry: Carry, batch: Batch, key=None) -> KeyState:
+        if key is None:
+            raise ValueError("randomized_bptt needs a key, got key=None; pass init(..., key=jax.random.key(seed))")
+        return gated.init(params, carry, batch, key)
+
+    return Estimator(init, gated.update)
+
+
+def truncated_bptt(step: Step, loss: Loss, *, window: int, stride: int | None = None) -> Estimator:
+    """Truncated BPTT: each loss flows back through at most `window` steps, its own included.
+
+        C[t, i] = 1 where (t // stride + 1)·stride − window ≤ i ≤ t,   t counted over the whole stream
+
+    TBPTT(k1 = stride, k2 = window) of Williams & Peng (1990): blocks for stride = window, sliding for
+    stride = 1. Biased: pairs further apart than the window are lost (for blocks, those across a
+    block's edge). Window ≥ T with stride = window is exact. Blocks: one forward and one backward pass,
+    memory of one window. Otherwise window/stride times as many step derivatives as full BPTT.
+
+    The stream goes on from update to update: the state holds the phase of the stride and the steps
+    that a window may still reach, so however a sequence is split into updates the total is the same.
+    Initialise with the shape of the batches to come: where T is a multiple of the stride, blocks need
+    no history. A state's structure changes when an update of another kind breaks that pattern.
+
+    Args:
+      step: `(params, carry, x) -> (carry, y)`.
+      loss: `(y, target) -> [*batch]`, or that and aux.
+      window: the most steps that a loss may see, ≥ 1.
+      stride: losses per backward pass, 1 … window; None: window.
+
+    Raises:
+      ValueError: window or stride < 1, not an integer, or stride > window; what `full_bptt` raises.
+    """
+    window, stride = validation.check_window(window, stride)
+
+    def init(params: Params, carry: Carry, batch: Batch, key=None) -> WindowState:
+        del key
+        num_steps, batch_shape = validation.check_problem(step, loss, params, carry, batch)
+        aligned = num_steps % stride == 0
+        reach = window - stride if aligned else window - 1
+        history = empty_history(reach, carry, batch.xs, batch_shape) if reach else None
+        return WindowState(carry, history, None if aligned else jnp.zeros((), int))
+
+    def update(params: Params, state: WindowState, batch: Batch):
+        num_steps, batch_shape = validation.check_problem(step, loss, params, state.carry, batch)
+        if state.phase is None and stride == window:
+            sums, carry, history = _blocks(step, loss, params, state.carry, batch, window, batch_shape)
+        else:
+            sums, carry, history = _overlapping(step, loss, params, state, batch, window, stride, batch_shape)
+        phase = state.phase
+        if phase is not None:
+            phase = (phase + num_steps) % stride
+        elif num_steps % stride:
+            phase = jnp.asarray(num_steps % stride)
+        return _estimate(sums), WindowState(carry, history, phase)
+
+    return Estimator(init, update)
+
+
+def _sum_pieces(run, state, batch: Batch, length: int):
+    """Adds up `run(state, piece) -> (sums, state)` over pieces of `length` steps and the ragged rest."""
+    num_whole, rest = divmod(batch_steps(batch), length)
+    main, tail = split_time(batch, length, num_whole)
+
+    def body(sums_and_state, piece):
+        sums, state = sums_and_state
+        more, state = run(state, piece)
+        return (jax.tree.map(jnp.add, sums, more), state), None
+
+    sample = tail if rest else jax.tree.map(lambda a: a[0], main)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(run, state, sample)[0])
+    total = (zeros, state)
+    if num_whole:
+        total, _ = lax.scan(body, total, main)
+    return body(total, tail)[0] if rest else total
+
+
+def _blocks(step, loss, params, carry, batch, window, batch_shape):
+    """Window after window; a history only where the last one is left unfinished for the next update."""
+
+    def run(state, piece):
+        carry, _ = state
+        sums, after = gradient_sums(step, loss, params, carry, piece)
+        return sums, (after, carry)
+
+    rest = batch_steps(batch) % window
+    sums, (after, last_start) = _sum_pieces(run, (carry, carry), batch, window)
+    if rest == 0:
+        return sums, after, None
+    steps = jax.tree.map(lambda a: a[a.shape[0] - rest :], batch)
+    _, (carries, _) = trajectory(split_readout(step)[0], params, last_start, steps.xs, steps.mask, rest)
+    empty = empty_history(window - 1, carry, batch.xs, batch_shape)
+    return sums, after, latest(extend(empty, carries, steps), window - 1)
+
+
+def _overlapping(step, loss, params, state: WindowState, batch, window, stride, batch_shape):
+    """Group after group of chunks that go back side by side, about two windows in memory at a time."""
+    num_chunks = -(-window // stride)
+    history, phase = state.history, state.phase
+    if phase is None:
+        phase = 0
+        if batch_steps(batch) % stride:
+            history = pad_front(history, window - 1)
+    else:
+        num_chunks = max(num_chunks, 4)  # a group then meets one chunk more than it holds
+    length = history.mask.shape[0]
+
+    def run(carry_and_history, piece):
+        carry, history = carry_and_history
+        sums, carry, steps = overlapping_sums(
+            step, loss, params, carry, piece, history, phase, window=window, stride=stride
+        )
+        return sums, (carry, latest(steps, length))
+
+    sums, (carry, history) = _sum_pieces(run, (state.carry, history), batch, num_chunks * stride)
+    return sums, carry, history

@@ -1,0 +1,184 @@
+"""Running a step over time: `lax.scan` with gates on the way back, padding, and segments."""
+
+import math
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jbptt import validation
+from jbptt.types import Carry, Params, PyTree, Step, align_leading
+
+
+@jax.custom_jvp
+def gate_cotangent(value: chex.Array, gate: chex.Array) -> chex.Array:
+    """The identity, bit for bit, whose derivative is `gate` (0 is a hard zero: 0·inf stays 0)."""
+    del gate
+    return value
+
+
+@gate_cotangent.defjvp
+def _gate_cotangent_jvp(primals, tangents):
+    value, gate = primals
+    tangent, _ = tangents  # gates are constants of the backward pass, never differentiated
+    # A rule in forward mode serves every mode and order; sg(h) + g·(h − sg(h)) would turn −0.0 into 0.0.
+    return value, jnp.where(gate == 0, jnp.zeros_like(tangent), gate * tangent)
+
+
+def is_inexact(leaf: Any) -> bool:
+    """Whether a leaf is floating (or complex): what a gradient can flow through."""
+    return jnp.issubdtype(jax.dtypes.result_type(leaf), jnp.inexact)
+
+
+def gated(carry: Carry, gate: chex.Array | None) -> Carry:
+    """Puts a gate (`()` or `[*batch]`) on what flows back into `carry`; values stay as they are."""
+    if gate is None:
+        return carry
+
+    def one(leaf):
+        if not is_inexact(leaf):
+            return leaf
+        real = jnp.finfo(jnp.result_type(leaf)).dtype
+        return gate_cotangent(leaf, align_leading(gate, jnp.ndim(leaf)).astype(real))
+
+    return jax.tree.map(one, carry)
+
+
+def select_leading(mask: chex.Array, on_true: PyTree, on_false: PyTree) -> PyTree:
+    """Leaf by leaf: `on_true` where the mask holds, along leading axes.
+
+    A leaf that does not begin with the mask's shape is shared by the examples: it is `on_true` as
+    soon as one of them is unmasked.
+    """
+
+    def one(new, old):
+        if jnp.shape(new)[: mask.ndim] == mask.shape:
+            return jnp.where(align_leading(mask, jnp.ndim(new)), new, old)
+        return jnp.where(jnp.any(mask), new, old)
+
+    return jax.tree.map(one, on_true, on_false)
+
+
+def zero_masked(mask: chex.Array | None, tree: PyTree) -> PyTree:
+    """Replaces what stands under a False mask by zeros, so that NaN there meets no arithmetic."""
+    if mask is None:
+        return tree
+
+    def one(leaf):
+        if jnp.issubdtype(jax.dtypes.result_type(leaf), jax.dtypes.prng_key):
+            return leaf  # a key can neither be zero nor NaN
+        return select_leading(mask, leaf, jnp.zeros_like(leaf))
+
+    return jax.tree.map(one, tree)
+
+
+def held(step: Step) -> Step:
+    """A step on `x = (x, mask)` that holds the carry and emits zeros where the mask is False."""
+
+    def held_step(params, carry, inputs):
+        x, mask = inputs
+        new_carry, y = step(params, carry, zero_masked(mask, x))
+        if mask is None:
+            return new_carry, y
+        return select_leading(mask, new_carry, carry), zero_masked(mask, y)
+
+    return held_step
+
+
+def scan_steps(step, params, carry, xs, gates=None, mask=None, length=None):
+    """`unroll` without the border checks: what the engine and the analyses call."""
+    step = held(step)
+
+    def body(carry_t, inputs_t):
+        x_t, gate_t, mask_t = inputs_t
+        return step(params, gated(carry_t, gate_t), (x_t, mask_t))
+
+    return lax.scan(body, carry, (xs, gates, mask), length=length)
+
+
+def trajectory(step, params, carry, xs, mask=None, length=None):
+    """As `scan_steps`, and beside the ys the carry that enters each step: `(carry, (carries, ys))`."""
+    step = held(step)
+
+    def body(carry_t, inputs_t):
+        carry_next, y_t = step(params, carry_t, inputs_t)
+        return carry_next, (carry_t, y_t)
+
+    return lax.scan(body, carry, (xs, mask), length=length)
+
+
+def split_time(tree: PyTree, segment: int, num_whole: int) -> tuple[PyTree, PyTree]:
+    """Cuts `[T, ...]` leaves into `num_whole` segments `[num_whole, segment, ...]` and what is left."""
+    whole = num_whole * segment
+    main = jax.tree.map(lambda a: a[:whole].reshape((num_whole, segment) + a.shape[1:]), tree)
+    return main, jax.tree.map(lambda a: a[whole:], tree)
+
+
+def default_segment(num_steps: int) -> int:
+    """A segment length for which T/segment + segment is small, and short sequences stay whole."""
+    return num_steps if num_steps <= 128 else max(64, math.isqrt(num_steps))
+
+
+def unroll(
+    step: Step,
+    params: Params,
+    carry: Carry,
+    xs: PyTree,
+    *,
+    gates: chex.Array | None = None,
+    mask: chex.Array | None = None,
+    segment: int | None = None,
+    length: int | None = None,
+) -> tuple[Carry, PyTree]:
+    """Runs `step` over time: `carry, y_t = step(params, carry, x_t)` for t = 0 … T−1.
+
+    The gradient that crosses from step t into the carry that step t received is multiplied by
+    `gates[t]` (`gates[0]`: into the initial carry only):
+
+        λ_t = ∂ℓ_t/∂h_t + gates[t+1] · J_{t+1}ᵀ λ_{t+1}
+
+    Differentiable in every JAX mode and order, under jit, vmap and scan. Values and carries do not
+    depend on the gates, bit for bit.
+
+    Args:
+      step: `(params, carry, x) -> (carry, y)`.
+      params: passed to the step as they are; may hold what is not an array.
+      carry: what enters step 0. Integer and key leaves pass untouched.
+      xs: leaves `[T, ...]`, or None with `length`.
+      gates: `[T]` or `[T, *batch]`, bool or real, traced or not; not differentiated. None: all one.
+      mask: bool, `[T]` or `[T, *batch]`; see `Batch`.
+      segment: recompute in segments of this many steps on the way back (`jax.checkpoint`): memory
+        O(T/segment + segment) instead of O(T), for one more forward pass.
+      length: T, where `xs` has no leaves.
+
+    Returns:
+      The last carry, and ys with leaves `[T, ...]`.
+
+    Raises:
+      ValueError: T = 0; leaves that disagree on T; a step whose carry changes shape, dtype or
+        structure; gates or mask that do not fit the carry; a segment < 1.
+
+    >>> step = lambda params, carry, x: (params * carry + x, carry)
+    >>> unroll(step, 2.0, jnp.zeros(()), jnp.ones(3))[0]
+    Array(7., dtype=float32, weak_type=True)
+    """
+    num_steps = validation.count_steps({"xs": xs, "gates": gates, "mask": mask}, length)
+    validation.check_step(step, params, carry, xs)
+    gates, mask = validation.check_gates_and_mask(gates, mask, carry)
+    num_whole = 0 if segment is None else num_steps // validation.check_positive_integer("segment", segment)
+    if num_whole == 0:
+        return scan_steps(step, params, carry, xs, gates, mask, num_steps)
+    main, tail = split_time((xs, gates, mask), segment, num_whole)
+
+    @jax.checkpoint
+    def run(carry, pieces):
+        return scan_steps(step, params, carry, *pieces, segment)
+
+    carry, ys = lax.scan(run, carry, main, length=num_whole)
+    ys = jax.tree.map(lambda a: a.reshape((num_whole * segment,) + a.shape[2:]), ys)
+    if num_whole * segment == num_steps:
+        return carry, ys
+    carry, rest = scan_steps(step, params, carry, *tail, num_steps % segment)
+    return carry, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), ys, rest)

@@ -1,0 +1,129 @@
+"""Schedules of gates, and the coverage matrix that each of them stands for.
+
+A schedule is an array `[T]`: `gates[t]` multiplies the gradient that crosses from step t into the
+carry that step t received. Hand it to `unroll(gates=...)` or, as a function of a key and T, to
+`gated_bptt`.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jbptt import validation
+
+
+def full(num_steps: int) -> chex.Array:
+    """All ones, `[num_steps]`: full BPTT."""
+    validation.check_positive_integer("num_steps", num_steps)
+    return jnp.ones(num_steps)
+
+
+def fixed(num_steps: int, window: chex.Numeric, *, phase: chex.Numeric = 0) -> chex.Array:
+    """Zeros where `(t + phase) % window == 0`, t > 0; ones elsewhere: blocks of `window` steps.
+
+    Args:
+      num_steps: T.
+      window: steps per block; may be traced, so one compilation serves every window.
+      phase: how far into a block step 0 stands; may be traced.
+
+    Raises:
+      ValueError: num_steps or window < 1, or not an integer.
+    """
+    validation.check_positive_integer("num_steps", num_steps)
+    if not isinstance(window, jax.core.Tracer):
+        validation.check_positive_integer("window", window)
+    t = jnp.arange(num_steps)
+    return jnp.where(((t + phase) % window == 0) & (t > 0), 0.0, 1.0)
+
+
+def randomized(key: chex.PRNGKey, num_steps: int, keep_prob: chex.Numeric, *, reweight: bool = True) -> chex.Array:
+    """`ξ_t / π_t` with `ξ_t ~ Bernoulli(π_t)`, independent: the gradient is unbiased (Tallec & Ollivier, 2017).
+
+    Args:
+      key: a PRNG key; a new one for every update.
+      num_steps: T.
+      keep_prob: π in (0, 1], scalar or `[T]`; may be traced. The variance grows without bound with the
+        length if the squared Jacobian over π is ≥ 1.
+      reweight: False leaves out 1/π; the gradient is then biased towards short lags.
+
+    Raises:
+      ValueError: keep_prob outside (0, 1], or of another length than T.
+    """
+    validation.check_positive_integer("num_steps", num_steps)
+    validation.check_probability("keep_prob", keep_prob)
+    if jnp.shape(keep_prob) not in ((), (num_steps,)):
+        raise ValueError(f"keep_prob has shape {jnp.shape(keep_prob)}, wanted a scalar or [T] = ({num_steps},)")
+    keep_prob = jnp.asarray(keep_prob, float)
+    kept = jax.random.bernoulli(key, keep_prob, (num_steps,))
+    return jnp.where(kept, 1 / keep_prob if reweight else 1.0, 0.0)
+
+
+def artbp(
+    key: chex.PRNGKey, num_steps: int, mean_length: chex.Numeric, *, alpha: float = 4.0, reweight: bool = True
+) -> chex.Array:
+    """Anticipated reweighted truncated backpropagation: cuts grow rarer since the last one (ibid., §4).
+
+        c = (α − 1) / ((α − 2) L₀ + δ),     gates[t] = (1 − X_t) / (1 − c),     X_t ~ Bernoulli(c)
+
+    with δ the steps since the last cut (the sequence's start counts as one). The lengths between cuts
+    have mean L₀ and a tail δ^{−(α−1)}, so that long ones are not too rare and the weights stay moderate.
+
+    Args:
+      key: a PRNG key; a new one for every update.
+      num_steps: T.
+      mean_length: L₀ > 1, in steps; may be traced.
+      alpha: α > 2; larger is closer to a constant hazard.
+      reweight: False leaves out 1/(1 − c); biased.
+
+    Raises:
+      ValueError: mean_length ≤ 1 or alpha ≤ 2.
+    """
+    validation.check_positive_integer("num_steps", num_steps)
+    validation.check_above("mean_length", mean_length, 1, "every window of one step would cut everywhere")
+    validation.check_above("alpha", alpha, 2, "the mean length is infinite at alpha <= 2")
+
+    def body(delta, uniform):
+        hazard = (alpha - 1) / ((alpha - 2) * mean_length + delta)
+        cut = uniform < hazard
+        gate = jnp.where(cut, 0.0, 1 / (1 - hazard) if reweight else 1.0)
+        return jnp.where(cut, 1, delta + 1), gate
+
+    # gates[0] leads into the initial carry only, where the update ends anyway: it stays open.
+    _, gates = lax.scan(body, jnp.ones((), int), jax.random.uniform(key, (num_steps,))[1:])
+    return jnp.concatenate([jnp.ones(1), gates])
+
+
+def coverage(gates: chex.Array) -> chex.Array:
+    """The weight of each pair (loss step t, source step i): `C[t, i] = Π_{j=i+1..t} gates[j]`, i ≤ t.
+
+    Args:
+      gates: `[T]`, or `[T, *batch]`.
+
+    Returns:
+      `[T, T]` (or `[T, T, *batch]`), lower triangular with a diagonal of ones. Memory O(T²).
+    """
+    validation.count_steps({"gates": gates})
+    gates = jnp.asarray(gates, jnp.result_type(gates, float))
+    steps = jnp.arange(len(gates)).reshape((-1,) + (1,) * (gates.ndim - 1))
+
+    def body(row, inputs):
+        t, gate = inputs
+        # A select, as in the gradient: past a cut the weight is 0 even where another gate is infinite.
+        row = jnp.where((steps < t) & (gate != 0), row * gate, 0)
+        row = jnp.where(steps == t, 1.0, row)
+        return row, row
+
+    return lax.scan(body, jnp.zeros_like(gates), (jnp.arange(len(gates)), gates))[1]
+
+
+def window_coverage(num_steps: int, window: int, stride: int) -> chex.Array:
+    """What `truncated_bptt` covers, `[T, T]`: `C[t, i] = 1` where `(t // s + 1)·s − window ≤ i ≤ t`.
+
+    A pair's weight does not depend on where the sequence happens to end, so a ragged tail and a split
+    stream agree. Raises ValueError for window or stride < 1, not an integer, or stride > window.
+    """
+    validation.check_positive_integer("num_steps", num_steps)
+    window, stride = validation.check_window(window, stride)
+    t, i = jnp.arange(num_steps)[:, None], jnp.arange(num_steps)[None, :]
+    return jnp.where(((t // stride + 1) * stride - window <= i) & (i <= t), 1.0, 0.0)

@@ -1,0 +1,111 @@
+"""The nouns: what a step, a loss, a batch, an estimate and an estimator are."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+PyTree = Any
+Params = chex.ArrayTree
+Carry = chex.ArrayTree
+Step = Callable[[Params, Carry, PyTree], tuple[Carry, PyTree]]
+Loss = Callable[[PyTree, PyTree], Any]
+
+
+class Batch(NamedTuple):
+    """What one gradient is computed on. Time is the leading axis, T, of every leaf.
+
+    Attributes:
+      xs: inputs, leaves `[T, ...]`.
+      targets: what the loss compares with, leaves `[T, ...]`, or None.
+      mask: bool, `[T]` or `[T, *batch]`; False marks padding. A masked step is still a step: it
+        counts for windows, strides, lags and gates, holds the carry (identity Jacobian), has no
+        source and no loss and gives `ys = 0`. Whatever stands there (NaN too) is replaced by
+        zeros before use and has no effect on a value or a gradient.
+      weights: real, `[T]` or `[T, *batch]`; how much each step's loss counts. A total
+        `Σ mask·weights` of 0 gives loss 0 and zero gradients.
+    """
+
+    xs: PyTree
+    targets: PyTree = None
+    mask: chex.Array | None = None
+    weights: chex.Array | None = None
+
+
+def align_leading(array: chex.Array, ndim: int) -> chex.Array:
+    """Appends axes of size 1, so that `array` broadcasts along leading axes, never trailing ones."""
+    return jnp.reshape(array, jnp.shape(array) + (1,) * (ndim - jnp.ndim(array)))
+
+
+def weighted_mean(total: chex.Array, weight: chex.Array) -> chex.Array:
+    """`total / weight` along leading axes; 0 where the weight is 0."""
+    weight = align_leading(weight, jnp.ndim(total))
+    safe = jnp.where(weight == 0, 1, weight)
+    return jnp.where(weight == 0, jnp.zeros_like(total), total / safe)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Estimate:
+    """The gradient of one batch, held as sums: `a + b` is the estimate of both batches together.
+
+    Attributes:
+      loss_sum: `Σ w_t ℓ_t`, a scalar, float32 at least.
+      grad_sum: its (estimated) gradient, shaped like the parameters, float32 at least.
+      weight_sum: `Σ w_t` over steps and examples, a scalar.
+      info: diagnostics that the next update does not need. `info["aux"]` holds the weighted means of
+        what the loss returned beside its value; the other entries describe one update.
+    """
+
+    loss_sum: chex.Array
+    grad_sum: Params
+    weight_sum: chex.Array
+    info: dict[str, Any]
+
+    @property
+    def loss(self) -> chex.Array:
+        """The weighted mean loss; right under `vmap` and `scan` too."""
+        return weighted_mean(self.loss_sum, self.weight_sum)
+
+    @property
+    def grads(self) -> Params:
+        """The gradient of the weighted mean loss; right under `vmap` and `scan` too."""
+        return jax.tree.map(lambda g: weighted_mean(g, self.weight_sum), self.grad_sum)
+
+    def __add__(self, other: "Estimate") -> "Estimate":
+        """Sums add; the aux means combine by weight; entries of one update are dropped."""
+        weight_sum = self.weight_sum + other.weight_sum
+
+        def combine(a, b):
+            return weighted_mean(
+                a * align_leading(self.weight_sum, jnp.ndim(a)) + b * align_leading(other.weight_sum, jnp.ndim(b)),
+                weight_sum,
+            )
+
+        info = {}
+        if "aux" in self.info and "aux" in other.info:
+            info["aux"] = jax.tree.map(combine, self.info["aux"], other.info["aux"])
+        return Estimate(
+            loss_sum=self.loss_sum + other.loss_sum,
+            grad_sum=jax.tree.map(jnp.add, self.grad_sum, other.grad_sum),
+            weight_sum=weight_sum,
+            info=info,
+        )
+
+
+class Estimator(NamedTuple):
+    """One way of estimating the gradient: two pure functions.
+
+    Attributes:
+      init: `(params, carry, batch, key=None) -> state`. Of `batch` (arrays or
+        `jax.ShapeDtypeStruct`s) only shapes and dtypes are read. Every state has `.carry`, the live
+        carry.
+      update: `(params, state, batch) -> (Estimate, state)`; jit-, vmap- and scan-able. T may differ
+        between calls (one compilation per T).
+    """
+
+    init: Callable[..., Any]
+    update: Callable[[Params, Any, Batch], tuple[Estimate, Any]]

@@ -1,0 +1,212 @@
+"""The border: every check happens here, on shapes alone, before anything is compiled."""
+
+import math
+import numbers
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import keystr, tree_flatten_with_path
+
+from jbptt.types import Batch
+
+
+def check_positive_integer(name: str, value: Any, smallest: int = 1) -> int:
+    """`value` as an int; a ValueError unless it is a static integer ≥ `smallest`."""
+    if isinstance(value, jax.core.Tracer):
+        raise ValueError(
+            f"{name} must be a static integer, got a traced value; close over it, or use gates "
+            "(gated_bptt, unroll(gates=...)), which may be data"
+        )
+    try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(
+            f"{name} must be an integer >= {smallest}, got {value!r}; pass a whole number of steps"
+        ) from None
+    if number < smallest:
+        raise ValueError(f"{name} must be an integer >= {smallest}, got {number}; pass at least {smallest}")
+    return number
+
+
+def check_window(window: Any, stride: Any) -> tuple[int, int]:
+    """Window and stride as ints with 1 ≤ stride ≤ window; stride None means blocks."""
+    window = check_positive_integer("window", window)
+    stride = window if stride is None else check_positive_integer("stride", stride)
+    if stride > window:
+        raise ValueError(
+            f"stride must be <= window, got stride={stride} and window={window}; losses between two "
+            "windows would never flow back: swap the two, or enlarge window"
+        )
+    return window, stride
+
+
+def check_probability(name: str, value: Any) -> None:
+    """A ValueError unless every entry lies in (0, 1]; traced values are trusted."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    entries = np.asarray(value, dtype=float)
+    if not np.all((entries > 0) & (entries <= 1)):
+        raise ValueError(
+            f"{name} must lie in (0, 1], got {value}; a gate that never opens cannot be reweighted "
+            "(for a hard cut use truncation.fixed)"
+        )
+
+
+def check_above(name: str, value: Any, bound: float, why: str) -> None:
+    """A ValueError unless `value` is a finite number > `bound`; traced values are trusted."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    if not (isinstance(value, numbers.Real) or jnp.ndim(value) == 0) or not (bound < float(value) < math.inf):
+        raise ValueError(f"{name} must be a finite number > {bound:g}, got {value!r}; {why}")
+
+
+def check_seed(seed: Any) -> int:
+    """`seed` as an int in [0, 2³²): `jax.random.key` silently wraps larger ones."""
+    try:
+        number = operator.index(seed)
+    except TypeError:
+        raise ValueError(f"seed must be an integer in [0, 2**32), got {seed!r}") from None
+    if not 0 <= number < 2**32:
+        raise ValueError(f"seed must be an integer in [0, 2**32), got {number}; jax.random would wrap it silently")
+    return number
+
+
+def count_steps(trees: dict[str, Any], length: Any = None) -> int:
+    """T, on which the leading axis of every leaf of every named tree must agree."""
+    found = {"length": check_positive_integer("length", length, smallest=0)} if length is not None else {}
+    for name, tree in trees.items():
+        for path, leaf in tree_flatten_with_path(tree)[0]:
+            shape = np.shape(leaf)
+            if not shape:
+                raise ValueError(
+                    f"{name}{keystr(path)} is a scalar, wanted a leading time axis [T, ...]; stack it over time"
+                )
+            found[name + keystr(path)] = shape[0]
+    if not found:
+        raise ValueError("the number of steps is unknown: xs has no leaves; pass length=")
+    if len(set(found.values())) > 1:
+        sizes = ", ".join(f"{name}: {size}" for name, size in found.items())
+        raise ValueError(f"leaves disagree on T, the leading (time) axis: {sizes}; put time first and cut to one T")
+    num_steps = next(iter(found.values()))
+    if num_steps < 1:
+        raise ValueError(f"T must be >= 1, got {num_steps} steps in {next(iter(found))}; pass at least one step")
+    return num_steps
+
+
+def check_params(params: Any) -> None:
+    """A ValueError unless every leaf of params can be differentiated."""
+    leaves = tree_flatten_with_path(params)[0]
+    for path, leaf in leaves:
+        is_array = isinstance(leaf, (numbers.Number, np.ndarray, np.generic, jax.Array, jax.ShapeDtypeStruct))
+        kind = jax.dtypes.result_type(leaf) if is_array else type(leaf).__name__
+        if not is_array or not jnp.issubdtype(kind, jnp.inexact):
+            raise ValueError(
+                f"params{keystr(path)} is {kind}, wanted a floating-point array; cast it, or close over it "
+                "in the step if it is not trained"
+            )
+
+
+def _signature(leaf: Any) -> str:
+    return f"{jax.dtypes.result_type(leaf)}{list(np.shape(leaf))}"
+
+
+def check_step(step: Any, params: Any, carry: Any, xs: Any) -> Any:
+    """Runs the step on shapes; returns y's. A ValueError names the carry leaf that drifts."""
+    x_first = jax.tree.map(lambda leaf: jax.eval_shape(lambda a: a[0], leaf), xs)
+    result = jax.eval_shape(lambda c, x: step(params, c, x), carry, x_first)
+    if not (isinstance(result, tuple) and len(result) == 2):
+        raise ValueError(
+            f"step must return (carry, y), got {type(result).__name__}; wanted step(params, carry, x) -> (carry, y)"
+        )
+    new_carry, y = result
+    before, after = tree_flatten_with_path(carry), tree_flatten_with_path(new_carry)
+    if before[1] != after[1]:
+        raise ValueError(
+            f"step changes the structure of the carry: it received {before[1]} and returned {after[1]}; "
+            "return a carry of the structure that it was given"
+        )
+    for (path, old), (_, new) in zip(before[0], after[0], strict=True):
+        if _signature(old) != _signature(new):
+            raise ValueError(
+                f"step changes carry{keystr(path)} from {_signature(old)} to {_signature(new)}; shape and dtype "
+                "must stay: build the initial carry with the step's shape and dtype, or cast inside the step"
+            )
+    return y
+
+
+def check_carry_batch(carry: Any, batch_shape: tuple[int, ...], why: str) -> None:
+    """A ValueError unless every inexact carry leaf begins with the batch shape."""
+    for path, leaf in tree_flatten_with_path(carry)[0]:
+        inexact = jnp.issubdtype(jax.dtypes.result_type(leaf), jnp.inexact)
+        if inexact and np.shape(leaf)[: len(batch_shape)] != batch_shape:
+            raise ValueError(
+                f"carry{keystr(path)} has shape {np.shape(leaf)}, wanted it to begin with the batch shape "
+                f"{batch_shape}, because {why}; give every example a carry of its own"
+            )
+
+
+def check_gates_and_mask(gates: Any, mask: Any, carry: Any) -> tuple[Any, Any]:
+    """Both as arrays: gates bool or real, the mask bool, further axes matching the carry's leading ones."""
+    if mask is not None:
+        if jax.dtypes.result_type(mask) != jnp.bool_:
+            raise ValueError(
+                f"mask must be bool, got {jax.dtypes.result_type(mask)}; pass mask.astype(bool), or use weights"
+            )
+        check_carry_batch(carry, np.shape(mask)[1:], "the mask is per example")
+        mask = jnp.asarray(mask)
+    if gates is not None:
+        if jnp.issubdtype(jax.dtypes.result_type(gates), jnp.complexfloating):
+            raise ValueError(f"gates must be bool or real, got {jax.dtypes.result_type(gates)}")
+        check_carry_batch(carry, np.shape(gates)[1:], "the gates are per example")
+        gates = jnp.asarray(gates)
+    return gates, mask
+
+
+def check_loss(loss: Any, y: Any, targets: Any) -> tuple[tuple[int, ...], Any]:
+    """Runs the loss on shapes; returns the batch shape and the aux's shapes (None without aux)."""
+    target = jax.tree.map(lambda leaf: jax.eval_shape(lambda a: a[0], leaf), targets)
+    result = jax.eval_shape(loss, y, target)
+    value, aux = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
+    if not isinstance(value, jax.ShapeDtypeStruct) or not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ValueError(
+            f"loss must return a real floating array (one number per example), or that and aux, got {result}"
+        )
+    for path, leaf in tree_flatten_with_path(aux)[0]:
+        if leaf.shape[: len(value.shape)] != value.shape:
+            raise ValueError(
+                f"the loss's aux{keystr(path)} has shape {leaf.shape}, wanted it to begin with the batch shape "
+                f"{value.shape} (one entry per example, like the loss); leave the mean over examples to the estimate"
+            )
+    return value.shape, aux
+
+
+def check_problem(step: Any, loss: Any, params: Any, carry: Any, batch: Batch, gates: Any = None) -> tuple[int, tuple]:
+    """Everything that an estimator or an analysis needs to hold; returns T and the batch shape."""
+    if not isinstance(batch, Batch):
+        raise ValueError(f"batch must be a jbptt.Batch, got {type(batch).__name__}; write Batch(xs, targets)")
+    num_steps = count_steps({**batch._asdict(), "gates": gates})
+    check_params(params)
+    y = check_step(step, params, carry, batch.xs)
+    batch_shape, _ = check_loss(loss, y, batch.targets)
+    for name in ("mask", "weights"):
+        array = getattr(batch, name)
+        if array is not None and np.shape(array)[1:] not in ((), batch_shape):
+            raise ValueError(
+                f"{name} has shape {np.shape(array)}, wanted [T] or [T, *batch] = {(num_steps, *batch_shape)}: the "
+                "loss's shape is the batch shape, and the axes are aligned from the left"
+            )
+    if batch.weights is not None and jnp.issubdtype(jax.dtypes.result_type(batch.weights), jnp.complexfloating):
+        raise ValueError(f"weights must be real, got {jax.dtypes.result_type(batch.weights)}")
+    per_example = batch.mask is not None and np.ndim(batch.mask) > 1
+    if batch.mask is not None and jax.dtypes.result_type(batch.mask) != jnp.bool_:
+        raise ValueError(f"mask must be bool, got {jax.dtypes.result_type(batch.mask)}; use weights for numbers")
+    if per_example:
+        check_carry_batch(carry, batch_shape, "the mask is per example")
+    if gates is not None:
+        check_gates_and_mask(gates, None, carry)
+    return num_steps, batch_shape

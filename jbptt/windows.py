@@ -1,0 +1,138 @@
+"""Backward passes that overlap: every stride a new one, side by side, over cached carries.
+
+TBPTT(k1 = stride, k2 = window) runs, for each chunk of `stride` losses, back through the `window`
+steps that end with the chunk (Williams & Peng, 1990). With e_c the chunk's last step, all chunks c of
+a group go back together, one step at a time, q = 0 … window − 1:
+
+    i = e_c − q,    M_i += λ_c,    λ_c ← J_iᵀ λ_c + [q < stride] ∂ℓ_i/∂h_i
+
+and the weight gradient is one product over all steps, Σ_i (∂⁺h_{i+1}/∂w)ᵀ M_i, at the end.
+"""
+
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from jbptt.adjoint import Sums, batch_steps, parallel_pullback, split_inexact, weighted_losses, wide_parts
+from jbptt.recurrence import held, trajectory
+from jbptt.types import Batch, Carry, Loss, Params, PyTree, Step, align_leading
+
+
+class History(NamedTuple):
+    """The latest steps before an update: leaves `[length, ...]`; mask False where there is none yet."""
+
+    carries: Carry
+    xs: PyTree
+    mask: chex.Array
+
+
+def empty_history(length: int, carry: Carry, xs: PyTree, batch_shape: tuple[int, ...]) -> History:
+    """A history of `length` steps that never were. Of `xs` only the shapes behind T are read."""
+    carries = jax.tree.map(lambda a: jnp.broadcast_to(a, (length, *jnp.shape(a))), carry)
+
+    def zeros(leaf):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            key = jax.random.key(0, impl=jax.random.key_impl(jnp.empty((0,), leaf.dtype)))
+            return jnp.broadcast_to(key, (length, *leaf.shape[1:]))
+        return jnp.zeros((length, *leaf.shape[1:]), leaf.dtype)
+
+    return History(carries, jax.tree.map(zeros, xs), jnp.zeros((length, *batch_shape), bool))
+
+
+def extend(history: History, carries: Carry, batch: Batch) -> History:
+    """The history followed by the steps of `batch`, whose entering carries are `carries`."""
+    shape = (batch_steps(batch), *history.mask.shape[1:])
+    mask = jnp.ones(shape, bool) if batch.mask is None else batch.mask
+    mask = jnp.broadcast_to(mask.reshape(mask.shape + (1,) * (len(shape) - mask.ndim)), shape)
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), history, History(carries, batch.xs, mask))
+
+
+def latest(history: History, length: int) -> History:
+    """The last `length` steps."""
+    return jax.tree.map(lambda a: a[a.shape[0] - length :], history)
+
+
+def pad_front(history: History, length: int) -> History:
+    """The history with steps that never were in front, up to `length`."""
+    missing = length - history.mask.shape[0]
+    front = History(
+        *jax.tree.map(lambda a: jnp.broadcast_to(a[:1], (missing, *a.shape[1:])), (history.carries, history.xs)),
+        jnp.zeros((missing, *history.mask.shape[1:]), bool),
+    )
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), front, history)
+
+
+def chunk_ends(num_history: int, num_steps: int, stride: int, phase: Any) -> chex.Array:
+    """Where each chunk of `stride` losses ends, counted from the history's start; `phase` may be traced."""
+    overhang = 0 if isinstance(phase, int) else stride - 1
+    num_chunks = -(-(num_steps + overhang) // stride)
+    return num_history - phase + stride * jnp.arange(1, num_chunks + 1) - 1
+
+
+def output_cotangents(readout, loss, wide, outputs, batch):
+    """The sums of the losses, their gradient in the readout alone, and their cotangents at the core's outputs."""
+    leaves, rebuild = split_inexact(outputs)
+
+    def run(wide, leaves):
+        return weighted_losses(loss, readout(wide, rebuild(leaves)), batch)
+
+    value, pull, (weight, aux) = jax.vjp(run, wide, leaves, has_aux=True)
+    grad, cotangents = pull(jnp.ones_like(value))
+    return Sums(value, grad, weight, aux), cotangents
+
+
+def carry_back(core, wide, steps: History, outputs_bar: list, ends: chex.Array, window: int, stride: int) -> list:
+    """M: for every step, the sum over chunks of the cotangents that reach the carry it emits."""
+    num_steps = steps.mask.shape[0]
+    leaves, _ = split_inexact(steps.carries)
+
+    def body(state, q):
+        cotangents, total = state
+        i = ends - q
+        total = [m.at[i].add(c, mode="drop") for m, c in zip(total, cotangents, strict=True)]
+        at = jax.tree.map(lambda a: a[jnp.minimum(i, num_steps - 1)], steps)
+
+        def select(array, keep):
+            return jnp.where(align_leading(keep, array.ndim), array, 0)
+
+        # A chunk may end after the last step there is: until then it has nothing to carry.
+        own = [select(y[jnp.minimum(i, num_steps - 1)], (q < stride) & (i < num_steps)) for y in outputs_bar]
+        _, cotangents = parallel_pullback(core, wide, at.carries, (at.xs, at.mask))((cotangents, own))
+        return ([select(c, i < num_steps) for c in cotangents], total), None
+
+    start = [jnp.zeros((ends.shape[0], *leaf.shape[1:]), leaf.dtype) for leaf in leaves]
+    (_, total), _ = jax.lax.scan(body, (start, [jnp.zeros_like(leaf) for leaf in leaves]), jnp.arange(window))
+    return total
+
+
+def overlapping_sums(
+    step: Step,
+    loss: Loss,
+    params: Params,
+    carry: Carry,
+    batch: Batch,
+    history: History,
+    phase: Any,
+    *,
+    window: int,
+    stride: int,
+) -> tuple[Sums, Carry, History]:
+    """The sums of one batch under TBPTT(stride, window), the carry after it, and all steps to look back on.
+
+    The history must reach back `window − stride` steps, and `phase` more where a chunk is under way.
+    Earlier steps are linearised at the given parameters on their cached (carry, x), never replayed.
+    Time O(T·window/stride) step derivatives in `window` rounds, memory O(T + history).
+    """
+    core, readout, wide = wide_parts(step, params)
+    carry, (carries, outputs) = trajectory(core, wide, carry, batch.xs, batch.mask, batch_steps(batch))
+    sums, cotangents = output_cotangents(readout, loss, wide, outputs, batch)
+    steps = extend(history, carries, batch)
+    num_history = history.mask.shape[0]
+    ends = chunk_ends(num_history, batch_steps(batch), stride, phase)
+    outputs_bar = [jnp.concatenate([jnp.zeros((num_history, *y.shape[1:]), y.dtype), y]) for y in cotangents]
+    core = held(core)
+    total = carry_back(core, wide, steps, outputs_bar, ends, window, stride)
+    grad, _ = parallel_pullback(core, wide, steps.carries, (steps.xs, steps.mask))((total, outputs_bar))
+    return sums._replace(grad=jax.tree.map(jnp.add, sums.grad, grad)), carry, steps
