@@ -1,6 +1,12 @@
 """How far back does the gradient of your recurrent model reach, and what does each truncation cost?"""
 
-from jbptt import cells, truncation
+from jbptt import cells, clipping, truncation
+from jbptt.analysis.comparison import Cost, measure_cost
+from jbptt.analysis.diagnosis import Diagnosis, diagnose
+from jbptt.analysis.flow import Adjoints, adjoints, gradient_flow
+from jbptt.analysis.lags import LagProfile, TruncationCurve, lag_profile, truncation_curve
 from jbptt.estimators import full_bptt, gated_bptt, randomized_bptt, truncated_bptt
+from jbptt.experiments import tasks
+from jbptt.experiments.training import History, train
 from jbptt.recurrence import unroll
-from jbptt.types import Batch, Estimate, Estimator, Loss, Step
+from jbptt.types import Batch, Carry, Estimate, Estimator, Loss, Params, Step

@@ -215,6 +215,23 @@ def with_readout(step: Step, readout: Callable[[Params, PyTree], PyTree]) -> Ste
     return ReadoutStep(step, readout)
 
 
+def with_linear_readout(cell: Cell, output_size: int) -> Cell:
+    """`cell` followed by `y = h w_y + b_y`; adds `"w_y": [H, output]` and `"b_y": [output]` to its params."""
+    validation.check_positive_integer("output_size", output_size)
+
+    def init(key):
+        key_cell, key_readout = jax.random.split(key)
+        params = cell.init(key_cell)
+        w_h = params["w_h"]
+        w_y = glorot()(key_readout, (w_h.shape[0], output_size), w_h.dtype)
+        return {**params, "w_y": w_y, "b_y": jnp.zeros(output_size, w_h.dtype)}
+
+    def readout(params, h):
+        return h @ params["w_y"] + params["b_y"]
+
+    return Cell(init, cell.initial_carry, with_readout(cell.step, readout))
+
+
 def split_readout(step: Step) -> tuple[Step, Callable[[Params, PyTree], PyTree]]:
     """The two parts of a step; any other step is all core."""
     if isinstance(step, ReadoutStep):

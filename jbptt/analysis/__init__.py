@@ -1,0 +1,1 @@
+"""Reads gradients: how far they reach, and what each truncation leaves of them."""

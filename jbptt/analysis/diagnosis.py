@@ -1,0 +1,235 @@
+"""The page that answers: how far does my gradient reach, which window do I need, what does it cost?"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jbptt import validation
+from jbptt.adjoint import gradient_sums
+from jbptt.analysis.comparison import Cost, measure_cost
+from jbptt.analysis.lags import LagProfile, TruncationCurve, lag_profile, relative_error, truncation_curve
+from jbptt.estimators import full_bptt, truncated_bptt
+from jbptt.norms import norm
+from jbptt.types import Batch, Carry, Estimator, Loss, Params, Step, weighted_mean
+
+VERDICTS = ("vanishing", "stable", "exploding", "non-finite")
+TOLERANCES = (0.1, 0.01)
+_CHANGE = 10.0  # the factor over the measured lags from which on a gradient is said to vanish or explode
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `diagnose` found; `print` it. Arrays throughout, so it passes through jit and vmap.
+
+    Attributes:
+      verdict_index: into `VERDICTS`; `.verdict` is the word.
+      rate: fitted change of the log gradient norm per step back (nats per step).
+      half_life: `ln 2 / −rate` in steps; inf where the gradient does not shrink.
+      reach: number of lags up to the last whose norm is at least 1 % of lag 0's.
+      sliding_window: `[2]`, the smallest window with at most 10 % and 1 % relative error; 0: none measured.
+      block_window: the same for blocks; T where only full BPTT on the batch does.
+      loss: weighted mean loss of the batch.
+      gradient_norm: of its exact gradient.
+      profile: the gradient by lag.
+      curve: the error by window.
+      num_steps: T.
+      cost: time and memory of full BPTT and of each recommended window; None if not measured.
+      block_errors: for each block window measured, its error with the cuts at multiples of the window.
+    """
+
+    verdict_index: chex.Array
+    rate: chex.Array
+    half_life: chex.Array
+    reach: chex.Array
+    sliding_window: chex.Array
+    block_window: chex.Array
+    loss: chex.Array
+    gradient_norm: chex.Array
+    profile: LagProfile
+    curve: TruncationCurve
+    num_steps: int = field(metadata={"static": True})
+    cost: Cost | None = field(default=None, metadata={"static": True})
+    block_errors: dict[int, float] | None = field(default=None, metadata={"static": True})
+
+    @property
+    def verdict(self) -> str:
+        """One of `VERDICTS`; only outside of jit and vmap."""
+        return VERDICTS[int(self.verdict_index)]
+
+    def __str__(self) -> str:
+        return _page(self) if np.ndim(self.verdict_index) == 0 else repr(self)
+
+
+def fit_rate(norms: chex.Array) -> chex.Array:
+    """Least-squares slope of `ln norms` against the lag, over the lags before 0.1 % of the first is reached."""
+    size = jnp.log(jnp.maximum(norms, jnp.finfo(norms.dtype).tiny))
+    used = jnp.cumsum(norms < 1e-3 * norms[0]) == 0
+    used = used | (jnp.arange(len(norms)) < 2)  # two lags at least, however fast it falls
+    lag, count = jnp.arange(len(norms), dtype=norms.dtype), jnp.sum(used)
+    centred = jnp.where(used, lag - jnp.sum(jnp.where(used, lag, 0)) / count, 0)
+    spread = jnp.sum(centred**2)
+    return jnp.where(spread > 0, jnp.sum(centred * size) / jnp.where(spread > 0, spread, 1), 0.0)
+
+
+def first_window(error: chex.Array, tolerance: float) -> chex.Array:
+    """The smallest window whose error is within the tolerance; 0 if there is none."""
+    good = error <= tolerance
+    return jnp.where(jnp.any(good), jnp.argmax(good) + 1, 0)
+
+
+def diagnose(
+    step: Step,
+    loss: Loss,
+    params: Params,
+    carry: Carry,
+    batch: Batch,
+    *,
+    gates: chex.Array | None = None,
+    max_window: int | None = None,
+    measure: bool = True,
+    num_repeats: int = 5,
+) -> Diagnosis:
+    """How far the gradient reaches, which window leaves 10 % and 1 % of error, and what each costs.
+
+    The verdict compares the fitted change of the gradient norm over the lags measured: a tenth or less
+    is vanishing, ten times or more exploding. One exact gradient and max_window rounds of T step
+    derivatives side by side; with `measure`, a handful of timed updates of up to five estimators more.
+
+    Args:
+      step: `(params, carry, x) -> (carry, y)`; every inexact carry leaf begins with the batch shape.
+      loss: `(y, target) -> [*batch]`.
+      params: the parameters.
+      carry: what enters step 0.
+      batch: real data, arrays.
+      gates: `[T]` or `[T, *batch]`; diagnose the gated gradient (its costs are those without gates).
+      max_window: the largest window considered; None: T, 512 at most.
+      measure: whether to measure costs, on the host; False works under jit and vmap.
+      num_repeats: timed updates of each estimator.
+
+    Raises:
+      ValueError: what `truncation_curve` and `lag_profile` raise.
+    """
+    num_steps, batch_shape = validation.check_problem(step, loss, params, carry, batch, gates)
+    validation.check_carry_batch(carry, batch_shape, "the gradient is measured per example")
+    largest = min(num_steps, 512) if max_window is None else max_window
+    largest = min(validation.check_positive_integer("max_window", largest), num_steps)
+
+    def read(params, carry, batch, gates):
+        sums, _ = gradient_sums(step, loss, params, carry, batch, gates)
+        profile = lag_profile(step, loss, params, carry, batch, max_lag=largest, gates=gates)
+        curve = truncation_curve(step, loss, params, carry, batch, max_window=largest, gates=gates)
+        return _read(sums, profile, curve, num_steps)
+
+    if not measure:
+        return read(params, carry, batch, gates)
+    found = jax.jit(read)(params, carry, batch, gates)
+    return _with_cost(found, step, loss, params, carry, batch, num_repeats)
+
+
+def _read(sums, profile: LagProfile, curve: TruncationCurve, num_steps: int) -> Diagnosis:
+    norms = profile.cotangent_norms
+    rate = fit_rate(norms)
+    change = rate * (len(norms) - 1)
+    gradient_norm = weighted_mean(norm(sums.grad), sums.weight)
+    finite = jnp.isfinite(gradient_norm) & jnp.isfinite(sums.loss) & jnp.all(jnp.isfinite(norms))
+    verdict = jnp.where(change <= -jnp.log(_CHANGE), 0, jnp.where(change >= jnp.log(_CHANGE), 2, 1))
+    lags = jnp.arange(1, len(norms) + 1)
+    sliding, blocks = (
+        jnp.stack([first_window(error, tolerance) for tolerance in TOLERANCES])
+        for error in (curve.relative_error, curve.block_relative_error)
+    )
+    if len(norms) == num_steps:  # one block over the whole batch is full BPTT: exact
+        blocks = jnp.where((blocks == 0) & finite, num_steps, blocks)
+    return Diagnosis(
+        verdict_index=jnp.where(finite, verdict, 3),
+        rate=rate,
+        half_life=jnp.where(rate < 0, jnp.log(2.0) / jnp.where(rate < 0, -rate, 1), jnp.inf),
+        reach=jnp.max(jnp.where((norms > 0) & (norms >= 0.01 * norms[0]), lags, 0)),
+        sliding_window=sliding,
+        block_window=blocks,
+        loss=weighted_mean(sums.loss, sums.weight),
+        gradient_norm=gradient_norm,
+        profile=profile,
+        curve=curve,
+        num_steps=num_steps,
+    )
+
+
+def _fresh_blocks(estimator: Estimator, window: int) -> Estimator:
+    """Block truncation told to expect whole windows: for one update alone no history is kept."""
+
+    def init(params, carry, batch, key=None):
+        return estimator.init(params, carry, jax.tree.map(lambda a: a[:window], batch), key=key)
+
+    return Estimator(init, estimator.update)
+
+
+def _with_cost(found: Diagnosis, step, loss, params, carry, batch, num_repeats) -> Diagnosis:
+    blocks = sorted({int(w) for w in found.block_window if 0 < w})
+    sliding = sorted({int(w) for w in found.sliding_window if 0 < w})
+    estimators = {"full": full_bptt(step, loss)}
+    for window in blocks:
+        estimators[f"block {window}"] = _fresh_blocks(truncated_bptt(step, loss, window=window), window)
+    for window in sliding:
+        estimators[f"sliding {window}"] = truncated_bptt(step, loss, window=window, stride=1)
+    errors = {}
+    exact = jax.jit(lambda p: gradient_sums(step, loss, p, carry, batch)[0].grad)(params)
+    for window in blocks:
+        estimator = estimators[f"block {window}"]
+        state = estimator.init(params, carry, batch)
+        estimate, _ = jax.jit(estimator.update)(params, state, batch)
+        errors[window] = float(relative_error(estimate.grad_sum, exact))
+    cost = measure_cost(estimators, params, carry, batch, num_repeats=num_repeats)
+    return replace(found, cost=cost, block_errors=errors)
+
+
+def _steps(value: Any, largest: int) -> str:
+    return f"{int(value)}" if int(value) else f"> {largest}"
+
+
+def _page(found: Diagnosis) -> str:
+    """The page in plain text."""
+    largest = len(found.curve.windows)
+    norms = np.asarray(found.profile.cotangent_norms)
+    half_life = float(found.half_life)
+    halves = f"{half_life:.3g} steps" if np.isfinite(half_life) else "none (it does not shrink)"
+    if found.rate > 0:
+        halves = f"none (it doubles every {np.log(2) / float(found.rate):.3g} steps back)"
+    reach = f"{int(found.reach)} steps" if found.reach < largest else f"all {largest} steps measured"
+    lines = [
+        f"Gradient over {found.num_steps} steps: {found.verdict}",
+        f"  loss {float(found.loss):.4g}, gradient norm {float(found.gradient_norm):.3g}",
+    ]
+    if found.verdict == "non-finite":
+        return "\n".join([*lines, "  a loss, an adjoint or the gradient is NaN or infinite: no window can be recommended"])
+    lines += [
+        f"  half-life {halves}; norm {norms[0]:.3g} at lag 0, {norms[-1]:.3g} at lag {largest - 1}",
+        f"  reach     {reach} (at least 1 % of lag 0)",
+        "",
+        f"  {'window for':<14}{'steps':>8}{'time':>12}{'memory':>12}{'vs full BPTT':>24}",
+    ]
+    costs = {} if found.cost is None else dict(
+        zip(found.cost.names, zip(found.cost.median_seconds, found.cost.temporary_bytes, strict=True), strict=True)
+    )
+    for kind, windows in (("sliding", found.sliding_window), ("block", found.block_window)):
+        for tolerance, window in zip(TOLERANCES, windows, strict=True):
+            label = f"{tolerance:.0%} {kind}"
+            lines.append(f"  {label:<14}{_steps(window, largest):>8}" + _cost_cells(costs, f"{kind} {int(window)}"))
+    lines.append(f"  {'full BPTT':<14}{found.num_steps:>8}" + _cost_cells(costs, "full"))
+    for window, error in (found.block_errors or {}).items():
+        lines.append(f"  blocks of {window}, cut at multiples of {window} on this batch: {error:.2%} error")
+    lines.append("  error: ‖ĝ − g‖ / ‖g‖ against the exact gradient; blocks averaged over where the first cut falls")
+    return "\n".join(lines)
+
+
+def _cost_cells(costs: dict, name: str) -> str:
+    if name not in costs:
+        return ""
+    (seconds, size), (full_seconds, full_size) = costs[name], costs["full"]
+    ratio = "" if name == "full" else f"{seconds / full_seconds:.2f}× time, {size / max(full_size, 1):.2f}× memory"
+    return f"{1e3 * seconds:>9.2f} ms{size / 2**20:>8.2f} MiB{ratio:>28}"

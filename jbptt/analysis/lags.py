@@ -1,0 +1,217 @@
+"""The gradient by lag: how far it reaches, and what every window of BPTT leaves of it.
+
+All T adjoints advance side by side, one lag per round, over the carries of one forward pass:
+
+    V⁰[s] = ∂ℓ_s/∂carries[s],   V^k[s] = ∂ℓ_{s+k}/∂carries[s] = gates[s] · J_sᵀ V^{k−1}[s+1]
+    D_k = Σ_t w_t G[t, t−k] = Σ_s (∂⁺carries[s+1]/∂w)ᵀ V^{k−1}[s+1]
+
+D_k is the gradient at lag k, and what a window leaves is a weighted sum of D_k.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from jbptt import validation
+from jbptt.adjoint import batch_steps, gradient_sums, loss_weights, parallel_pullback, split_inexact, wide_parts
+from jbptt.norms import cosine, norm, scaled_norm
+from jbptt.recurrence import held, trajectory
+from jbptt.types import Batch, Carry, Loss, Params, Step, align_leading, weighted_mean
+from jbptt.windows import output_cotangents
+
+
+class LagProfile(NamedTuple):
+    """The gradient by lag, `[max_lag]` each, lags 0 … max_lag − 1 in steps.
+
+    Attributes:
+      cotangent_norms: weighted mean over pairs (t, t−k) and examples of `‖∂ℓ_t/∂carries[t−k]‖`; lag 0 is
+        the carry that enters step t.
+      grad_norms: `‖Σ_t w_t G[t, t−k]‖ / Σ w`.
+    """
+
+    cotangent_norms: chex.Array
+    grad_norms: chex.Array
+
+
+class TruncationCurve(NamedTuple):
+    """What every window 1 … max_window leaves of the exact gradient, `[max_window]` each.
+
+    Attributes:
+      windows: 1 … max_window, in steps.
+      relative_error: `‖ĝ − g‖ / ‖g‖` for sliding windows (stride 1).
+      cosine: between ĝ and g, sliding.
+      block_relative_error: the same for blocks, ĝ averaged over where the first cut falls.
+      block_cosine: as `cosine`, for blocks.
+    """
+
+    windows: chex.Array
+    relative_error: chex.Array
+    cosine: chex.Array
+    block_relative_error: chex.Array
+    block_cosine: chex.Array
+
+
+class Linearised(NamedTuple):
+    """One forward pass, linearised at every step.
+
+    Attributes:
+      pull: the derivatives of all steps at once (`adjoint.parallel_pullback`).
+      outputs_bar: `w_t ∂ℓ_t` in the core's outputs, inexact leaves `[T, ...]`.
+      carries: the inexact leaves of the carries that enter the steps, `[T, ...]`.
+      readout_grad: what the readout adds to the gradient at lag 0.
+      weights: `mask · weights`, `[T, *batch]`.
+    """
+
+    pull: Callable
+    outputs_bar: list
+    carries: list
+    readout_grad: Params
+    weights: chex.Array
+
+
+def linearise(step: Step, loss: Loss, params: Params, carry: Carry, batch: Batch, batch_shape: tuple) -> Linearised:
+    """Runs forward once and linearises every step at its own carry."""
+    core, readout, wide = wide_parts(step, params)
+    _, (carries, outputs) = trajectory(core, wide, carry, batch.xs, batch.mask, batch_steps(batch))
+    sums, outputs_bar = output_cotangents(readout, loss, wide, outputs, batch)
+    pull = parallel_pullback(held(core), wide, carries, (batch.xs, batch.mask))
+    weights = loss_weights(batch, jnp.zeros((batch_steps(batch), *batch_shape)))
+    return Linearised(pull, outputs_bar, split_inexact(carries)[0], sums.grad, weights)
+
+
+def scan_lags(problem: Linearised, gates: chex.Array | None, num_lags: int, read: Callable, state: Any):
+    """Goes back lag by lag: `read(state, lag, V, D) -> (state, row)`; returns the rows of all lags."""
+
+    def pull(cotangents, outputs_bar):
+        grad, cotangents = problem.pull((cotangents, outputs_bar))
+        if gates is not None:
+            cotangents = [_gate(c, gates) for c in cotangents]
+        return grad, cotangents
+
+    nothing = [jnp.zeros_like(a) for a in problem.outputs_bar]
+
+    def body(inner, lag):
+        cotangents, state = inner
+        one_on = [jnp.concatenate([c[1:], jnp.zeros_like(c[:1])]) for c in cotangents]
+        grad, cotangents = pull(one_on, nothing)
+        state, row = read(state, lag, cotangents, grad)
+        return (cotangents, state), row
+
+    grad, cotangents = pull([jnp.zeros_like(c) for c in problem.carries], problem.outputs_bar)
+    grad = jax.tree.map(jnp.add, grad, problem.readout_grad)
+    state, first = read(state, jnp.zeros((), int), cotangents, grad)
+    _, rows = jax.lax.scan(body, (cotangents, state), jnp.arange(1, num_lags))
+    return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, rows)
+
+
+def _gate(cotangent, gates):
+    aligned = align_leading(gates, cotangent.ndim).astype(jnp.finfo(cotangent.dtype).dtype)
+    return jnp.where(aligned == 0, 0, aligned * cotangent)
+
+
+def lag_profile(
+    step: Step,
+    loss: Loss,
+    params: Params,
+    carry: Carry,
+    batch: Batch,
+    *,
+    max_lag: int,
+    gates: chex.Array | None = None,
+) -> LagProfile:
+    """How large the gradient still is after 0, 1, … max_lag − 1 steps back.
+
+    One forward pass and max_lag rounds of T step derivatives side by side; memory O(T) carries.
+
+    Args:
+      step: `(params, carry, x) -> (carry, y)`; every inexact carry leaf begins with the batch shape.
+      loss: `(y, target) -> [*batch]`.
+      params: the parameters.
+      carry: what enters step 0.
+      batch: masked losses and losses of weight 0 do not count.
+      max_lag: number of lags, at most T.
+      gates: `[T]` or `[T, *batch]`; the profile of the gated gradient.
+
+    Raises:
+      ValueError: max_lag < 1 or > T; carries without the batch shape; what `full_bptt` raises.
+    """
+    num_steps, batch_shape = validation.check_problem(step, loss, params, carry, batch, gates)
+    validation.check_carry_batch(carry, batch_shape, "the profile is measured per example")
+    max_lag = validation.check_positive_integer("max_lag", max_lag)
+    if max_lag > num_steps:
+        raise ValueError(f"max_lag must be <= T = {num_steps}, got {max_lag}; there are no pairs further apart")
+    gates = None if gates is None else jnp.asarray(gates)
+    problem = linearise(step, loss, params, carry, batch, batch_shape)
+    weights, total = problem.weights, jnp.sum(problem.weights)
+
+    def read(state, lag, cotangents, grad):
+        # The adjoints carry their loss's weight: ‖w ∂ℓ‖ = |w| ‖∂ℓ‖, and w's sign is put back.
+        valid = align_leading(jnp.arange(num_steps) < num_steps - lag, weights.ndim)
+        weight = jnp.where(valid, jnp.roll(weights, -lag, axis=0), 0)
+        norms = jnp.where(weight == 0, 0, jnp.sign(weight) * norm(cotangents, 1 + len(batch_shape)))
+        return state, (weighted_mean(jnp.sum(norms), jnp.sum(weight)), weighted_mean(norm(grad), total))
+
+    return LagProfile(*scan_lags(problem, gates, max_lag, read, None))
+
+
+def truncation_curve(
+    step: Step,
+    loss: Loss,
+    params: Params,
+    carry: Carry,
+    batch: Batch,
+    *,
+    max_window: int,
+    gates: chex.Array | None = None,
+) -> TruncationCurve:
+    """The error of every window 1 … max_window against the exact gradient, in one pass over lags.
+
+        sliding: ĝ_n = Σ_{k<n} D_k        blocks, averaged over their phase: ĝ_n = Σ_{k<n} (1 − k/n) D_k
+
+    A single alignment of the blocks scatters around their average. One exact gradient and max_window
+    rounds of T step derivatives side by side; memory O(T) carries and a few copies of the parameters.
+
+    Args:
+      step: `(params, carry, x) -> (carry, y)`.
+      loss: `(y, target) -> [*batch]`.
+      params: the parameters.
+      carry: what enters step 0.
+      batch: the batch whose exact gradient is the reference.
+      max_window: the largest window, in steps; may exceed T (blocks of a longer stream).
+      gates: `[T]` or `[T, *batch]`; reference and windows are then those of the gated gradient.
+
+    Returns:
+      A `TruncationCurve`. Where the exact gradient is 0 the error is 0 if the estimate is 0 too, else
+      inf, and the cosine is NaN.
+
+    Raises:
+      ValueError: max_window < 1; what `full_bptt` raises.
+    """
+    _, batch_shape = validation.check_problem(step, loss, params, carry, batch, gates)
+    max_window = validation.check_positive_integer("max_window", max_window)
+    gates = None if gates is None else jnp.asarray(gates)
+    exact = gradient_sums(step, loss, params, carry, batch, gates)[0].grad
+
+    def read(state, lag, _, grad):
+        sliding, blocks = state
+        sliding = jax.tree.map(jnp.add, sliding, grad)
+        blocks = jax.tree.map(jnp.add, blocks, sliding)  # Σ_{k<n} (n − k) D_k = Σ_{m≤n} ĝ_m
+        mean = jax.tree.map(lambda b: b / (lag + 1), blocks)
+        row = (relative_error(sliding, exact), cosine(sliding, exact), relative_error(mean, exact), cosine(mean, exact))
+        return (sliding, blocks), row
+
+    zeros = jax.tree.map(jnp.zeros_like, exact)
+    rows = scan_lags(linearise(step, loss, params, carry, batch, batch_shape), gates, max_window, read, (zeros, zeros))
+    return TruncationCurve(jnp.arange(1, max_window + 1), *rows)
+
+
+def relative_error(estimate: Params, exact: Params) -> chex.Array:
+    """`‖estimate − exact‖ / ‖exact‖`; with exact 0: 0 if the estimate is 0 too, else inf."""
+    error, spread = scaled_norm(jax.tree.map(jnp.subtract, estimate, exact))
+    size, ratio = scaled_norm(exact)
+    zero = size == 0
+    quotient = error / jnp.where(zero, 1, size) * spread / jnp.where(ratio == 0, 1, ratio)
+    return jnp.where(zero, jnp.where(error == 0, 0.0, jnp.inf), quotient)

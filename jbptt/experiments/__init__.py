@@ -1,0 +1,1 @@
+"""Runs models: tasks and training."""

@@ -1,0 +1,74 @@
+"""Training with any estimator: one scan over batches."""
+
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import optax
+
+from jbptt.norms import norm
+from jbptt.types import Batch, Carry, Estimator, Params
+
+
+class History(NamedTuple):
+    """What training saw, `[N]` updates each, and where it stopped.
+
+    Attributes:
+      loss: weighted mean loss of each batch, before its update.
+      grad_norm: norm of its estimated gradient, before the optimizer's transformations.
+      info: the estimates' `info`, leaves `[N, ...]`.
+      state: the estimator's last state (`.carry` is the live carry); pass it on to continue.
+      opt_state: the optimizer's last state; pass it on to continue.
+    """
+
+    loss: chex.Array
+    grad_norm: chex.Array
+    info: dict[str, Any]
+    state: Any
+    opt_state: optax.OptState
+
+
+def train(
+    estimator: Estimator,
+    optimizer: optax.GradientTransformation,
+    params: Params,
+    carry: Carry,
+    batches: Batch,
+    *,
+    key: chex.PRNGKey | None = None,
+    state: Any = None,
+    opt_state: optax.OptState | None = None,
+) -> tuple[Params, History]:
+    """One update for each batch, the carry kept from batch to batch: a pure `lax.scan`.
+
+    Args:
+      estimator: any.
+      optimizer: any optax transformation.
+      params: where to start.
+      carry: what enters the first batch; not read where `state` is given.
+      batches: leaves `[N, T, ...]`.
+      key: for estimators that draw.
+      state: an estimator's state to continue from, `history.state`.
+      opt_state: an optimizer's state to continue from, `history.opt_state`.
+
+    Returns:
+      The trained parameters and the `History`. jit, vmap (over seeds, say) or shard the whole call.
+
+    Raises:
+      ValueError: what the estimator's init raises.
+    """
+    if state is None:
+        first = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), batches)
+        state = estimator.init(params, carry, first, key=key)
+    if opt_state is None:
+        opt_state = optimizer.init(params)
+
+    def body(running, batch):
+        params, state, opt_state = running
+        estimate, state = estimator.update(params, state, batch)
+        updates, opt_state = optimizer.update(estimate.grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        return (params, state, opt_state), (estimate.loss, norm(estimate.grads), estimate.info)
+
+    (params, state, opt_state), (loss, grad_norm, info) = jax.lax.scan(body, (params, state, opt_state), batches)
+    return params, History(loss, grad_norm, info, state, opt_state)

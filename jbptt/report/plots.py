@@ -1,0 +1,318 @@
+"""The four pictures of the report. Each function draws on the axes it is given, or makes a figure of its own.
+
+A picture is reached through its axes: `plots.plot_reach(reach).figure.savefig("reach.pdf")`. No pyplot state
+is read or changed; matplotlib is imported when something is drawn.
+"""
+
+import io
+import math
+import warnings
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Theme(NamedTuple):
+    """The colours of one background; `lines` (Okabe and Ito, 2008) can be told apart by colour-blind readers."""
+
+    ink: str
+    muted: str
+    paper: str
+    cut: str
+    shades: tuple[str, float, float]  # a colour map and the part of it that stands out from paper and cut
+    lines: tuple[str, str, str]
+
+
+LIGHT = Theme("#1d2329", "#5b6570", "#ffffff", "#e7e9ec", ("YlGnBu", 0.3, 1.0), ("#0072b2", "#d55e00", "#009e73"))
+DARK = Theme("#e8eaed", "#a3adb8", "#1b2027", "#343c46", ("YlGnBu_r", 0.3, 1.0), ("#56b4e9", "#f0a030", "#2fc79b"))
+CELL_MARKERS = {"rnn": "o", "gru": "s", "lstm": "^"}
+STRATEGIES = (("sliding", "-", "o"), ("block", (0, (5, 2)), "s"))
+PICTURES = ("coverage", "reach", "windows", "learning")
+
+
+def plot_coverage(coverage: dict[str, Any], *, axes: Any = None, theme: Theme = LIGHT) -> Any:
+    """Three matrices C[t, i]: how much of the loss at character t each strategy sends back to character i.
+
+    Returns: the three axes (full, fixed, randomized). Grey pairs are cut; a weight above 1 makes up for
+    the pairs that the same draw cuts elsewhere.
+    """
+    from matplotlib.colors import LogNorm
+
+    axes = _new_axes((11.2, 4.55), 1, 3, axes)
+    labels = [_visible(character) for character in coverage["characters"]]
+    matrices = {name: np.asarray(matrix, float) for name, matrix in coverage["matrices"].items()}
+    largest = max([2.0, *(float(matrix.max()) for matrix in matrices.values())])
+    smallest = min([1.0, *(float(matrix[matrix > 0].min()) for matrix in matrices.values() if (matrix > 0).any())])
+    norm = LogNorm(smallest, largest)
+    titles = {
+        "full": "full",
+        "fixed": f"fixed, window {coverage['window']}",
+        "randomized": f"randomized, keep_prob {coverage['keep_prob']:g}",
+    }
+    mesh = None
+    for ax, (name, matrix) in zip(axes, matrices.items(), strict=True):
+        mesh = _draw_matrix(ax, matrix, norm, theme)
+        ax.set_title(f"{titles[name]}: {coverage['pairs'][name]} of {coverage['pairs']['full']} pairs")
+        _label_characters(ax, labels)
+        ax.set_xlabel("source: character i")
+    axes[0].set_ylabel("loss: character t")
+    bar = axes[0].figure.colorbar(mesh, ax=list(axes), orientation="horizontal", shrink=0.5, aspect=45, pad=0.02)
+    bar.set_ticks(_round_ticks(smallest, largest), labels=[f"{t:g}" for t in _round_ticks(smallest, largest)])
+    bar.minorticks_off()
+    bar.set_label("weight C[t, i] of a pair (grey: cut, weight 0; blank: the future)")
+    bar.outline.set_visible(False)
+    return axes
+
+
+def plot_reach(reach: dict[str, Any], *, ax: Any = None, theme: Theme = LIGHT) -> Any:
+    """Mean norm of the gradient by lag, log scale: dashed before training, solid after."""
+    from matplotlib.ticker import MaxNLocator
+
+    ax = _new_axes((8.6, 5.0), 1, 1, ax)
+    lags = np.asarray(reach["lags"])
+    cells = list(dict.fromkeys(curve["cell"] for curve in reach["curves"]))
+    colours = dict(zip(cells, theme.lines, strict=False))
+    for curve in reach["curves"]:
+        after = curve["stage"] == "after"
+        ax.plot(
+            lags,
+            _positive(curve["norms"]),
+            color=colours[curve["cell"]],
+            linestyle="-" if after else (0, (4, 2)),
+            marker=CELL_MARKERS.get(curve["cell"], "o"),
+            markevery=max(1, len(lags) // 8),
+            markersize=5,
+            markerfacecolor=None if after else theme.paper,
+            label=f"{curve['cell']} {curve['stage']} training: {_half_life(curve)}",
+        )
+    _log_scale(ax, "y", [norm for curve in reach["curves"] for norm in curve["norms"]])
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlabel("lag k: steps between a loss and the carry it flows back to")
+    ax.set_ylabel("mean norm of the gradient at lag k")
+    _mark_zeros(ax, lags, reach["curves"], colours)
+    _legend_below(ax, num_columns=max(1, len(cells)))
+    return ax
+
+
+def plot_windows(windows: dict[str, Any], *, axes: Any = None, theme: Theme = LIGHT) -> Any:
+    """What each window leaves (error, cosine) and what it costs (time, memory); one column of axes per cell.
+
+    Returns: axes [4, cells]. Rings mark the smallest windows within 10 % and 1 %.
+    """
+    from matplotlib.ticker import FuncFormatter
+
+    models = windows["models"]
+    axes = _new_axes((2.4 + 3.0 * len(models), 9.2), 4, len(models), axes, sharex="col", sharey="row")
+    axes = np.asarray(axes).reshape(4, len(models))
+    for column, model in zip(axes.T, models, strict=True):
+        _draw_error(column[0], model, theme)
+        _draw_cosine(column[1], model, theme)
+        _draw_cost(column[2], model, "seconds", 1e3, theme)
+        _draw_cost(column[3], model, "temporary_bytes", 2.0**-20, theme)
+        column[0].set_title(model["cell"])
+        column[3].set_xlabel("window (steps)")
+        column[3].set_xscale("log", base=2)
+        column[3].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    costs = [cost for model in models for cost in model["costs"]]
+    curves = [model[strategy] for model in models for strategy in ("sliding", "block")]
+    _log_scale(axes[0, 0], "y", [e for curve in curves for e in curve["relative_error"]] + [0.01, 0.1])
+    _log_scale(axes[2, 0], "y", [cost["seconds"] and cost["seconds"] * 1e3 for cost in costs])
+    _log_scale(axes[3, 0], "y", [cost["temporary_bytes"] and cost["temporary_bytes"] * 2.0**-20 for cost in costs])
+    for row, label in enumerate(("relative error", "cosine", "time (ms)", "memory (MiB)")):
+        axes[row, 0].set_ylabel(label)
+        if row != 1 and axes[row, 0].get_yscale() == "log":
+            axes[row, 0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    handles, labels = axes[3, 0].get_legend_handles_labels()
+    axes[0, 0].figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    return axes
+
+
+def plot_learning(learning: dict[str, Any], *, ax: Any = None, theme: Theme = LIGHT) -> Any:
+    """Held-out perplexity by characters read: the mean over seeds, and a band of one standard deviation."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    ax = _new_axes((8.6, 4.8), 1, 1, ax)
+    read = np.asarray(learning["characters_read"], float)
+    styles = zip(learning["strategies"], theme.lines, ("o", "s", "^"), ("-", (0, (5, 2)), "-."), strict=False)
+    for strategy, colour, marker, linestyle in styles:
+        runs = _numbers(strategy["perplexity"]).reshape(len(read), -1)
+        mean = runs.mean(axis=1)
+        spread = runs.std(axis=1, ddof=1) if runs.shape[1] > 1 else np.zeros_like(mean)
+        label = f"{strategy['name']} ({strategy['detail']})"
+        ax.plot(read, mean, color=colour, linestyle=linestyle, marker=marker, markersize=5, label=label)
+        ax.fill_between(read, mean - spread, mean + spread, color=colour, alpha=0.22, linewidth=0)
+    _log_scale(ax, "y", [p for s in learning["strategies"] for point in s["perplexity"] for p in point])
+    if ax.get_yscale() == "log":
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    ax.set_xlabel("characters read in training")
+    ax.set_ylabel("held-out perplexity per character")
+    _legend_below(ax, num_columns=len(learning["strategies"]))
+    return ax
+
+
+def draw_pictures(data: dict[str, Any], theme: Theme = LIGHT) -> dict[str, str]:
+    """All four pictures of a study as SVG text, by name: `coverage`, `reach`, `windows`, `learning`.
+
+    The same data gives the same bytes: no date, fixed ids, letters drawn as paths.
+    """
+    import matplotlib
+
+    functions = dict(zip(PICTURES, (plot_coverage, plot_reach, plot_windows, plot_learning), strict=True))
+    pictures = {}
+    with matplotlib.rc_context(_style(theme)), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        for name, plot_fn in functions.items():
+            drawn = plot_fn(data[name], theme=theme)
+            pictures[name] = _to_svg(np.ravel(drawn)[0].figure)
+    return pictures
+
+
+def _style(theme: Theme) -> dict[str, Any]:
+    edges = ("text.color", "axes.labelcolor", "axes.titlecolor")
+    quiet = ("xtick.color", "ytick.color", "axes.edgecolor")
+    return {
+        "svg.hashsalt": "jbptt",
+        "svg.fonttype": "path",
+        "font.family": ["DejaVu Sans"],
+        "font.size": 10,
+        "axes.titlesize": 10.5,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "lines.linewidth": 1.8,
+        "figure.facecolor": theme.paper,
+        "axes.facecolor": theme.paper,
+        "grid.color": theme.muted,
+        "grid.alpha": 0.25,
+        "grid.linewidth": 0.6,
+        **dict.fromkeys(edges, theme.ink),
+        **dict.fromkeys(quiet, theme.muted),
+    }
+
+
+def _to_svg(figure: Any) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def _new_axes(size: tuple[float, float], rows: int, columns: int, axes: Any, **shared: Any) -> Any:
+    """The axes given, or those of a new figure of `size` inches."""
+    if axes is not None:
+        return axes
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=size, layout="constrained").subplots(rows, columns, **shared)
+
+
+def _numbers(values: Any) -> np.ndarray:
+    """`values` as floats, None as NaN."""
+    return np.array(values, dtype=object).astype(float)
+
+
+def _positive(values: Iterable[float | None]) -> np.ndarray:
+    """`values` with NaN for all that a log axis cannot show: None, zero, negative."""
+    numbers = _numbers(values)
+    return np.where(numbers > 0, numbers, np.nan)
+
+
+def _log_scale(ax: Any, axis: str, values: Iterable[float | None]) -> None:
+    """A log axis, unless nothing on it is positive."""
+    if np.isfinite(_positive(list(values))).any():
+        ax.set(**{f"{axis}scale": "log"})
+    ax.grid(True, axis="both")
+
+
+def _mark_zeros(ax: Any, lags: np.ndarray, curves: list[dict[str, Any]], colours: dict[str, str]) -> None:
+    """A triangle on the lower edge where a curve leaves the log axis because the norm is exactly 0."""
+    for curve in curves:
+        zeros = np.flatnonzero(_numbers(curve["norms"]) == 0)
+        if zeros.size:
+            place = {"transform": ax.get_xaxis_transform(), "clip_on": False, "linestyle": "none"}
+            label = f"{curve['cell']} {curve['stage']} training: 0 from lag {lags[zeros[0]]}"
+            ax.plot(lags[zeros[0]], 0.0, "v", color=colours[curve["cell"]], label=label, **place)
+
+
+def _legend_below(ax: Any, num_columns: int) -> None:
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=num_columns, frameon=False, fontsize=9)
+
+
+def _half_life(curve: dict[str, Any]) -> str:
+    if curve["verdict"] == "non-finite":
+        return "not finite"
+    return "does not halve" if curve["half_life"] is None else f"half-life {curve['half_life']:.3g}"
+
+
+def _visible(character: str) -> str:
+    """One printable letter for any character: a space, a line end or a tab shows as a sign."""
+    signs = {" ": "␣", "\n": "↵", "\t": "⇥"}
+    return signs.get(character, character if character.isprintable() else "·")
+
+
+def _label_characters(ax: Any, labels: list[str]) -> None:
+    font = {"family": "DejaVu Sans Mono", "size": 7.5}
+    ax.set_xticks(np.arange(len(labels)) + 0.5, labels=labels, fontdict=font)
+    ax.set_yticks(np.arange(len(labels)) + 0.5, labels=labels, fontdict=font)
+    for label in (*ax.get_xticklabels(), *ax.get_yticklabels()):
+        label.set_parse_math(False)
+    ax.tick_params(length=0, pad=2)
+
+
+def _draw_matrix(ax: Any, matrix: np.ndarray, norm: Any, theme: Theme) -> Any:
+    import matplotlib
+    from matplotlib.colors import ListedColormap
+
+    name, low, high = theme.shades
+    shades = matplotlib.colormaps[name](np.linspace(low, high, 256))
+    size = len(matrix)
+    cut = np.ma.masked_where((matrix > 0) | np.triu(np.ones_like(matrix, bool), 1), np.ones_like(matrix))
+    border = {"edgecolors": theme.paper, "linewidth": 0.5}
+    ax.pcolormesh(cut, cmap=ListedColormap([theme.cut]), **border)
+    mesh = ax.pcolormesh(np.ma.masked_where(matrix <= 0, matrix), cmap=ListedColormap(shades), norm=norm, **border)
+    ax.set(aspect="equal", xlim=(0, size), ylim=(size, 0))
+    return mesh
+
+
+def _round_ticks(smallest: float, largest: float) -> list[float]:
+    """1, 2 and 5 times powers of ten between the two."""
+    decades = range(math.floor(math.log10(smallest)), math.ceil(math.log10(largest)) + 1)
+    ticks = [factor * 10.0**decade for decade in decades for factor in (1, 2, 5)]
+    return [tick for tick in ticks if smallest * 0.999 <= tick <= largest * 1.001]
+
+
+def _draw_error(ax: Any, model: dict[str, Any], theme: Theme) -> None:
+    for level, text in ((0.1, "10 %"), (0.01, "1 %")):
+        ax.axhline(level, color=theme.muted, linewidth=0.9, linestyle=":")
+        ax.annotate(text, (1, level), (-2, 2), ax.get_yaxis_transform(), "offset points", ha="right", color=theme.muted)
+    for (strategy, linestyle, _), colour in zip(STRATEGIES, theme.lines, strict=False):
+        error = _positive(model[strategy]["relative_error"])
+        ax.plot(model["windows"], error, color=colour, linestyle=linestyle)
+        for window in model[strategy]["recommended"].values():
+            if window in model["windows"]:
+                at = error[model["windows"].index(window)]
+                ax.plot(window, at, "o", color=colour, markerfacecolor="none", markersize=9, markeredgewidth=1.6)
+
+
+def _draw_cosine(ax: Any, model: dict[str, Any], theme: Theme) -> None:
+    for (strategy, linestyle, _), colour in zip(STRATEGIES, theme.lines, strict=False):
+        ax.plot(model["windows"], _numbers(model[strategy]["cosine"]), color=colour, linestyle=linestyle)
+    ax.grid(True)
+
+
+def _draw_cost(ax: Any, model: dict[str, Any], field: str, scale: float, theme: Theme) -> None:
+    """Measured points with their spread; full BPTT, which has no window to choose, as a level."""
+    for (strategy, linestyle, marker), colour in zip(STRATEGIES, theme.lines, strict=False):
+        costs = sorted((c for c in model["costs"] if c["strategy"] == strategy), key=lambda cost: cost["window"])
+        places = [cost["window"] for cost in costs]
+        values = _positive([cost[field] for cost in costs]) * scale
+        spread = _numbers([cost["seconds_spread"] for cost in costs]) * scale if field == "seconds" else None
+        style = {"color": colour, "linestyle": linestyle, "marker": marker, "markersize": 4.5, "capsize": 2.5}
+        ax.errorbar(places, values, spread, label="sliding" if strategy == "sliding" else "blocks", **style)
+    for cost in model["costs"]:
+        if cost["strategy"] == "full" and cost[field]:
+            label = f"full BPTT ({cost['window']} steps)"
+            ax.axhline(cost[field] * scale, color=theme.ink, linewidth=1.3, linestyle="-.", label=label)
+    ax.grid(True)
