@@ -61,8 +61,9 @@ def _weights(input_size, hidden_size, num_gates, input_init, recurrent_init, dty
     real = jax.dtypes.canonicalize_dtype(dtype)
 
     def blocks(key, init, rows):
-        keys = jax.random.split(key, num_gates)
-        return jnp.concatenate([init(k, (rows, hidden_size), real) for k in keys], axis=1)
+        # One batched draw: several QR decompositions at once can deadlock XLA's thread pool on few cores.
+        drawn = jax.vmap(lambda k: init(k, (rows, hidden_size), real))(jax.random.split(key, num_gates))
+        return jnp.concatenate(list(drawn), axis=1)
 
     def init(key):
         key_x, key_h = jax.random.split(key)

@@ -6,8 +6,10 @@ import chex
 import jax
 import optax
 
+from jbptt.adjoint import weighted_losses
 from jbptt.norms import norm
-from jbptt.types import Batch, Carry, Estimator, Params
+from jbptt.recurrence import scan_steps
+from jbptt.types import Batch, Carry, Estimator, Loss, Params, Step, weighted_mean
 
 
 class History(NamedTuple):
@@ -72,3 +74,15 @@ def train(
 
     (params, state, opt_state), (loss, grad_norm, info) = jax.lax.scan(body, (params, state, opt_state), batches)
     return params, History(loss, grad_norm, info, state, opt_state)
+
+
+def evaluate(step: Step, loss: Loss, params: Params, carry: Carry, batches: Batch) -> chex.Array:
+    """The weighted mean loss over batches `[N, T, ...]` read as one stream, the carry kept between them."""
+
+    def body(carry, batch):
+        carry, ys = scan_steps(step, params, carry, batch.xs, None, batch.mask)
+        value, (weight, _) = weighted_losses(loss, ys, batch)
+        return carry, (value, weight)
+
+    _, (values, weights) = jax.lax.scan(body, carry, batches)
+    return weighted_mean(values.sum(), weights.sum())
