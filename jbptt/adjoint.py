@@ -10,7 +10,6 @@ backwards through it and hands it on. Memory is O(T/segment + segment).
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -23,18 +22,18 @@ from jbptt.types import Batch, Carry, Loss, Params, PyTree, Step, align_leading
 class Sums(NamedTuple):
     """What adds up over steps, windows and batches: loss, gradient, weight and the loss's aux."""
 
-    loss: chex.Array
+    loss: jax.Array
     grad: Params
-    weight: chex.Array
+    weight: jax.Array
     aux: PyTree
 
 
-def at_least_float32(array: chex.Array) -> chex.Array:
+def at_least_float32(array: jax.Array) -> jax.Array:
     """Sums are held in float32 at least: a long sum of bfloat16 loses all but its first digits."""
     return jnp.asarray(array, jnp.promote_types(jnp.result_type(array), jnp.float32))
 
 
-def split_inexact(tree: PyTree) -> tuple[list[chex.Array], Callable[[list[chex.Array]], PyTree]]:
+def split_inexact(tree: PyTree) -> tuple[list[jax.Array], Callable[[list[jax.Array]], PyTree]]:
     """The leaves that gradients flow through, and the way back to the whole tree."""
     leaves, structure = jax.tree.flatten(tree)
     inexact = [is_inexact(leaf) for leaf in leaves]
@@ -71,7 +70,7 @@ def batch_steps(batch: Batch) -> int:
     return jax.tree.leaves(batch)[0].shape[0]
 
 
-def step_losses(loss: Loss, ys: PyTree, targets: PyTree, mask: chex.Array | None) -> tuple[chex.Array, PyTree]:
+def step_losses(loss: Loss, ys: PyTree, targets: PyTree, mask: jax.Array | None) -> tuple[jax.Array, PyTree]:
     """Losses `[S, *batch]` (0 where masked) and aux of all steps at once."""
 
     def one(y, target, mask_t):
@@ -83,7 +82,7 @@ def step_losses(loss: Loss, ys: PyTree, targets: PyTree, mask: chex.Array | None
     return jax.vmap(one)(ys, targets, mask)
 
 
-def loss_weights(batch: Batch, losses: chex.Array) -> chex.Array:
+def loss_weights(batch: Batch, losses: jax.Array) -> jax.Array:
     """`mask · weights`, broadcast from the left to the losses' shape `[S, *batch]`."""
     weights = jnp.ones_like(at_least_float32(losses))
     if batch.weights is not None:
@@ -93,7 +92,7 @@ def loss_weights(batch: Batch, losses: chex.Array) -> chex.Array:
     return weights
 
 
-def weighted_losses(loss: Loss, ys: PyTree, batch: Batch) -> tuple[chex.Array, tuple[chex.Array, PyTree]]:
+def weighted_losses(loss: Loss, ys: PyTree, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
     """`Σ w_t ℓ_t` and beside it `Σ w_t` and the weighted aux."""
     losses, aux = step_losses(loss, ys, batch.targets, batch.mask)
     weights = loss_weights(batch, losses)
@@ -169,7 +168,7 @@ def gradient_sums(
     params: Params,
     carry: Carry,
     batch: Batch,
-    gates: chex.Array | None = None,
+    gates: jax.Array | None = None,
     segment: int | None = None,
 ) -> tuple[Sums, Carry]:
     """The sums of one batch, its gradient gated but otherwise exact, and the carry after it.

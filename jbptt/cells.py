@@ -17,7 +17,7 @@ from jbptt import validation
 from jbptt.recurrence import select_leading
 from jbptt.types import Carry, Params, PyTree, Step
 
-Initializer = Callable[..., chex.Array]
+Initializer = Callable[..., jax.Array]
 
 
 class Cell(NamedTuple):
@@ -83,7 +83,7 @@ def rnn(
     input_size: int,
     hidden_size: int,
     *,
-    activation: Callable[[chex.Array], chex.Array] = jnp.tanh,
+    activation: Callable[[jax.Array], jax.Array] = jnp.tanh,
     input_init: Initializer | None = None,
     recurrent_init: Initializer | None = None,
     dtype: Any = float,
@@ -204,6 +204,7 @@ class ReadoutStep:
     readout: Callable[[Params, PyTree], PyTree]
 
     def __call__(self, params: Params, carry: Carry, x: PyTree) -> tuple[Carry, PyTree]:
+        """One step, both parts."""
         carry, h = self.core(params, carry, x)
         return carry, self.readout(params, h)
 

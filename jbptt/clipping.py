@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -20,9 +19,9 @@ class GlobalNormState(NamedTuple):
       finite: whether every entry was finite.
     """
 
-    norm: chex.Array
-    scale: chex.Array
-    finite: chex.Array
+    norm: jax.Array
+    scale: jax.Array
+    finite: jax.Array
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
@@ -47,7 +46,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
         largest, _ = jax.eval_shape(scaled_norm, params)
         return GlobalNormState(jnp.zeros((), largest.dtype), jnp.ones((), largest.dtype), jnp.array(True))
 
-    def update(updates: Any, state: GlobalNormState, params: Any = None):
+    def update(updates: Any, state: Any, params: Any = None):
         del state, params
         largest, ratio = scaled_norm(updates)
         finite = jnp.isfinite(largest)

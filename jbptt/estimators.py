@@ -43,7 +43,7 @@ class WindowState(NamedTuple):
 
     carry: Carry
     history: History | None
-    phase: chex.Array | None
+    phase: jax.Array | None
 
 
 def _estimate(sums: Sums, **info: Any) -> Estimate:
@@ -93,7 +93,7 @@ def gated_bptt(
     step: Step,
     loss: Loss,
     *,
-    gates_fn: Callable[[chex.PRNGKey | None, int], chex.Array],
+    gates_fn: Callable[[chex.PRNGKey | None, int], jax.Array],
     segment: int | None = None,
 ) -> Estimator:
     """BPTT with a gate on every crossing: any schedule, also as data under `vmap`.
@@ -165,11 +165,11 @@ def randomized_bptt(
             f"randomized_bptt needs keep_prob or mean_length, got keep_prob={keep_prob} and "
             f"mean_length={mean_length}; pass exactly one of them"
         )
-    if keep_prob is not None:
+    if mean_length is None:
         validation.check_probability("keep_prob", keep_prob)
 
         def gates_fn(key, num_steps):
-            return truncation.randomized(key, num_steps, keep_prob, reweight=reweight)
+            return truncation.randomized(key, num_steps, jnp.asarray(keep_prob), reweight=reweight)
     else:
         validation.check_above("mean_length", mean_length, 1, "every window of one step would cut everywhere")
 
@@ -276,6 +276,7 @@ def _overlapping(step, loss, params, state: WindowState, batch, window, stride, 
     """Group after group of chunks that go back side by side, about two windows in memory at a time."""
     num_chunks = -(-window // stride)
     history, phase = state.history, state.phase
+    assert history is not None  # init keeps one unless updates are whole blocks
     if phase is None:
         phase = 0
         if batch_steps(batch) % stride:

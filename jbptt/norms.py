@@ -1,13 +1,13 @@
 """Euclidean norms that neither overflow nor underflow on the way."""
 
-import chex
+import jax
 import jax.numpy as jnp
 from jax import tree_util
 
 from jbptt.types import PyTree, align_leading
 
 
-def scaled_norm(tree: PyTree, num_leading: int = 0) -> tuple[chex.Array, chex.Array]:
+def scaled_norm(tree: PyTree, num_leading: int = 0) -> tuple[jax.Array, jax.Array]:
     """The norm over all but the first `num_leading` axes of all leaves, as two factors `(m, r)`.
 
     m is the largest absolute entry and `r = sqrt(Σ (x/m)²) ≥ 1`: neither overflows where m is finite,
@@ -29,13 +29,13 @@ def scaled_norm(tree: PyTree, num_leading: int = 0) -> tuple[chex.Array, chex.Ar
     return largest, jnp.sqrt(total)
 
 
-def norm(tree: PyTree, num_leading: int = 0) -> chex.Array:
+def norm(tree: PyTree, num_leading: int = 0) -> jax.Array:
     """The Euclidean norm over all but the first `num_leading` axes; see `scaled_norm`."""
     largest, ratio = scaled_norm(tree, num_leading)
     return jnp.where(jnp.isinf(largest), largest, largest * ratio)
 
 
-def cosine(a: PyTree, b: PyTree) -> chex.Array:
+def cosine(a: PyTree, b: PyTree) -> jax.Array:
     """`⟨a, b⟩ / (‖a‖ ‖b‖)` over the flattened trees; NaN where one of them is 0."""
     parts = []
     for tree in (a, b):

@@ -3,7 +3,6 @@
 import math
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -13,7 +12,7 @@ from jbptt.types import Carry, Params, PyTree, Step, align_leading
 
 
 @jax.custom_jvp
-def gate_cotangent(value: chex.Array, gate: chex.Array) -> chex.Array:
+def gate_cotangent(value: jax.Array, gate: jax.Array) -> jax.Array:
     """The identity, bit for bit, whose derivative is `gate` (0 is a hard zero: 0·inf stays 0)."""
     del gate
     return value
@@ -32,7 +31,7 @@ def is_inexact(leaf: Any) -> bool:
     return jnp.issubdtype(jax.dtypes.result_type(leaf), jnp.inexact)
 
 
-def gated(carry: Carry, gate: chex.Array | None) -> Carry:
+def gated(carry: Carry, gate: jax.Array | None) -> Carry:
     """Puts a gate (`()` or `[*batch]`) on what flows back into `carry`; values stay as they are."""
     if gate is None:
         return carry
@@ -46,7 +45,7 @@ def gated(carry: Carry, gate: chex.Array | None) -> Carry:
     return jax.tree.map(one, carry)
 
 
-def select_leading(mask: chex.Array, on_true: PyTree, on_false: PyTree) -> PyTree:
+def select_leading(mask: jax.Array, on_true: PyTree, on_false: PyTree) -> PyTree:
     """Leaf by leaf: `on_true` where the mask holds, along leading axes.
 
     A leaf that does not begin with the mask's shape is shared by the examples: it is `on_true` as
@@ -61,7 +60,7 @@ def select_leading(mask: chex.Array, on_true: PyTree, on_false: PyTree) -> PyTre
     return jax.tree.map(one, on_true, on_false)
 
 
-def zero_masked(mask: chex.Array | None, tree: PyTree) -> PyTree:
+def zero_masked(mask: jax.Array | None, tree: PyTree) -> PyTree:
     """Replaces what stands under a False mask by zeros, so that NaN there meets no arithmetic."""
     if mask is None:
         return tree
@@ -112,7 +111,7 @@ def trajectory(step, params, carry, xs, mask=None, length=None):
 def split_time(tree: PyTree, segment: int, num_whole: int) -> tuple[PyTree, PyTree]:
     """Cuts `[T, ...]` leaves into `num_whole` segments `[num_whole, segment, ...]` and what is left."""
     whole = num_whole * segment
-    main = jax.tree.map(lambda a: a[:whole].reshape((num_whole, segment) + a.shape[1:]), tree)
+    main = jax.tree.map(lambda a: a[:whole].reshape((num_whole, segment, *a.shape[1:])), tree)
     return main, jax.tree.map(lambda a: a[whole:], tree)
 
 
@@ -127,8 +126,8 @@ def unroll(
     carry: Carry,
     xs: PyTree,
     *,
-    gates: chex.Array | None = None,
-    mask: chex.Array | None = None,
+    gates: jax.Array | None = None,
+    mask: jax.Array | None = None,
     segment: int | None = None,
     length: int | None = None,
 ) -> tuple[Carry, PyTree]:
@@ -166,19 +165,23 @@ def unroll(
     """
     num_steps = validation.count_steps({"xs": xs, "gates": gates, "mask": mask}, length)
     validation.check_step(step, params, carry, xs)
-    gates, mask = validation.check_gates_and_mask(gates, mask, carry)
-    num_whole = 0 if segment is None else num_steps // validation.check_positive_integer("segment", segment)
+    validation.check_gates_and_mask(gates, mask, carry)
+    gates, mask = jax.tree.map(jnp.asarray, (gates, mask))
+    segment = num_steps + 1 if segment is None else validation.check_positive_integer("segment", segment)
+    num_whole = num_steps // segment
     if num_whole == 0:
         return scan_steps(step, params, carry, xs, gates, mask, num_steps)
     main, tail = split_time((xs, gates, mask), segment, num_whole)
 
     @jax.checkpoint
     def run(carry, pieces):
-        return scan_steps(step, params, carry, *pieces, segment)
+        xs, gates, mask = pieces
+        return scan_steps(step, params, carry, xs, gates, mask, segment)
 
     carry, ys = lax.scan(run, carry, main, length=num_whole)
-    ys = jax.tree.map(lambda a: a.reshape((num_whole * segment,) + a.shape[2:]), ys)
+    ys = jax.tree.map(lambda a: a.reshape((num_whole * segment, *a.shape[2:])), ys)
     if num_whole * segment == num_steps:
         return carry, ys
-    carry, rest = scan_steps(step, params, carry, *tail, num_steps % segment)
+    xs, gates, mask = tail
+    carry, rest = scan_steps(step, params, carry, xs, gates, mask, num_steps % segment)
     return carry, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), ys, rest)

@@ -9,17 +9,18 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 
 from jbptt import validation
 
 
-def full(num_steps: int) -> chex.Array:
+def full(num_steps: int) -> jax.Array:
     """All ones, `[num_steps]`: full BPTT."""
     validation.check_positive_integer("num_steps", num_steps)
     return jnp.ones(num_steps)
 
 
-def fixed(num_steps: int, window: chex.Numeric, *, phase: chex.Numeric = 0) -> chex.Array:
+def fixed(num_steps: int, window: chex.Numeric, *, phase: chex.Numeric = 0) -> jax.Array:
     """Zeros where `(t + phase) % window == 0`, t > 0; ones elsewhere: blocks of `window` steps.
 
     Args:
@@ -31,13 +32,13 @@ def fixed(num_steps: int, window: chex.Numeric, *, phase: chex.Numeric = 0) -> c
       ValueError: num_steps or window < 1, or not an integer.
     """
     validation.check_positive_integer("num_steps", num_steps)
-    if not isinstance(window, jax.core.Tracer):
+    if not isinstance(window, Tracer):
         validation.check_positive_integer("window", window)
     t = jnp.arange(num_steps)
     return jnp.where(((t + phase) % window == 0) & (t > 0), 0.0, 1.0)
 
 
-def randomized(key: chex.PRNGKey, num_steps: int, keep_prob: chex.Numeric, *, reweight: bool = True) -> chex.Array:
+def randomized(key: chex.PRNGKey, num_steps: int, keep_prob: chex.Numeric, *, reweight: bool = True) -> jax.Array:
     """`ξ_t / π_t` with `ξ_t ~ Bernoulli(π_t)`, independent: the gradient is unbiased (Tallec & Ollivier, 2017).
 
     Args:
@@ -61,7 +62,7 @@ def randomized(key: chex.PRNGKey, num_steps: int, keep_prob: chex.Numeric, *, re
 
 def artbp(
     key: chex.PRNGKey, num_steps: int, mean_length: chex.Numeric, *, alpha: float = 4.0, reweight: bool = True
-) -> chex.Array:
+) -> jax.Array:
     """Anticipated reweighted truncated backpropagation: cuts grow rarer since the last one (ibid., §4).
 
         c = (α − 1) / ((α − 2) L₀ + δ),     gates[t] = (1 − X_t) / (1 − c),     X_t ~ Bernoulli(c)
@@ -94,7 +95,7 @@ def artbp(
     return jnp.concatenate([jnp.ones(1), gates])
 
 
-def coverage(gates: chex.Array) -> chex.Array:
+def coverage(gates: jax.Array) -> jax.Array:
     """The weight of each pair (loss step t, source step i): `C[t, i] = Π_{j=i+1..t} gates[j]`, i ≤ t.
 
     Args:
@@ -117,7 +118,7 @@ def coverage(gates: chex.Array) -> chex.Array:
     return lax.scan(body, jnp.zeros_like(gates), (jnp.arange(len(gates)), gates))[1]
 
 
-def window_coverage(num_steps: int, window: int, stride: int) -> chex.Array:
+def window_coverage(num_steps: int, window: int, stride: int) -> jax.Array:
     """What `truncated_bptt` covers, `[T, T]`: `C[t, i] = 1` where `(t // s + 1)·s − window ≤ i ≤ t`.
 
     A pair's weight does not depend on where the sequence happens to end, so a ragged tail and a split

@@ -4,13 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
 PyTree = Any
-Params = chex.ArrayTree
-Carry = chex.ArrayTree
+Params = Any
+Carry = Any
 Step = Callable[[Params, Carry, PyTree], tuple[Carry, PyTree]]
 Loss = Callable[[PyTree, PyTree], Any]
 
@@ -31,16 +30,16 @@ class Batch(NamedTuple):
 
     xs: PyTree
     targets: PyTree = None
-    mask: chex.Array | None = None
-    weights: chex.Array | None = None
+    mask: jax.Array | None = None
+    weights: jax.Array | None = None
 
 
-def align_leading(array: chex.Array, ndim: int) -> chex.Array:
+def align_leading(array: jax.Array, ndim: int) -> jax.Array:
     """Appends axes of size 1, so that `array` broadcasts along leading axes, never trailing ones."""
     return jnp.reshape(array, jnp.shape(array) + (1,) * (ndim - jnp.ndim(array)))
 
 
-def weighted_mean(total: chex.Array, weight: chex.Array) -> chex.Array:
+def weighted_mean(total: jax.Array, weight: jax.Array) -> jax.Array:
     """`total / weight` along leading axes; 0 where the weight is 0."""
     weight = align_leading(weight, jnp.ndim(total))
     safe = jnp.where(weight == 0, 1, weight)
@@ -60,13 +59,13 @@ class Estimate:
         what the loss returned beside its value; the other entries describe one update.
     """
 
-    loss_sum: chex.Array
+    loss_sum: jax.Array
     grad_sum: Params
-    weight_sum: chex.Array
+    weight_sum: jax.Array
     info: dict[str, Any]
 
     @property
-    def loss(self) -> chex.Array:
+    def loss(self) -> jax.Array:
         """The weighted mean loss; right under `vmap` and `scan` too."""
         return weighted_mean(self.loss_sum, self.weight_sum)
 

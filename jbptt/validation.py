@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from jbptt.types import Batch
@@ -15,7 +16,7 @@ from jbptt.types import Batch
 
 def check_positive_integer(name: str, value: Any, smallest: int = 1) -> int:
     """`value` as an int; a ValueError unless it is a static integer ≥ `smallest`."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         raise ValueError(
             f"{name} must be a static integer, got a traced value; close over it, or use gates "
             "(gated_bptt, unroll(gates=...)), which may be data"
@@ -47,7 +48,7 @@ def check_window(window: Any, stride: Any) -> tuple[int, int]:
 
 def check_probability(name: str, value: Any) -> None:
     """A ValueError unless every entry lies in (0, 1]; traced values are trusted."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return
     entries = np.asarray(value, dtype=float)
     if not np.all((entries > 0) & (entries <= 1)):
@@ -59,7 +60,7 @@ def check_probability(name: str, value: Any) -> None:
 
 def check_above(name: str, value: Any, bound: float, why: str) -> None:
     """A ValueError unless `value` is a finite number > `bound`; traced values are trusted."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return
     if not (isinstance(value, numbers.Real) or jnp.ndim(value) == 0) or not (bound < float(value) < math.inf):
         raise ValueError(f"{name} must be a finite number > {bound:g}, got {value!r}; {why}")
@@ -150,21 +151,18 @@ def check_carry_batch(carry: Any, batch_shape: tuple[int, ...], why: str) -> Non
             )
 
 
-def check_gates_and_mask(gates: Any, mask: Any, carry: Any) -> tuple[Any, Any]:
-    """Both as arrays: gates bool or real, the mask bool, further axes matching the carry's leading ones."""
+def check_gates_and_mask(gates: Any, mask: Any, carry: Any) -> None:
+    """Gates are bool or real, the mask is bool, and their further axes match the carry's leading ones."""
     if mask is not None:
         if jax.dtypes.result_type(mask) != jnp.bool_:
             raise ValueError(
                 f"mask must be bool, got {jax.dtypes.result_type(mask)}; pass mask.astype(bool), or use weights"
             )
         check_carry_batch(carry, np.shape(mask)[1:], "the mask is per example")
-        mask = jnp.asarray(mask)
     if gates is not None:
         if jnp.issubdtype(jax.dtypes.result_type(gates), jnp.complexfloating):
             raise ValueError(f"gates must be bool or real, got {jax.dtypes.result_type(gates)}")
         check_carry_batch(carry, np.shape(gates)[1:], "the gates are per example")
-        gates = jnp.asarray(gates)
-    return gates, mask
 
 
 def check_loss(loss: Any, y: Any, targets: Any) -> tuple[tuple[int, ...], Any]:

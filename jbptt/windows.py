@@ -11,7 +11,6 @@ and the weight gradient is one product over all steps, Σ_i (∂⁺h_{i+1}/∂w)
 
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -25,7 +24,7 @@ class History(NamedTuple):
 
     carries: Carry
     xs: PyTree
-    mask: chex.Array
+    mask: jax.Array
 
 
 def empty_history(length: int, carry: Carry, xs: PyTree, batch_shape: tuple[int, ...]) -> History:
@@ -57,14 +56,12 @@ def latest(history: History, length: int) -> History:
 def pad_front(history: History, length: int) -> History:
     """The history with steps that never were in front, up to `length`."""
     missing = length - history.mask.shape[0]
-    front = History(
-        *jax.tree.map(lambda a: jnp.broadcast_to(a[:1], (missing, *a.shape[1:])), (history.carries, history.xs)),
-        jnp.zeros((missing, *history.mask.shape[1:]), bool),
-    )
+    front = jax.tree.map(lambda a: jnp.broadcast_to(a[:1], (missing, *a.shape[1:])), history)
+    front = front._replace(mask=jnp.zeros_like(front.mask))
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), front, history)
 
 
-def chunk_ends(num_history: int, num_steps: int, stride: int, phase: Any) -> chex.Array:
+def chunk_ends(num_history: int, num_steps: int, stride: int, phase: Any) -> jax.Array:
     """Where each chunk of `stride` losses ends, counted from the history's start; `phase` may be traced."""
     overhang = 0 if isinstance(phase, int) else stride - 1
     num_chunks = -(-(num_steps + overhang) // stride)
@@ -83,7 +80,7 @@ def output_cotangents(readout, loss, wide, outputs, batch):
     return Sums(value, grad, weight, aux), cotangents
 
 
-def carry_back(core, wide, steps: History, outputs_bar: list, ends: chex.Array, window: int, stride: int) -> list:
+def carry_back(core, wide, steps: History, outputs_bar: list, ends: jax.Array, window: int, stride: int) -> list:
     """M: for every step, the sum over chunks of the cotangents that reach the carry it emits."""
     num_steps = steps.mask.shape[0]
     leaves, _ = split_inexact(steps.carries)

@@ -18,7 +18,7 @@ class Cost(NamedTuple):
       names: the estimators, in order.
       seconds: `[estimator, repeat]`, wall time of one compiled update.
       temporary_bytes: `[estimator]`, what the compiled update needs beside its arguments and results
-        (XLA's `memory_analysis`), exact and free of timing noise.
+        (XLA's `memory_analysis`), exact and free of timing noise; NaN where the backend does not tell.
     """
 
     names: tuple[str, ...]
@@ -84,5 +84,6 @@ def measure_cost(
             start = time.perf_counter()
             jax.block_until_ready(update(params, states[name], batch))
             seconds[i, repeat] = time.perf_counter() - start
-    sizes = [update.memory_analysis().temp_size_in_bytes for update in updates.values()]
+    analyses = [update.memory_analysis() for update in updates.values()]  # None on some backends
+    sizes = [np.nan if memory is None else memory.temp_size_in_bytes for memory in analyses]
     return Cost(tuple(updates), seconds[:, 1:], np.array(sizes))

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +10,16 @@ import numpy as np
 from jbptt import validation
 from jbptt.adjoint import gradient_sums
 from jbptt.analysis.comparison import Cost, measure_cost
-from jbptt.analysis.lags import LagProfile, TruncationCurve, lag_profile, relative_error, truncation_curve
+from jbptt.analysis.lags import (
+    LagProfile,
+    TruncationCurve,
+    curve_reader,
+    curve_start,
+    linearise,
+    profile_reader,
+    relative_error,
+    scan_lags,
+)
 from jbptt.estimators import full_bptt, truncated_bptt
 from jbptt.norms import norm
 from jbptt.types import Batch, Carry, Estimator, Loss, Params, Step, weighted_mean
@@ -42,14 +50,14 @@ class Diagnosis:
       block_errors: for each block window measured, its error with the cuts at multiples of the window.
     """
 
-    verdict_index: chex.Array
-    rate: chex.Array
-    half_life: chex.Array
-    reach: chex.Array
-    sliding_window: chex.Array
-    block_window: chex.Array
-    loss: chex.Array
-    gradient_norm: chex.Array
+    verdict_index: jax.Array
+    rate: jax.Array
+    half_life: jax.Array
+    reach: jax.Array
+    sliding_window: jax.Array
+    block_window: jax.Array
+    loss: jax.Array
+    gradient_norm: jax.Array
     profile: LagProfile
     curve: TruncationCurve
     num_steps: int = field(metadata={"static": True})
@@ -65,7 +73,7 @@ class Diagnosis:
         return _page(self) if np.ndim(self.verdict_index) == 0 else repr(self)
 
 
-def fit_rate(norms: chex.Array) -> chex.Array:
+def fit_rate(norms: jax.Array) -> jax.Array:
     """Least-squares slope of `ln norms` against the lag, over the lags before 0.1 % of the first is reached."""
     size = jnp.log(jnp.maximum(norms, jnp.finfo(norms.dtype).tiny))
     used = jnp.cumsum(norms < 1e-3 * norms[0]) == 0
@@ -76,7 +84,7 @@ def fit_rate(norms: chex.Array) -> chex.Array:
     return jnp.where(spread > 0, jnp.sum(centred * size) / jnp.where(spread > 0, spread, 1), 0.0)
 
 
-def first_window(error: chex.Array, tolerance: float) -> chex.Array:
+def first_window(error: jax.Array, tolerance: float) -> jax.Array:
     """The smallest window whose error is within the tolerance; 0 if there is none."""
     good = error <= tolerance
     return jnp.where(jnp.any(good), jnp.argmax(good) + 1, 0)
@@ -89,7 +97,7 @@ def diagnose(
     carry: Carry,
     batch: Batch,
     *,
-    gates: chex.Array | None = None,
+    gates: jax.Array | None = None,
     max_window: int | None = None,
     measure: bool = True,
     num_repeats: int = 5,
@@ -121,9 +129,17 @@ def diagnose(
 
     def read(params, carry, batch, gates):
         sums, _ = gradient_sums(step, loss, params, carry, batch, gates)
-        profile = lag_profile(step, loss, params, carry, batch, max_lag=largest, gates=gates)
-        curve = truncation_curve(step, loss, params, carry, batch, max_window=largest, gates=gates)
-        return _read(sums, profile, curve, num_steps)
+        problem = linearise(step, loss, params, carry, batch, batch_shape)
+        read_profile, read_curve = profile_reader(problem), curve_reader(sums.grad)
+
+        def read_both(state, *lag):  # one pass over the lags serves both
+            _, profile = read_profile(None, *lag)
+            state, curve = read_curve(state, *lag)
+            return state, (profile, curve)
+
+        profile, curve = scan_lags(problem, gates, largest, read_both, curve_start(sums.grad))
+        curve = TruncationCurve(jnp.arange(1, largest + 1), *curve)
+        return _read(sums, LagProfile(*profile), curve, num_steps)
 
     if not measure:
         return read(params, carry, batch, gates)
@@ -170,8 +186,8 @@ def _fresh_blocks(estimator: Estimator, window: int) -> Estimator:
 
 
 def _with_cost(found: Diagnosis, step, loss, params, carry, batch, num_repeats) -> Diagnosis:
-    blocks = sorted({int(w) for w in found.block_window if 0 < w})
-    sliding = sorted({int(w) for w in found.sliding_window if 0 < w})
+    blocks = sorted({int(w) for w in found.block_window if w > 0})
+    sliding = sorted({int(w) for w in found.sliding_window if w > 0})
     estimators = {"full": full_bptt(step, loss)}
     for window in blocks:
         estimators[f"block {window}"] = _fresh_blocks(truncated_bptt(step, loss, window=window), window)
@@ -206,15 +222,21 @@ def _page(found: Diagnosis) -> str:
         f"  loss {float(found.loss):.4g}, gradient norm {float(found.gradient_norm):.3g}",
     ]
     if found.verdict == "non-finite":
-        return "\n".join([*lines, "  a loss, an adjoint or the gradient is NaN or infinite: no window can be recommended"])
+        return "\n".join(
+            [*lines, "  a loss, an adjoint or the gradient is NaN or infinite: no window can be recommended"]
+        )
     lines += [
         f"  half-life {halves}; norm {norms[0]:.3g} at lag 0, {norms[-1]:.3g} at lag {largest - 1}",
         f"  reach     {reach} (at least 1 % of lag 0)",
         "",
         f"  {'window for':<14}{'steps':>8}{'time':>12}{'memory':>12}{'vs full BPTT':>24}",
     ]
-    costs = {} if found.cost is None else dict(
-        zip(found.cost.names, zip(found.cost.median_seconds, found.cost.temporary_bytes, strict=True), strict=True)
+    costs = (
+        {}
+        if found.cost is None
+        else dict(
+            zip(found.cost.names, zip(found.cost.median_seconds, found.cost.temporary_bytes, strict=True), strict=True)
+        )
     )
     for kind, windows in (("sliding", found.sliding_window), ("block", found.block_window)):
         for tolerance, window in zip(TOLERANCES, windows, strict=True):
@@ -222,6 +244,8 @@ def _page(found: Diagnosis) -> str:
             lines.append(f"  {label:<14}{_steps(window, largest):>8}" + _cost_cells(costs, f"{kind} {int(window)}"))
     lines.append(f"  {'full BPTT':<14}{found.num_steps:>8}" + _cost_cells(costs, "full"))
     for window, error in (found.block_errors or {}).items():
+        if window == found.num_steps:
+            continue  # full BPTT
         lines.append(f"  blocks of {window}, cut at multiples of {window} on this batch: {error:.2%} error")
     lines.append("  error: ‖ĝ − g‖ / ‖g‖ against the exact gradient; blocks averaged over where the first cut falls")
     return "\n".join(lines)

@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -27,7 +26,7 @@ class Adjoints(NamedTuple):
 
 
 def adjoints(
-    step: Step, loss: Loss, params: Params, carry: Carry, batch: Batch, *, gates: chex.Array | None = None
+    step: Step, loss: Loss, params: Params, carry: Carry, batch: Batch, *, gates: jax.Array | None = None
 ) -> Adjoints:
     """Every carry of a sequence and the gradient of the weighted mean loss in it.
 
@@ -59,14 +58,12 @@ def adjoints(
     cotangents = [jnp.concatenate([a[None], b]) for a, b in zip(first, rest, strict=True)]
     carries = jax.tree.map(lambda a, b: jnp.concatenate([jnp.asarray(a)[None], b]), carry, carries)
     filled = iter(cotangents)
-    return Adjoints(
-        carries, jax.tree.map(lambda a: next(filled) if is_inexact(a) else jnp.zeros(a.shape), carries)
-    )
+    return Adjoints(carries, jax.tree.map(lambda a: next(filled) if is_inexact(a) else jnp.zeros(a.shape), carries))
 
 
 def gradient_flow(
-    step: Step, loss: Loss, params: Params, carry: Carry, batch: Batch, *, gates: chex.Array | None = None
-) -> chex.Array:
+    step: Step, loss: Loss, params: Params, carry: Carry, batch: Batch, *, gates: jax.Array | None = None
+) -> jax.Array:
     """How much the loss of each step depends on each earlier carry.
 
         F[t, s] = RMS over examples of ‖∂ℓ_t/∂carries[s]‖,   s ≤ t,   0 above the diagonal

@@ -11,7 +11,6 @@ D_k is the gradient at lag k, and what a window leaves is a weighted sum of D_k.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -32,8 +31,8 @@ class LagProfile(NamedTuple):
       grad_norms: `‖Σ_t w_t G[t, t−k]‖ / Σ w`.
     """
 
-    cotangent_norms: chex.Array
-    grad_norms: chex.Array
+    cotangent_norms: jax.Array
+    grad_norms: jax.Array
 
 
 class TruncationCurve(NamedTuple):
@@ -47,11 +46,11 @@ class TruncationCurve(NamedTuple):
       block_cosine: as `cosine`, for blocks.
     """
 
-    windows: chex.Array
-    relative_error: chex.Array
-    cosine: chex.Array
-    block_relative_error: chex.Array
-    block_cosine: chex.Array
+    windows: jax.Array
+    relative_error: jax.Array
+    cosine: jax.Array
+    block_relative_error: jax.Array
+    block_cosine: jax.Array
 
 
 class Linearised(NamedTuple):
@@ -69,7 +68,7 @@ class Linearised(NamedTuple):
     outputs_bar: list
     carries: list
     readout_grad: Params
-    weights: chex.Array
+    weights: jax.Array
 
 
 def linearise(step: Step, loss: Loss, params: Params, carry: Carry, batch: Batch, batch_shape: tuple) -> Linearised:
@@ -82,7 +81,7 @@ def linearise(step: Step, loss: Loss, params: Params, carry: Carry, batch: Batch
     return Linearised(pull, outputs_bar, split_inexact(carries)[0], sums.grad, weights)
 
 
-def scan_lags(problem: Linearised, gates: chex.Array | None, num_lags: int, read: Callable, state: Any):
+def scan_lags(problem: Linearised, gates: jax.Array | None, num_lags: int, read: Callable, state: Any):
     """Goes back lag by lag: `read(state, lag, V, D) -> (state, row)`; returns the rows of all lags."""
 
     def pull(cotangents, outputs_bar):
@@ -120,7 +119,7 @@ def lag_profile(
     batch: Batch,
     *,
     max_lag: int,
-    gates: chex.Array | None = None,
+    gates: jax.Array | None = None,
 ) -> LagProfile:
     """How large the gradient still is after 0, 1, … max_lag − 1 steps back.
 
@@ -145,16 +144,21 @@ def lag_profile(
         raise ValueError(f"max_lag must be <= T = {num_steps}, got {max_lag}; there are no pairs further apart")
     gates = None if gates is None else jnp.asarray(gates)
     problem = linearise(step, loss, params, carry, batch, batch_shape)
+    return LagProfile(*scan_lags(problem, gates, max_lag, profile_reader(problem), None))
+
+
+def profile_reader(problem: Linearised) -> Callable:
+    """Reads one lag of a `LagProfile`, for `scan_lags`."""
     weights, total = problem.weights, jnp.sum(problem.weights)
 
     def read(state, lag, cotangents, grad):
         # The adjoints carry their loss's weight: ‖w ∂ℓ‖ = |w| ‖∂ℓ‖, and w's sign is put back.
-        valid = align_leading(jnp.arange(num_steps) < num_steps - lag, weights.ndim)
+        valid = align_leading(jnp.arange(len(weights)) < len(weights) - lag, weights.ndim)
         weight = jnp.where(valid, jnp.roll(weights, -lag, axis=0), 0)
-        norms = jnp.where(weight == 0, 0, jnp.sign(weight) * norm(cotangents, 1 + len(batch_shape)))
+        norms = jnp.where(weight == 0, 0, jnp.sign(weight) * norm(cotangents, weights.ndim))
         return state, (weighted_mean(jnp.sum(norms), jnp.sum(weight)), weighted_mean(norm(grad), total))
 
-    return LagProfile(*scan_lags(problem, gates, max_lag, read, None))
+    return read
 
 
 def truncation_curve(
@@ -165,7 +169,7 @@ def truncation_curve(
     batch: Batch,
     *,
     max_window: int,
-    gates: chex.Array | None = None,
+    gates: jax.Array | None = None,
 ) -> TruncationCurve:
     """The error of every window 1 … max_window against the exact gradient, in one pass over lags.
 
@@ -195,6 +199,20 @@ def truncation_curve(
     gates = None if gates is None else jnp.asarray(gates)
     exact = gradient_sums(step, loss, params, carry, batch, gates)[0].grad
 
+    problem = linearise(step, loss, params, carry, batch, batch_shape)
+    rows = scan_lags(problem, gates, max_window, curve_reader(exact), curve_start(exact))
+    return TruncationCurve(jnp.arange(1, max_window + 1), *rows)
+
+
+def curve_start(exact: Params) -> Any:
+    """What `curve_reader` begins with: no lag summed yet."""
+    zeros = jax.tree.map(jnp.zeros_like, exact)
+    return zeros, zeros
+
+
+def curve_reader(exact: Params) -> Callable:
+    """Reads one window of a `TruncationCurve` against the exact gradient, for `scan_lags`."""
+
     def read(state, lag, _, grad):
         sliding, blocks = state
         sliding = jax.tree.map(jnp.add, sliding, grad)
@@ -203,12 +221,10 @@ def truncation_curve(
         row = (relative_error(sliding, exact), cosine(sliding, exact), relative_error(mean, exact), cosine(mean, exact))
         return (sliding, blocks), row
 
-    zeros = jax.tree.map(jnp.zeros_like, exact)
-    rows = scan_lags(linearise(step, loss, params, carry, batch, batch_shape), gates, max_window, read, (zeros, zeros))
-    return TruncationCurve(jnp.arange(1, max_window + 1), *rows)
+    return read
 
 
-def relative_error(estimate: Params, exact: Params) -> chex.Array:
+def relative_error(estimate: Params, exact: Params) -> jax.Array:
     """`‖estimate − exact‖ / ‖exact‖`; with exact 0: 0 if the estimate is 0 too, else inf."""
     error, spread = scaled_norm(jax.tree.map(jnp.subtract, estimate, exact))
     size, ratio = scaled_norm(exact)

@@ -88,7 +88,8 @@ def text(text: str, *, num_steps: int, batch_size: int, heldout_fraction: float 
                 f"text is too short: {len(part)} {name} characters of {len(tokens)}, wanted at least num_steps · "
                 f"batch_size + 1 = {need}; pass a longer text, fewer steps or a smaller batch"
             )
-    return Text(*(_streams(part, num_steps, batch_size) for part in (tokens[:cut], tokens[cut:])), vocabulary)
+    train, heldout = (_streams(part, num_steps, batch_size) for part in (tokens[:cut], tokens[cut:]))
+    return Text(train, heldout, vocabulary)
 
 
 def _streams(tokens: np.ndarray, num_steps: int, batch_size: int) -> Batch:
@@ -101,9 +102,7 @@ def _streams(tokens: np.ndarray, num_steps: int, batch_size: int) -> Batch:
     return Batch(cut(tokens[:used]), cut(tokens[1 : used + 1]))
 
 
-def copy(
-    key: chex.PRNGKey, *, length: int, delay: int, batch_size: int, num_symbols: int = 8
-) -> Batch:
+def copy(key: chex.PRNGKey, *, length: int, delay: int, batch_size: int, num_symbols: int = 8) -> Batch:
     """Copy memory (Hochreiter & Schmidhuber, 1997): repeat `length` symbols after `delay` blank steps.
 
     T = 2·length + delay. `xs`: one-hot `[T, B, num_symbols + 2]` (blank and go are the last two);
@@ -145,12 +144,12 @@ def adding(key: chex.PRNGKey, *, num_steps: int, batch_size: int) -> Batch:
     return Batch(jnp.stack([numbers, marked.astype(numbers.dtype)], axis=-1), targets, weights=weights)
 
 
-def cross_entropy(logits: chex.Array, target: chex.Array) -> chex.Array:
+def cross_entropy(logits: jax.Array, target: jax.Array) -> jax.Array:
     """`−ln p(target)` in nats, logits `[*batch, classes]`, integer targets `[*batch]`."""
     return optax.losses.softmax_cross_entropy_with_integer_labels(logits, target)
 
 
-def squared_error(y: chex.Array, target: chex.Array) -> chex.Array:
+def squared_error(y: jax.Array, target: jax.Array) -> jax.Array:
     """`½ ‖y − target‖²` over the last axis."""
     return optax.losses.l2_loss(y, target).sum(axis=-1)
 

@@ -23,8 +23,8 @@ class History(NamedTuple):
       opt_state: the optimizer's last state; pass it on to continue.
     """
 
-    loss: chex.Array
-    grad_norm: chex.Array
+    loss: jax.Array
+    grad_norm: jax.Array
     info: dict[str, Any]
     state: Any
     opt_state: optax.OptState
@@ -76,7 +76,7 @@ def train(
     return params, History(loss, grad_norm, info, state, opt_state)
 
 
-def evaluate(step: Step, loss: Loss, params: Params, carry: Carry, batches: Batch) -> chex.Array:
+def evaluate(step: Step, loss: Loss, params: Params, carry: Carry, batches: Batch) -> jax.Array:
     """The weighted mean loss over batches `[N, T, ...]` read as one stream, the carry kept between them."""
 
     def body(carry, batch):
