@@ -4,28 +4,15 @@ A picture is reached through its axes: `plots.plot_reach(reach).figure.savefig("
 is read or changed; matplotlib is imported when something is drawn.
 """
 
-import io
 import math
 import warnings
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from jbptt.report.themes import LIGHT, Theme, style, to_svg
 
-class Theme(NamedTuple):
-    """The colours of one background; `lines` (Okabe and Ito, 2008) can be told apart by colour-blind readers."""
-
-    ink: str
-    muted: str
-    paper: str
-    cut: str
-    shades: tuple[str, float, float]  # a colour map and the part of it that stands out from paper and cut
-    lines: tuple[str, str, str]
-
-
-LIGHT = Theme("#1d2329", "#5b6570", "#ffffff", "#e7e9ec", ("YlGnBu", 0.3, 1.0), ("#0072b2", "#d55e00", "#009e73"))
-DARK = Theme("#e8eaed", "#a3adb8", "#1b2027", "#343c46", ("YlGnBu_r", 0.3, 1.0), ("#56b4e9", "#f0a030", "#2fc79b"))
 CELL_MARKERS = {"rnn": "o", "gru": "s", "lstm": "^"}
 STRATEGIES = (("sliding", "-", "o"), ("block", (0, (5, 2)), "s"))
 PICTURES = ("coverage", "reach", "windows", "learning")
@@ -39,7 +26,7 @@ def plot_coverage(coverage: dict[str, Any], *, axes: Any = None, theme: Theme = 
     """
     from matplotlib.colors import LogNorm
 
-    axes = _new_axes((11.2, 4.55), 1, 3, axes)
+    axes = _new_axes((10.8, 5.0), 1, 3, axes)
     labels = [_visible(character) for character in coverage["characters"]]
     matrices = {name: np.asarray(matrix, float) for name, matrix in coverage["matrices"].items()}
     largest = max([2.0, *(float(matrix.max()) for matrix in matrices.values())])
@@ -48,12 +35,12 @@ def plot_coverage(coverage: dict[str, Any], *, axes: Any = None, theme: Theme = 
     titles = {
         "full": "full",
         "fixed": f"fixed, window {coverage['window']}",
-        "randomized": f"randomized, keep_prob {coverage['keep_prob']:g}",
+        "randomized": f"randomized, keep_prob {coverage['keep_prob']:.3g}",
     }
     mesh = None
     for ax, (name, matrix) in zip(axes, matrices.items(), strict=True):
         mesh = _draw_matrix(ax, matrix, norm, theme)
-        ax.set_title(f"{titles[name]}: {coverage['pairs'][name]} of {coverage['pairs']['full']} pairs")
+        ax.set_title(f"{titles[name]}\n{coverage['pairs'][name]} of {coverage['pairs']['full']} pairs")
         _label_characters(ax, labels)
         ax.set_xlabel("source: character i")
     axes[0].set_ylabel("loss: character t")
@@ -75,6 +62,7 @@ def plot_reach(reach: dict[str, Any], *, ax: Any = None, theme: Theme = LIGHT) -
     colours = dict(zip(cells, theme.lines, strict=False))
     for curve in reach["curves"]:
         after = curve["stage"] == "after"
+        zero = _mark_zeros(ax, lags, curve, colours[curve["cell"]])
         ax.plot(
             lags,
             _positive(curve["norms"]),
@@ -84,14 +72,16 @@ def plot_reach(reach: dict[str, Any], *, ax: Any = None, theme: Theme = LIGHT) -
             markevery=max(1, len(lags) // 8),
             markersize=5,
             markerfacecolor=None if after else theme.paper,
-            label=f"{curve['cell']} {curve['stage']} training: {_half_life(curve)}",
+            label=f"{curve['cell']} {curve['stage']}: {_half_life(curve)}{zero}",
         )
-    _log_scale(ax, "y", [norm for curve in reach["curves"] for norm in curve["norms"]])
+    norms = _positive([norm for curve in reach["curves"] for norm in curve["norms"]])
+    _log_scale(ax, "y", norms, (1,))
+    if np.isfinite(norms).any():
+        ax.set_ylim(bottom=max(ax.get_ylim()[0], 1e-12 * np.nanmax(norms)))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("lag k: steps between a loss and the carry it flows back to")
     ax.set_ylabel("mean norm of the gradient at lag k")
-    _mark_zeros(ax, lags, reach["curves"], colours)
-    _legend_below(ax, num_columns=max(1, len(cells)))
+    _legend_below(ax, max(1, len(cells)), "before (dashed) and after (solid) training; half-life in steps")
     return ax
 
 
@@ -115,22 +105,23 @@ def plot_windows(windows: dict[str, Any], *, axes: Any = None, theme: Theme = LI
         column[3].set_xscale("log", base=2)
         column[3].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     costs = [cost for model in models for cost in model["costs"]]
-    curves = [model[strategy] for model in models for strategy in ("sliding", "block")]
-    _log_scale(axes[0, 0], "y", [e for curve in curves for e in curve["relative_error"]] + [0.01, 0.1])
-    _log_scale(axes[2, 0], "y", [cost["seconds"] and cost["seconds"] * 1e3 for cost in costs])
-    _log_scale(axes[3, 0], "y", [cost["temporary_bytes"] and cost["temporary_bytes"] * 2.0**-20 for cost in costs])
+    curves = [model[strategy] for model in models for strategy, *_ in STRATEGIES]
+    _log_scale(axes[0, 0], "y", [e for curve in curves for e in curve["relative_error"]] + [0.01, 0.1], (1,))
+    axes[0, 0].set_ylim(bottom=max(axes[0, 0].get_ylim()[0], 1e-4))
+    for row, field in ((2, "seconds"), (3, "temporary_bytes")):
+        _log_scale(axes[row, 0], "y", [cost[field] for cost in costs])
     for row, label in enumerate(("relative error", "cosine", "time (ms)", "memory (MiB)")):
         axes[row, 0].set_ylabel(label)
-        if row != 1 and axes[row, 0].get_yscale() == "log":
-            axes[row, 0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     handles, labels = axes[3, 0].get_legend_handles_labels()
-    axes[0, 0].figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    ring = axes[3, 0].plot([], [], "o", color=theme.muted, markerfacecolor="none", markersize=9, markeredgewidth=1.6)
+    labels += ["smallest window within 10 % or 1 %"]
+    axes[0, 0].figure.legend(handles + ring, labels, loc="outside lower left", ncols=4, frameon=False, fontsize=9)
     return axes
 
 
 def plot_learning(learning: dict[str, Any], *, ax: Any = None, theme: Theme = LIGHT) -> Any:
     """Held-out perplexity by characters read: the mean over seeds, and a band of one standard deviation."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter
 
     ax = _new_axes((8.6, 4.8), 1, 1, ax)
     read = np.asarray(learning["characters_read"], float)
@@ -142,15 +133,17 @@ def plot_learning(learning: dict[str, Any], *, ax: Any = None, theme: Theme = LI
         label = f"{strategy['name']} ({strategy['detail']})"
         ax.plot(read, mean, color=colour, linestyle=linestyle, marker=marker, markersize=5, label=label)
         ax.fill_between(read, mean - spread, mean + spread, color=colour, alpha=0.22, linewidth=0)
-    _log_scale(ax, "y", [p for s in learning["strategies"] for point in s["perplexity"] for p in point])
-    if ax.get_yscale() == "log":
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)))
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        ax.yaxis.set_minor_formatter(NullFormatter())
+    # What the untrained model scores would press all differences flat: its point may lie above the picture.
+    trained = _numbers([strategy["perplexity"][1:] for strategy in learning["strategies"]])
+    if len(read) > 2 and np.isfinite(trained).any():
+        low, high = np.nanmin(trained), np.nanmax(trained)
+        margin = 0.05 * (high - low) or 0.05 * high
+        ax.set_ylim(low - margin, high + margin)
+    ax.grid(True)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     ax.set_xlabel("characters read in training")
     ax.set_ylabel("held-out perplexity per character")
-    _legend_below(ax, num_columns=len(learning["strategies"]))
+    _legend_below(ax, len(learning["strategies"]), "mean of the seeds; band: one standard deviation")
     return ax
 
 
@@ -163,40 +156,12 @@ def draw_pictures(data: dict[str, Any], theme: Theme = LIGHT) -> dict[str, str]:
 
     functions = dict(zip(PICTURES, (plot_coverage, plot_reach, plot_windows, plot_learning), strict=True))
     pictures = {}
-    with matplotlib.rc_context(_style(theme)), warnings.catch_warnings():
+    with matplotlib.rc_context(style(theme)), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         for name, plot_fn in functions.items():
             drawn = plot_fn(data[name], theme=theme)
-            pictures[name] = _to_svg(np.ravel(drawn)[0].figure)
+            pictures[name] = to_svg(np.ravel(drawn)[0].figure)
     return pictures
-
-
-def _style(theme: Theme) -> dict[str, Any]:
-    edges = ("text.color", "axes.labelcolor", "axes.titlecolor")
-    quiet = ("xtick.color", "ytick.color", "axes.edgecolor")
-    return {
-        "svg.hashsalt": "jbptt",
-        "svg.fonttype": "path",
-        "font.family": ["DejaVu Sans"],
-        "font.size": 10,
-        "axes.titlesize": 10.5,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "lines.linewidth": 1.8,
-        "figure.facecolor": theme.paper,
-        "axes.facecolor": theme.paper,
-        "grid.color": theme.muted,
-        "grid.alpha": 0.25,
-        "grid.linewidth": 0.6,
-        **dict.fromkeys(edges, theme.ink),
-        **dict.fromkeys(quiet, theme.muted),
-    }
-
-
-def _to_svg(figure: Any) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
 
 
 def _new_axes(size: tuple[float, float], rows: int, columns: int, axes: Any, **shared: Any) -> Any:
@@ -219,25 +184,33 @@ def _positive(values: Iterable[float | None]) -> np.ndarray:
     return np.where(numbers > 0, numbers, np.nan)
 
 
-def _log_scale(ax: Any, axis: str, values: Iterable[float | None]) -> None:
-    """A log axis, unless nothing on it is positive."""
-    if np.isfinite(_positive(list(values))).any():
-        ax.set(**{f"{axis}scale": "log"})
-    ax.grid(True, axis="both")
+def _log_scale(ax: Any, axis: str, values: Iterable[float | None], steps: tuple[float, ...] = (1, 2, 5)) -> None:
+    """A log axis with plain numbers at `steps` times powers of ten, unless nothing on it is positive."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    ax.grid(True)
+    if not np.isfinite(_positive(list(values))).any():
+        return
+    ax.set(**{f"{axis}scale": "log"})
+    ruler = getattr(ax, f"{axis}axis")
+    ruler.set_major_locator(LogLocator(subs=steps))
+    ruler.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ruler.set_minor_formatter(NullFormatter())
 
 
-def _mark_zeros(ax: Any, lags: np.ndarray, curves: list[dict[str, Any]], colours: dict[str, str]) -> None:
+def _mark_zeros(ax: Any, lags: np.ndarray, curve: dict[str, Any], colour: str) -> str:
     """A triangle on the lower edge where a curve leaves the log axis because the norm is exactly 0."""
-    for curve in curves:
-        zeros = np.flatnonzero(_numbers(curve["norms"]) == 0)
-        if zeros.size:
-            place = {"transform": ax.get_xaxis_transform(), "clip_on": False, "linestyle": "none"}
-            label = f"{curve['cell']} {curve['stage']} training: 0 from lag {lags[zeros[0]]}"
-            ax.plot(lags[zeros[0]], 0.0, "v", color=colours[curve["cell"]], label=label, **place)
+    zeros = np.flatnonzero(_numbers(curve["norms"]) == 0)
+    if not zeros.size:
+        return ""
+    place = {"transform": ax.get_xaxis_transform(), "clip_on": False, "linestyle": "none"}
+    ax.plot(lags[zeros[0]], 0.0, "v", color=colour, **place)
+    return f", 0 at lag {lags[zeros[0]]}"
 
 
-def _legend_below(ax: Any, num_columns: int) -> None:
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=num_columns, frameon=False, fontsize=9)
+def _legend_below(ax: Any, num_columns: int, title: str) -> None:
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.12), "ncols": num_columns}
+    ax.legend(title=title, title_fontsize=9, frameon=False, fontsize=9, **place)
 
 
 def _half_life(curve: dict[str, Any]) -> str:
@@ -258,7 +231,6 @@ def _label_characters(ax: Any, labels: list[str]) -> None:
     ax.set_yticks(np.arange(len(labels)) + 0.5, labels=labels, fontdict=font)
     for label in (*ax.get_xticklabels(), *ax.get_yticklabels()):
         label.set_parse_math(False)
-    ax.tick_params(length=0, pad=2)
 
 
 def _draw_matrix(ax: Any, matrix: np.ndarray, norm: Any, theme: Theme) -> Any:
@@ -269,11 +241,15 @@ def _draw_matrix(ax: Any, matrix: np.ndarray, norm: Any, theme: Theme) -> Any:
     shades = matplotlib.colormaps[name](np.linspace(low, high, 256))
     size = len(matrix)
     cut = np.ma.masked_where((matrix > 0) | np.triu(np.ones_like(matrix, bool), 1), np.ones_like(matrix))
-    border = {"edgecolors": theme.paper, "linewidth": 0.5}
-    ax.pcolormesh(cut, cmap=ListedColormap([theme.cut]), **border)
-    mesh = ax.pcolormesh(np.ma.masked_where(matrix <= 0, matrix), cmap=ListedColormap(shades), norm=norm, **border)
-    ax.set(aspect="equal", xlim=(0, size), ylim=(size, 0))
-    return mesh
+    # "none" stores one pixel per pair, and the browser scales it without blur.
+    place = {"interpolation": "none", "extent": (0, size, size, 0)}
+    ax.imshow(cut, cmap=ListedColormap([theme.cut]), **place)
+    image = ax.imshow(np.ma.masked_where(matrix <= 0, matrix), cmap=ListedColormap(shades), norm=norm, **place)
+    ax.set_xticks(np.arange(1, size), minor=True)
+    ax.set_yticks(np.arange(1, size), minor=True)
+    ax.grid(True, which="minor", color=theme.paper, alpha=1.0, linewidth=0.7)
+    ax.tick_params(which="both", length=0, pad=2)
+    return image
 
 
 def _round_ticks(smallest: float, largest: float) -> list[float]:
@@ -286,7 +262,9 @@ def _round_ticks(smallest: float, largest: float) -> list[float]:
 def _draw_error(ax: Any, model: dict[str, Any], theme: Theme) -> None:
     for level, text in ((0.1, "10 %"), (0.01, "1 %")):
         ax.axhline(level, color=theme.muted, linewidth=0.9, linestyle=":")
-        ax.annotate(text, (1, level), (-2, 2), ax.get_yaxis_transform(), "offset points", ha="right", color=theme.muted)
+        ax.annotate(
+            text, (0, level), (3, 2), ax.get_yaxis_transform(), "offset points", color=theme.muted, fontsize=8.5
+        )
     for (strategy, linestyle, _), colour in zip(STRATEGIES, theme.lines, strict=False):
         error = _positive(model[strategy]["relative_error"])
         ax.plot(model["windows"], error, color=colour, linestyle=linestyle)

@@ -1,0 +1,159 @@
+"""The command `jbptt`. What a user got wrong ends in one line and exit status 2."""
+
+import contextlib
+import io
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+DESCRIPTION = """How far back does the gradient of a recurrent model reach, and what does each truncation of
+backpropagation through time cost? `jbptt --version` prints the version."""
+NEEDED = ("tyro", "rich", "matplotlib", "jinja2")
+
+
+class UsageError(Exception):
+    """What the user can put right; its one line says how."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit status: 0, 2 for a wrong call, 130 after Ctrl-C."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _dispatch(arguments)
+    except UsageError as error:
+        print(f"jbptt: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("jbptt: stopped before the report was finished; nothing was written", file=sys.stderr)
+        return 130
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if arguments == ["--version"]:
+        print(f"jbptt {_own_version()}")
+        return 0
+    if missing := [name for name in NEEDED if find_spec(name) is None]:
+        raise UsageError(f"the command line needs {', '.join(missing)}; install with pip install 'jbptt[cli]'")
+    import tyro
+
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            run = _commands(arguments).cli(
+                prog="jbptt",
+                description=DESCRIPTION,
+                args=arguments or ["--help"],
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+    except SystemExit as end:
+        if end.code:
+            raise UsageError(_one_line(errors.getvalue())) from None
+        return 0
+    return run()
+
+
+def _commands(arguments: list[str]) -> Any:
+    """Every subcommand; each returns what is left to run once the whole line has been understood."""
+    import tyro
+
+    from jbptt.report.study import Settings
+
+    commands = tyro.extras.SubcommandApp()
+    command = shlex.join(["jbptt", *arguments])
+
+    @commands.command(name="report")
+    def report(
+        settings: tyro.conf.OmitArgPrefixes[Settings] = Settings(),  # noqa: B008
+        *,
+        out: Path = Path("jbptt-report"),
+        cores: int = 1,
+    ):
+        """Train small character models on real text and write report.html, report.json and the figures.
+
+        Args:
+            out: the folder to write; files of an earlier report in it are replaced at the very end.
+            cores: CPU cores used as devices.
+        """
+        return lambda: run_report(settings, out=out, cores=cores, command=command)
+
+    return commands
+
+
+def run_report(settings: Any, *, out: Path, cores: int = 1, command: str = "jbptt report") -> int:
+    """Runs the study and writes its report into `out`, all of it or nothing.
+
+    Raises: UsageError, before anything runs where that can be known.
+    """
+    from jbptt.report import output, study
+    from jbptt.report.display import ProgressDisplay, print_summary
+
+    target = Path(out)
+    try:
+        output.check_target(target)
+        _use_cores(cores, settings.batch_size)
+        text = study.check_settings(settings)
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
+    try:
+        with ProgressDisplay() as progress:
+            data = study.run_study(settings, text, progress)
+            progress("write the report", 1.0)
+            data |= {"created": datetime.now(UTC).isoformat(timespec="seconds"), "command": command}
+            output.write_report(data, target)
+    except (OSError, MemoryError) as error:
+        raise UsageError(f"the report could not be finished: {error}") from error
+    except _device_errors() as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"the device gave up: {reason}; try a smaller --hidden-size or --batch-size") from error
+    print_summary(data, target)
+    return 0
+
+
+def _use_cores(cores: int, batch_size: int) -> None:
+    """Splits the CPU into `cores` devices; JAX must not have computed anything yet."""
+    available = os.cpu_count() or 1
+    if not 1 <= cores <= available:
+        raise ValueError(f"cores must be in [1, {available}], got {cores}; this machine has {available}")
+    if batch_size > 0 and batch_size % cores:
+        raise ValueError(
+            f"batch_size must be a multiple of cores, got batch_size={batch_size} and cores={cores}; each core "
+            "takes as many sequences as every other"
+        )
+    if cores > 1:
+        import jax
+
+        jax.config.update("jax_num_cpu_devices", cores)
+
+
+def _device_errors() -> tuple[type[Exception], ...]:
+    import jax
+
+    return (jax.errors.JaxRuntimeError,)
+
+
+def _one_line(message: str) -> str:
+    """The first paragraph of a boxed message, without the box."""
+    lines: list[str] = []
+    for line in message.splitlines()[1:]:  # the first holds the title
+        line = line.strip("│|╭╮╰╯+ ")
+        if re.search(r"─{3,}|-{3,}", line):  # a border or a rule; ASCII where the terminal has no lines to draw with
+            if lines:
+                break
+        elif line:
+            lines.append(line)
+    text = " ".join(lines) or "the command line was not understood"
+    return f"{text.rstrip('.')}; jbptt report --help lists every option"
+
+
+def _own_version() -> str:
+    try:
+        return version("jbptt")
+    except PackageNotFoundError:
+        return "(not installed)"

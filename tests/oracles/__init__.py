@@ -1,0 +1,1 @@
+"""Independent implementations to hold the package against."""

@@ -1,0 +1,396 @@
+"""The report: true sentences, whole pages, and a command line that leaves nothing half done."""
+
+import copy
+import html.parser
+import json
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+
+for module in ("tyro", "rich", "matplotlib", "jinja2"):
+    pytest.importorskip(module)
+
+from jbptt.report import cli, output, plots, sentences, study, tables  # noqa: E402
+from jbptt.report.html import render_page  # noqa: E402
+from jbptt.report.themes import DARK, LIGHT  # noqa: E402
+
+NASTY = "<script>alert(1)</script>$&\n\t\x00"
+
+
+def curve(cell, stage, half_life, verdict="vanishing", reach=3, norms=(1.0, 0.5, 0.25, 0.0)):
+    return {
+        "cell": cell, "stage": stage, "norms": list(norms), "half_life": half_life, "reach": reach, "verdict": verdict,
+    }  # fmt: skip
+
+
+def part(ten=2, one=4):
+    recommended = {"0.1": ten, "0.01": one}
+    return {"relative_error": [0.5, 0.1, 0.05, 0.0], "cosine": [0.8, 0.9, 0.99, 1.0], "recommended": recommended}
+
+
+def cost(strategy, window, seconds=1e-3, size=1000):
+    return {
+        "strategy": strategy, "window": window, "seconds": seconds, "seconds_spread": 1e-5, "temporary_bytes": size,
+    }  # fmt: skip
+
+
+def strategy(name, mean, std):
+    runs = [[9.0, 9.5], [mean, mean]]
+    return {"name": name, "detail": f"{name} detail", "perplexity": runs, "final_mean": mean, "final_std": std}
+
+
+@pytest.fixture
+def data():
+    size = 4
+    full = np.tril(np.ones((size, size)))
+    fixed = full * np.kron(np.eye(2), np.ones((2, 2)))
+    randomized = full * 1.0
+    randomized[2:, :2] = 0
+    randomized[3, 2] = 2.5
+    matrices = {"full": full, "fixed": fixed, "randomized": randomized}
+    return {
+        "schema_version": 1,
+        "seed": 0,
+        "dtype": "float32",
+        "versions": {"jbptt": "0.1.0", "jax": "1", "jaxlib": "1", "optax": "1", "numpy": "2", "python": "3"},
+        "device": {"platform": "cpu", "kind": "cpu", "count": 1},
+        "settings": {"text": None, "cell": ["rnn"], "hidden_size": 8, "num_steps": 8, "batch_size": 4, "quick": True},
+        "text": {"source": "a.txt", "characters": 9000, "vocabulary": 5, "train_characters": 8000,
+                 "heldout_characters": 1000},
+        "coverage": {
+            "characters": "ab c",
+            "window": 2,
+            "keep_prob": 0.4,
+            "matrices": {name: matrix.tolist() for name, matrix in matrices.items()},
+            "pairs": {name: int((matrix > 0).sum()) for name, matrix in matrices.items()},
+        },
+        "reach": {"lags": [0, 1, 2, 3], "curves": [curve("rnn", "before", 1.0), curve("rnn", "after", 2.0)]},
+        "windows": {
+            "models": [
+                {
+                    "cell": "rnn",
+                    "windows": [1, 2, 3, 4],
+                    "sliding": part(),
+                    "block": part(3, None),
+                    "costs": [cost("full", 8, 4e-3, 8000), cost("block", 4), cost("sliding", 4)],
+                }
+            ]
+        },
+        "learning": {
+            "cell": "rnn",
+            "num_seeds": 2,
+            "batch_size": 4,
+            "num_steps": 8,
+            "characters_read": [0, 3200],
+            "strategies": [strategy("full", 5.0, 0.1), strategy("fixed", 5.05, 0.1), strategy("randomized", 6.0, 0.1)],
+        },
+        "created": "2020-01-01T00:00:00+00:00",
+        "command": "jbptt report",
+    }  # fmt: skip
+
+
+def plain(sentence):
+    return sentence.replace("\u00a0", " ")
+
+
+# Sentences
+
+
+def test_coverage_counts_and_weights(data):
+    text = sentences.describe_coverage(data["coverage"])
+    assert "Of the 10 pairs" in text and "covers 6 (60 %)" in text and "up to 2.5" in text
+    data["coverage"]["matrices"]["randomized"] = data["coverage"]["matrices"]["full"]
+    data["coverage"]["pairs"]["randomized"] = 10
+    text = sentences.describe_coverage(data["coverage"])
+    assert "covers all 10, with no weight above 1" in text
+
+
+def test_reach_says_what_happens_to_each_cell():
+    curves = [
+        curve("rnn", "before", 4.0), curve("rnn", "after", 2.0),
+        curve("gru", "before", 2.0), curve("gru", "after", None, "stable", None),
+        curve("lstm", "before", None, "exploding", None), curve("lstm", "after", None, "non-finite", 0, [None] * 4),
+    ]  # fmt: skip
+    text = sentences.describe_reach({"lags": [0, 1, 2, 3], "curves": curves})
+    assert "vanishes in the rnn (half-life 2 steps; under 1 % from lag 3 on)" in text
+    assert "it neither vanishes nor explodes in the gru (no halving; still at least 1 % at lag 3)" in text
+    assert "it is not finite in the lstm;" in text
+    assert "rnn 4 steps → 2 steps (shorter)" in text
+    assert "gru 2 steps → does not halve (longer)" in text
+    assert "lstm does not halve → not finite." in text
+
+
+def test_an_unchanged_half_life_is_called_unchanged():
+    curves = [curve("rnn", "before", 2.0001), curve("rnn", "after", 2.0)]
+    assert "(unchanged)" in sentences.describe_reach({"lags": [0, 1, 2, 3], "curves": curves})
+    curves = [curve("rnn", "before", None, "exploding"), curve("rnn", "after", None, "exploding")]
+    text = sentences.describe_reach({"lags": [0, 1, 2, 3], "curves": curves})
+    assert "explodes in the rnn" in text and "vanish" not in text and "(unchanged)" in text
+
+
+def test_windows_name_what_is_needed_and_its_cost(data):
+    text = sentences.describe_windows(data["windows"])
+    assert "the rnn needs a sliding window of 2 (4) or blocks of 3 (more than 4) steps" in text
+    assert "0.25 and 0.12 with blocks of 4 (rnn)" in text  # a quarter of 4 ms, an eighth of 8000 bytes
+
+
+def test_windows_that_only_full_bptt_satisfies(data):
+    model = data["windows"]["models"][0]
+    model["block"] = part(8, 8)
+    assert tables.recommended_window(model, "block", "0.1") is None
+    text = sentences.describe_windows(data["windows"])
+    assert "blocks of all 8 (all 8) steps" in text and "One gradient" not in text
+    model["windows"], model["sliding"] = list(range(1, 9)), part(None, None)
+    assert "sliding window of no number of (no number of)" in sentences.describe_windows(data["windows"])
+
+
+@pytest.mark.parametrize(
+    ("mean", "expected"),
+    [(5.1, "indistinguishable"), (5.3, "higher, so worse"), (4.7, "lower, so better"), (None, "cannot be compared")],
+)
+def test_learning_compares_with_the_spread(data, mean, expected):
+    learning = data["learning"]
+    learning["strategies"] = [strategy("full", 5.0, 0.1), {**strategy("fixed", 1.0, 0.1), "final_mean": mean}]
+    text = sentences.describe_learning(learning)
+    words = ["indistinguishable", "higher, so worse", "lower, so better", "cannot be compared"]
+    assert [word for word in words if word in text] == [expected]
+
+
+def test_one_seed_decides_nothing(data):
+    learning = data["learning"] | {"num_seeds": 1}
+    learning["strategies"] = [strategy("full", 5.0, None), strategy("fixed", 7.0, None)]
+    text = sentences.describe_learning(learning)
+    assert "one seed cannot tell" in text and "±" not in text
+
+
+# Pictures and page
+
+
+def test_pictures_are_the_same_bytes_every_time_and_valid(data):
+    data["coverage"]["characters"] = NASTY[-4:]
+    first, second = plots.draw_pictures(data, LIGHT), plots.draw_pictures(data, LIGHT)
+    assert tuple(first) == plots.PICTURES and first == second
+    for svg in first.values():
+        assert "<dc:date>" not in svg
+        ElementTree.fromstring(svg)
+    assert first["reach"] != plots.draw_pictures(data, DARK)["reach"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_pictures_survive_numbers_that_no_log_axis_shows(data):
+    for found in data["reach"]["curves"]:
+        found.update(norms=[None, 0.0, None, None], half_life=None, verdict="non-finite", reach=None)
+    model = data["windows"]["models"][0]
+    model["sliding"] = {"relative_error": [None] * 4, "cosine": [None] * 4, "recommended": {"0.1": None, "0.01": None}}
+    model["costs"] = [cost("full", 8, 1e-3, 0)]
+    for found in data["learning"]["strategies"]:
+        found.update(perplexity=[[None, None], [None, None]], final_mean=None, final_std=None)
+    assert set(plots.draw_pictures(data)) == set(plots.PICTURES)
+    assert all(sentences.write_sentences(data).values())
+    assert all(table.rows for table in tables.make_tables(data).values())
+
+
+def test_pictures_draw_on_the_axes_they_are_given(data):
+    from matplotlib.figure import Figure
+
+    ax = Figure().subplots()
+    assert plots.plot_reach(data["reach"], ax=ax) is ax
+    assert plots.plot_learning(data["learning"], ax=Figure().subplots()).lines
+    assert plots.plot_coverage(data["coverage"]).shape == (3,)
+    assert plots.plot_windows(data["windows"]).shape == (4, 1)
+
+
+class Page(html.parser.HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def render(data):
+    data["sentences"] = sentences.write_sentences(data)
+    return render_page(data, plots.draw_pictures(data, LIGHT), plots.draw_pictures(data, DARK))
+
+
+def test_the_page_loads_nothing_and_says_everything(data):
+    text = render(data)
+    page = Page(text)
+    links = [value for _, attrs in page.tags for name, value in attrs.items() if name in ("src", "href", "srcset")]
+    assert len(links) == 8 and all(link.startswith("data:image/svg+xml;base64,") for link in links)
+    assert not re.search(r"url\(|@import", text)
+    assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
+    images = [attrs for tag, attrs in page.tags if tag == "img"]
+    assert len(images) == 4 and all(len(attrs["alt"]) > 60 for attrs in images)
+    assert sum(tag == "table" for tag, _ in page.tags) == 4
+    for sentence in data["sentences"].values():
+        assert sentence in page.text
+    assert "jbptt report" in page.text and "prefers-color-scheme: dark" in text
+
+
+def test_a_text_full_of_markup_stays_text(data):
+    data["text"]["source"] = data["command"] = data["settings"]["text"] = NASTY
+    data["coverage"]["characters"] = "<&>$"
+    data["learning"]["strategies"][1]["detail"] = "<script>alert(1)</script>"
+    page = Page(render(data))
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert "<script>alert(1)</script>" in page.text
+    for svg in plots.draw_pictures(data).values():
+        assert not [node for node in ElementTree.fromstring(svg).iter() if node.tag.endswith("script")]
+
+
+def test_a_strategys_table_is_right(data):
+    rows = tables.make_tables(data)
+    assert rows["coverage"].rows[1] == ("fixed", "6", "60 %", "1", "6")
+    assert rows["windows"].rows[2][3:] == ("3", "1 ms ± 10 µs", "1,000 B", "4 steps")
+    assert rows["learning"].rows[0][2] == "5.00 ± 0.10"
+    assert tables.format_seconds(2.5e-4) == "250 µs" and tables.format_bytes(3 * 2**20) == "3 MiB"
+
+
+# Command line
+
+
+@pytest.fixture
+def quick_study(monkeypatch, data):
+    def run(settings, text, progress):
+        progress("train", 0.0)
+        progress("measure", 0.5)
+        return {name: copy.deepcopy(data[name]) for name in data if name not in ("created", "command")}
+
+    monkeypatch.setattr(study, "check_settings", lambda settings: "text")
+    monkeypatch.setattr(study, "run_study", run)
+
+
+def leftovers(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_report_writes_every_file(quick_study, data, tmp_path, capsys):
+    out = tmp_path / "new" / "folder"
+    assert cli.main(["report", "--out", str(out), "--seed", "3"]) == 0
+    assert leftovers(out) == sorted(output.FILES)
+    assert leftovers(tmp_path) == ["new"] and leftovers(tmp_path / "new") == ["folder"]
+    found = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    assert found["command"] == f"jbptt report --out {out} --seed 3" and found["created"].endswith("+00:00")
+    assert set(found["sentences"]) == set(plots.PICTURES)
+    assert {name: found[name] for name in data if name not in ("created", "command")} == {
+        name: data[name] for name in data if name not in ("created", "command")
+    }
+    shown = capsys.readouterr()
+    assert f"Report: {out / 'report.html'}" in shown.out and "rnn" in shown.out
+    assert "measure" in shown.err
+
+
+def test_an_earlier_report_is_replaced_and_other_files_stay(quick_study, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "report.html").write_text("old")
+    (out / "notes.txt").write_text("mine")
+    assert cli.main(["report", "--out", str(out)]) == 0
+    assert (out / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert (out / "notes.txt").read_text() == "mine"
+    assert leftovers(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, OSError("disk full"), MemoryError("too big")])
+@pytest.mark.parametrize("place", ["study", "page"])
+def test_a_failure_leaves_the_earlier_report_as_it_was(quick_study, monkeypatch, tmp_path, capsys, error, place):
+    def fail(*args):
+        raise error
+
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "report.html").write_text("old")
+    if place == "study":
+        monkeypatch.setattr(study, "run_study", fail)
+    else:
+        monkeypatch.setattr(output.os, "replace", fail)
+    arguments = ["report", "--out", str(out)]
+    if error is RuntimeError:  # a bug of ours shows where it is
+        with pytest.raises(RuntimeError):
+            cli.main(arguments)
+    else:
+        assert cli.main(arguments) == (130 if error is KeyboardInterrupt else 2)
+        assert "Traceback" not in capsys.readouterr().err
+    assert leftovers(tmp_path) == ["out"] and leftovers(out) == ["report.html"]
+    assert (out / "report.html").read_text() == "old"
+
+
+WRONG = [
+    ["--window", "0"],
+    ["--window", "many"],
+    ["--num-steps", "0"],
+    ["--keep-prob", "0"],
+    ["--seed", "4294967296"],
+    ["--cell", "transformer"],
+    ["--cores", "0"],
+    ["--cores", "100000"],
+    ["--hiden-size", "3"],
+    ["--text", "no/such/file"],
+]
+
+
+@pytest.mark.parametrize("arguments", WRONG, ids=" ".join)
+def test_wrong_input_is_one_line_and_status_2(arguments, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(study, "run_study", lambda *args: pytest.fail("ran"))
+    assert cli.main(["report", "--out", str(tmp_path / "out"), *arguments]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.count("\n") == 1 and shown.err.startswith("jbptt: error: ")
+    assert arguments[0].strip("-").replace("-", "_") in shown.err.replace("-", "_")
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00\xff\xfe binary \x80", b"short"])
+def test_a_text_that_cannot_be_used_is_refused(content, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(study, "run_study", lambda *args: pytest.fail("ran"))
+    text = tmp_path / "text"
+    text.write_bytes(content)
+    assert cli.main(["report", "--out", str(tmp_path / "out"), "--text", str(text)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1 and leftovers(tmp_path) == ["text"]
+
+
+@pytest.mark.parametrize("out", ["file", "file/below", "busy"])
+def test_an_out_that_cannot_be_written_is_refused_before_anything_runs(out, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(study, "run_study", lambda *args: pytest.fail("ran"))
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "busy" / "report.html").mkdir(parents=True)
+    assert cli.main(["report", "--out", str(tmp_path / out)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert leftovers(tmp_path) == ["busy", "file"] and (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_linked_folder_is_filled_and_stays_a_link(quick_study, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert cli.main(["report", "--out", str(tmp_path / "link")]) == 0
+    assert (tmp_path / "link").is_symlink() and leftovers(tmp_path / "real") == sorted(output.FILES)
+
+
+def test_help_version_and_no_arguments(capsys):
+    assert cli.main([]) == 0
+    assert "report" in capsys.readouterr().out
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("jbptt ")
+    assert cli.main(["report", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for option in ("text", "cell", "hidden-size", "num-steps", "batch-size", "window", "keep-prob", "seed", "out"):
+        assert f"--{option}" in shown
+    assert "--quick" in shown and "--cores" in shown
+    assert cli.main(["reprot"]) == 2
+
+
+def test_the_module_runs_and_draws_nothing_to_show_help():
+    code = "import sys, runpy; sys.argv = ['jbptt', '--help']\ntry: runpy.run_module('jbptt', run_name='__main__')\n"
+    code += "except SystemExit as end: assert not end.code\nassert 'matplotlib' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "report" in done.stdout

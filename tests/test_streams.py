@@ -1,0 +1,123 @@
+"""Streams: however a sequence is cut into updates, the total is that of the whole."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import problems
+import pytest
+from oracles import brute_force
+from problems import EXAMPLES, assert_close, cut
+
+from jbptt import Batch, full_bptt, gated_bptt, truncated_bptt, truncation
+
+NUM_STEPS = 11
+SPLITS = [(1,) * 11, (4, 4, 3), (2, 1, 4, 4)]
+
+
+def masked_problem(cell):
+    """Masks and weights per example, padding inside and at the end, clean numbers under it."""
+    problem = problems.make(cell, NUM_STEPS)
+    rng = np.random.default_rng(7)
+    mask = rng.random((NUM_STEPS, EXAMPLES)) < 0.8
+    mask[5:7, 1] = mask[9:, 2] = False
+    weights = rng.random((NUM_STEPS, EXAMPLES))
+    return problem._replace(batch=problem.batch._replace(mask=jnp.asarray(mask), weights=jnp.asarray(weights)))
+
+
+def stream(update, init, params, carry, batch, split):
+    """The sum of the estimates, and the last carry."""
+    edges = np.cumsum((0, *split))
+    pieces = [cut(batch, start, stop) for start, stop in itertools.pairwise(edges)]
+    state, total = init(params, carry, pieces[0]), None
+    for piece in pieces:
+        estimate, state = update(params, state, piece)
+        total = estimate if total is None else total + estimate
+    return total, state.carry
+
+
+@pytest.mark.parametrize(("window", "stride"), [(4, 4), (4, 1), (4, 2), (5, 3), (1, 1), (20, 20)])
+def test_splits_do_not_matter(window, stride):
+    step, loss, params, carry, batch = masked_problem("gru+reset" if window == 5 else "tanh+readout")
+    pairs, losses, last = brute_force.pair_gradients(step, loss, params, carry, batch, (EXAMPLES,))
+    grad = brute_force.covered(pairs, truncation.window_coverage(NUM_STEPS, window, stride), params)
+    init, update = truncated_bptt(step, loss, window=window, stride=stride)
+    update = jax.jit(update)
+    for split in SPLITS:
+        total, live = stream(update, init, params, carry, batch, split)
+        assert_close(total.grad_sum, grad)
+        assert_close(total.loss_sum, losses.sum())
+        assert_close(total.weight_sum, np.sum(np.where(batch.mask, batch.weights, 0)))
+        assert_close(live, last)
+
+
+@pytest.mark.parametrize("make", [full_bptt, functools.partial(gated_bptt, gates_fn=lambda key, t: jnp.ones(t))])
+def test_full_and_gated_estimators_cut_at_the_edge_of_an_update(make):
+    step, loss, params, carry, batch = masked_problem("lstm")
+    pairs, losses, last = brute_force.pair_gradients(step, loss, params, carry, batch, (EXAMPLES,))
+    update_of = np.repeat(np.arange(3), (4, 4, 3))
+    init, update = make(step, loss)
+    total, live = stream(jax.jit(update), init, params, carry, batch, (4, 4, 3))
+    assert_close(total.grad_sum, brute_force.covered(pairs, update_of[:, None] == update_of, params))
+    assert_close(total.loss_sum, losses.sum())
+    assert_close(live, last)
+
+
+@pytest.mark.parametrize(("window", "stride"), [(3, 1), (4, 2), (4, 4)])
+@pytest.mark.parametrize("split", [(1, 2, 1, 2, 2), (4, 1, 3)])
+def test_parameters_that_change_between_updates(window, stride, split):
+    """h ← w h + x, ℓ = (h − y)²: live losses, earlier steps linearised at today's w on their cached carries.
+
+    Loss t in an update with parameter w sees source i as 2 (h_{t+1} − y_t) w^{t−i} h_i, every h as visited.
+    """
+    rng = np.random.default_rng(8)
+    xs, ys = rng.normal(size=(2, sum(split)))
+    ws = rng.normal(size=len(split))
+    coverage = np.asarray(truncation.window_coverage(sum(split), window, stride))
+    estimator = truncated_bptt(lambda w, h, x: (w * h + x,) * 2, lambda y, target: (y - target) ** 2,
+                               window=window, stride=stride)  # fmt: skip
+    update = jax.jit(estimator.update)
+    edges = np.cumsum((0, *split))
+    h, hs = 0.5, []
+    state = estimator.init(0.0, jnp.asarray(h), cut(Batch(xs, ys), 0, split[0]))
+    for w, start, stop in zip(ws, edges[:-1], edges[1:], strict=True):
+        loss_sum = grad = 0.0
+        for t in range(start, stop):
+            hs.append(h)
+            h = w * h + xs[t]
+            loss_sum += (h - ys[t]) ** 2
+            grad += sum(coverage[t, i] * 2 * (h - ys[t]) * w ** (t - i) * hs[i] for i in range(t + 1))
+        estimate, state = update(jnp.asarray(w), state, cut(Batch(xs, ys), start, stop))
+        assert_close((estimate.loss_sum, estimate.grad_sum, state.carry), (loss_sum, grad, h))
+
+
+def test_stacked_parameters_change_in_a_nonlinear_network():
+    """The same rule for a network with a readout: one VJP per step at today's parameters on cached carries."""
+    step, loss, params, carry, batch = problems.make("tanh+readout", 7)
+    later = jax.tree.map(lambda p: p * 0.7 + 0.1, params)
+    estimator = truncated_bptt(step, loss, window=5, stride=2)
+    update = jax.jit(estimator.update)
+    _, state = update(params, estimator.init(params, carry, cut(batch, 0, 4)), cut(batch, 0, 4))
+    estimate, _ = update(later, state, cut(batch, 4, 7))
+
+    carries = [carry]
+    for t in range(7):
+        now = params if t < 4 else later
+        x, target = batch.xs[t], batch.targets[t]
+        carries.append(brute_force.linearise(step, loss, now, carries[t], x, target, np.ones(3, bool), np.ones(3))[0])
+    lines = [
+        brute_force.linearise(step, loss, later, carries[t], batch.xs[t], batch.targets[t], np.ones(3, bool),
+                              np.ones(3))[2]
+        for t in range(7)
+    ]  # fmt: skip
+    coverage = truncation.window_coverage(7, 5, 2)
+    total = 0
+    for t in range(4, 7):
+        total = total + lines[t][1][0]
+        row = lines[t][1][1]
+        for i in range(t - 1, -1, -1):
+            total = total + coverage[t, i] * (row @ lines[i][0][0])
+            row = row @ lines[i][0][1]
+    assert_close(estimate.grad_sum, jax.flatten_util.ravel_pytree(later)[1](total))
