@@ -205,9 +205,10 @@ def test_curve(name):
 
     errors, cosines = compare([sliding(n) for n in windows])
     assert_close(found.cosine, cosines)
-    assert np.max(np.abs(found.relative_error - errors)) < 1e-12
+    np.testing.assert_allclose(found.relative_error, errors, rtol=1e-12, atol=1e-14)
     errors, cosines = compare(block_gradients(name, windows))
-    assert_close((found.block_relative_error, found.block_cosine), (errors, cosines), 1e-12 if num_steps > 1 else 1e-10)
+    assert_close(found.block_cosine, cosines)
+    np.testing.assert_allclose(found.block_relative_error, errors, rtol=1e-12, atol=1e-14)
     assert np.all(found.relative_error[num_steps - 1 :] < 1e-14)
 
 
@@ -252,11 +253,12 @@ def every_analysis(step, loss, params, carry, batch, gates):
 
 
 def test_eager_is_jit_and_vmap_is_a_loop():
-    step, loss, params, carry, batch = problems.make("lstm+readout", 3)
+    step, loss, params, carry, batch = problems.make("tanh+readout", 3)
     batch = batch._replace(mask=MASK[:3], weights=WEIGHTS[:3])
     run = functools.partial(every_analysis, step, loss)
     compiled = jax.jit(run)
-    assert_close(run(params, carry, batch, GATES[:3]), compiled(params, carry, batch, GATES[:3]))
+    eager = lag_profile(step, loss, params, carry, batch, max_lag=2, gates=GATES[:3])
+    assert_close(eager, compiled(params, carry, batch, GATES[:3])[2])
     factors = np.array([0.5, 1.5])
     stacked = jax.tree.map(lambda p: jnp.stack([f * p for f in factors]), params)
     gates = np.stack([GATES[:3], GATES[2:5]])
@@ -292,7 +294,7 @@ def test_integer_carries_have_no_cotangents():
     found, flow = jax.jit(lambda: (adjoints(*common), gradient_flow(*common)))()
     np.testing.assert_array_equal(found.carries[1], [0, 1, 2, 3])
     np.testing.assert_array_equal(found.cotangents[1], np.zeros(4))
-    np.testing.assert_array_equal(found.cotangents[0][:, 0] * 6, [0.875, 0.75, 0.5, 0])
+    np.testing.assert_allclose(found.cotangents[0][:, 0] * 6, [0.875, 0.75, 0.5, 0], rtol=1e-15)
     np.testing.assert_array_equal(flow, [[0.5, 0, 0], [0.25, 0.5, 0], [0.125, 0.25, 0.5]])
 
 

@@ -1,0 +1,236 @@
+"""Verdicts on networks built to deserve them, and recommended windows against real gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import problems
+import pytest
+from jax.flatten_util import ravel_pytree
+from problems import one_update
+
+from jbptt import Batch, cells, diagnose, full_bptt, gated_bptt, measure_cost, truncated_bptt, truncation
+
+NUM_STEPS = 12
+TOLERANCES = (0.1, 0.01)
+
+
+def rotation(rng, size):
+    return np.linalg.qr(rng.normal(size=(size, size)))[0]
+
+
+STEP = cells.linear(2, 4).step
+
+
+def inner_product(y, target):
+    return jnp.sum(y * target, axis=-1)
+
+
+def linear_problem(scale, num_steps=NUM_STEPS):
+    """`w_h = scale · Q` and a linear loss with unit slopes: `‖∂ℓ_t/∂carries[t−k]‖ = scale^{k+1}` exactly."""
+    rng = np.random.default_rng(6)
+    params = {"w_x": rng.normal(size=(2, 4)), "w_h": scale * rotation(rng, 4), "b": np.zeros(4)}
+    slopes = rng.normal(size=(num_steps, 2, 4))
+    batch = Batch(rng.normal(size=(num_steps, 2, 2)), slopes / np.linalg.norm(slopes, axis=-1, keepdims=True))
+    return STEP, inner_product, params, jnp.ones((2, 4)), batch
+
+
+compiled = jax.jit(diagnose, static_argnums=(0, 1), static_argnames=("measure", "max_window"))
+unmeasured = functools.partial(compiled, measure=False)
+
+
+@pytest.mark.parametrize(
+    ("scale", "verdict"),
+    [(0.5, "vanishing"), (0.75, "vanishing"), (0.85, "stable"), (1.0, "stable"), (1.2, "stable"), (1.5, "exploding")],
+)
+def test_verdict_and_half_life(scale, verdict):
+    """A change by ten over 11 lags separates them: 10^(1/11) = 1.23."""
+    found = unmeasured(*linear_problem(scale))
+    assert found.verdict == verdict
+    assert verdict in str(found)
+    np.testing.assert_allclose(found.profile.cotangent_norms, scale ** np.arange(1, NUM_STEPS + 1), rtol=1e-12)
+    np.testing.assert_allclose(found.rate, np.log(scale), rtol=1e-9, atol=1e-12)
+    if scale < 1:
+        np.testing.assert_allclose(found.half_life, np.log(2) / -np.log(scale), rtol=1e-9)
+        assert f"half-life {np.log(2) / -np.log(scale):.3g} steps" in str(found)
+    elif scale > 1:
+        assert np.isinf(found.half_life)
+        assert f"doubles every {np.log(2) / np.log(scale):.3g} steps back" in str(found)
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.1, 0.01])
+def test_reach_is_the_last_lag_of_one_percent(scale):
+    """0.5^6 > 1 % > 0.5^7: lags 0 … 6; and the half-life holds even where one lag is below 0.1 %."""
+    found = unmeasured(*linear_problem(scale * (1 + 1e-9)))
+    assert int(found.reach) == {0.5: 7, 0.1: 3, 0.01: 2}[scale]
+    assert f"reach     {int(found.reach)} steps" in str(found)
+    np.testing.assert_allclose(found.half_life, -np.log(2) / np.log(scale), rtol=1e-6)
+
+
+@pytest.mark.parametrize("where", ["params", "xs", "targets", "carry", "overflow"])
+def test_non_finite(where):
+    step, loss, params, carry, batch = linear_problem(0.5)
+    if where == "params":
+        params["w_h"][1, 2] = np.nan
+    elif where in ("xs", "targets"):
+        getattr(batch, where)[5, 1, 0] = np.inf
+    elif where == "carry":
+        carry = carry.at[0, 0].set(np.nan)
+    else:
+        params["w_h"] = params["w_h"] * 1e60
+    found = unmeasured(step, loss, params, carry, batch)
+    assert found.verdict == "non-finite"
+    page = str(found)
+    assert "non-finite" in page and "no window can be recommended" in page and "half-life" not in page
+
+
+def test_one_step():
+    step, loss, params, carry, batch = problems.make("lstm", 1)
+    found = unmeasured(step, loss, params, carry, batch)
+    assert found.verdict == "stable"
+    assert (int(found.reach), found.num_steps) == (1, 1)
+    assert found.sliding_window.tolist() == found.block_window.tolist() == [1, 1]
+    assert "Gradient over 1 steps: stable" in str(found)
+
+
+def test_zero_gradient_and_no_weight():
+    step, loss, params, carry, batch = problems.make("tanh", 4)
+    found = unmeasured(step, loss, params, carry, batch._replace(weights=np.zeros(4)))
+    assert (float(found.loss), float(found.gradient_norm), int(found.reach)) == (0.0, 0.0, 0)
+    assert found.verdict == "stable"
+    assert found.sliding_window.tolist() == [1, 1]
+
+
+def test_vmap_is_a_loop():
+    step, loss, params, carry, batch = linear_problem(0.5)
+    scales = jnp.array([0.6, 2.0, jnp.nan])
+    scaled = lambda scale: {**params, "w_h": params["w_h"] * scale}
+    run = lambda scale: diagnose(step, loss, scaled(scale), carry, batch, measure=False)
+    together = jax.jit(jax.vmap(run))(scales)
+    assert together.verdict_index.tolist() == [0, 1, 3]
+    for i, scale in enumerate(scales[:2]):
+        found = jax.jit(run)(scale)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(together), strict=True):
+            np.testing.assert_allclose(b[i], a, rtol=1e-9, atol=1e-12)
+    assert isinstance(str(together), str)
+
+
+def test_loss_and_gradient_are_the_exact_ones_and_max_window_limits_the_lags():
+    step, loss, params, carry, batch = problems.make("tanh", 6)
+    batch = batch._replace(weights=np.linspace(0, 2, 6))
+    exact = jax.jit(functools.partial(one_update, full_bptt(step, loss)))(params, carry, batch)
+    for max_window in (2, 50):
+        found = unmeasured(step, loss, params, carry, batch, max_window=max_window)
+        np.testing.assert_allclose(found.loss, exact.loss, rtol=1e-12)
+        np.testing.assert_allclose(found.gradient_norm, jnp.linalg.norm(ravel_pytree(exact.grads)[0]), rtol=1e-12)
+        assert len(found.profile.grad_norms) == len(found.curve.windows) == min(max_window, 6)
+    short = unmeasured(*linear_problem(1.0), max_window=2)
+    assert short.sliding_window.tolist() == [0, 0]
+    assert "> 2" in str(short)
+
+
+def test_where_only_full_bptt_will_do():
+    found = unmeasured(*linear_problem(1.5))
+    assert found.block_window.tolist() == [NUM_STEPS, NUM_STEPS]
+
+
+def promised_problem(name, num_steps=40):
+    """A network that forgets within its sequence, so that every promise can be kept and broken."""
+    step, loss, params, carry, batch = problems.make(name, num_steps)
+    weights = np.random.default_rng(9).random((num_steps, problems.EXAMPLES))
+    return step, loss, params, carry, batch._replace(weights=weights)
+
+
+@pytest.mark.parametrize("name", ["tanh", "gru", "lstm"])
+def test_recommended_windows_keep_their_promise_and_half_of_them_do_not(name):
+    step, loss, params, carry, batch = promised_problem(name)
+    num_steps = len(batch.xs)
+    found = unmeasured(step, loss, params, carry, batch)
+
+    def gradient(estimator):
+        return ravel_pytree(one_update(estimator, params, carry, batch).grad_sum)[0]
+
+    exact = jax.jit(lambda: gradient(full_bptt(step, loss)))()
+
+    def error(estimate):
+        return float(jnp.linalg.norm(estimate - exact) / jnp.linalg.norm(exact))
+
+    def sliding(window):
+        return error(jax.jit(lambda: gradient(truncated_bptt(step, loss, window=window, stride=1)))())
+
+    @jax.jit
+    def gated(window):  # one compilation for all windows; blocks are fixed gates
+        return gradient(gated_bptt(step, loss, gates_fn=lambda key, num_steps: truncation.fixed(num_steps, window)))
+
+    def blocks(window):
+        return error(gated(window))
+
+    for error_at, windows in ((sliding, found.sliding_window), (blocks, found.block_window)):
+        for tolerance, window in zip(TOLERANCES, windows.tolist(), strict=True):
+            assert 2 <= window < num_steps or tolerance == 0.01  # 1 % may need blocks of all T steps
+            assert error_at(window) <= tolerance
+            assert error_at(window // 2) > tolerance
+
+
+def test_the_printed_page():
+    step, loss, params, carry, batch = problems.make("tanh", 16)
+    found = diagnose(step, loss, params, carry, batch, num_repeats=2)
+    page = str(found)
+    lines = page.splitlines()
+    assert lines[0] == f"Gradient over 16 steps: {found.verdict}"
+    assert f"half-life {float(found.half_life):.3g} steps" in page and "reach" in page
+    rows = {line[:16].strip(): line for line in lines}
+    wanted = {f"{t:.0%} {kind}": w for kind in ("sliding", "block")
+              for t, w in zip(TOLERANCES, getattr(found, f"{kind}_window").tolist(), strict=True)}  # fmt: skip
+    for label, window in {**wanted, "full BPTT": 16}.items():
+        cells_of = rows[label][16:].split()
+        assert cells_of[0] == str(window)
+        assert "ms" in cells_of and "MiB" in cells_of and float(cells_of[1]) > 0
+    for label in wanted:
+        assert "× time" in rows[label] and "× memory" in rows[label]
+    assert set(found.cost.names) == {"full", *(f"{label.split()[1]} {w}" for label, w in wanted.items())}
+    assert "ms" not in str(unmeasured(step, loss, params, carry, batch))
+
+
+def test_measure_cost():
+    step, loss, params, carry, batch = problems.make("tanh", 8)
+    estimators = {"full": full_bptt(step, loss), "cut": truncated_bptt(step, loss, window=2)}
+    cost = measure_cost(estimators, params, carry, batch, num_repeats=3)
+    assert cost.names == ("full", "cut")
+    assert cost.seconds.shape == (2, 3) and np.all(cost.seconds > 0)
+    assert cost.temporary_bytes.shape == (2,) and np.all(cost.temporary_bytes > 0)
+    np.testing.assert_array_equal(cost.median_seconds, np.median(cost.seconds, axis=1))
+    assert cost.spread_seconds.shape == (2,)
+    assert [line.split()[0] for line in str(cost).splitlines()] == ["full", "cut"]
+    for options, words in (({"num_repeats": 0}, "num_repeats"), ({}, "estimators must not be empty")):
+        with pytest.raises(ValueError, match=words):
+            measure_cost(estimators if options else {}, params, carry, batch, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_window": 0}, "max_window must be an integer >= 1, got 0"),
+        ({"num_repeats": 0}, "num_repeats must be an integer >= 1, got 0"),
+        ({"gates": np.ones(4)}, "disagree on T"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_compiled(monkeypatch, options, words):
+    monkeypatch.setattr(jax, "jit", lambda *args, **kwargs: pytest.fail("compiles"))
+    with pytest.raises(ValueError, match=words):
+        diagnose(*problems.make("linear", 3), **options)
+
+
+def test_carries_without_the_batch_shape():
+    step = lambda params, carry, x: (carry, carry + params["w"] * x)
+    with pytest.raises(ValueError, match=r"carry has shape \(1,\), wanted it to begin with the batch shape \(3,\)"):
+        diagnose(step, lambda y, target: y, {"w": jnp.ones(())}, jnp.ones(1), Batch(jnp.ones((2, 3))))
+
+
+def test_gates_are_diagnosed():
+    """A cut before every step leaves lag 0 alone: a window of 1 is exact."""
+    step, loss, params, carry, batch = problems.make("lstm", 4)
+    found = unmeasured(step, loss, params, carry, batch, gates=np.array([1.0, 0, 0, 0]))
+    assert found.sliding_window.tolist() == found.block_window.tolist() == [1, 1]
+    np.testing.assert_array_equal(found.profile.grad_norms[1:], 0)

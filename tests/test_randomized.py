@@ -1,0 +1,126 @@
+"""Randomized truncation: unbiased by enumeration and by sampling; what a state draws."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import problems
+import pytest
+from oracles import brute_force
+from problems import EXAMPLES, assert_close
+
+from jbptt import full_bptt, gated_bptt, randomized_bptt, truncation
+
+NUM_STEPS, MEAN_LENGTH, ALPHA = 6, 3.0, 4.0
+STEP, LOSS, PARAMS, CARRY, BATCH = problems.make("tanh+readout", NUM_STEPS)
+KEEP_PROBS = np.array([0.9, 0.5, 0.7, 0.3, 1.0, 0.8])
+NUM_SAMPLES = 4000
+
+
+@functools.cache
+def exact():
+    pairs, _, _ = brute_force.pair_gradients(STEP, LOSS, PARAMS, CARRY, BATCH, (EXAMPLES,))
+    return brute_force.covered(pairs, np.tri(NUM_STEPS), PARAMS)
+
+
+def bernoulli_schedules(keep_prob):
+    """Every mask, with its probability: gates ξ/π. The first gate matters to no parameter."""
+    for kept in itertools.product([True, False], repeat=NUM_STEPS):
+        yield np.where(kept, 1 / keep_prob, 0.0), np.prod(np.where(kept, keep_prob, 1 - keep_prob))
+
+
+def artbp_schedules():
+    """Every way to cut at 1 … T−1, with its probability, from the hazards."""
+    for cuts in itertools.product([True, False], repeat=NUM_STEPS - 1):
+        gates, probability, since = [1.0], 1.0, 1
+        for cut in cuts:
+            hazard = (ALPHA - 1) / ((ALPHA - 2) * MEAN_LENGTH + since)
+            gates.append(0.0 if cut else 1 / (1 - hazard))
+            probability *= hazard if cut else 1 - hazard
+            since = 1 if cut else since + 1
+        yield np.array(gates), probability
+
+
+SCHEDULES = {
+    "constant": lambda: bernoulli_schedules(np.full(NUM_STEPS, 0.6)),
+    "by step": lambda: bernoulli_schedules(KEEP_PROBS),
+    "artbp": artbp_schedules,
+}
+
+
+def gated_gradients(gates):
+    """One gradient per schedule, `[schedules, ...]`."""
+
+    def one(gates):
+        estimator = gated_bptt(STEP, LOSS, gates_fn=lambda key, num_steps: gates)
+        return problems.one_update(estimator, PARAMS, CARRY, BATCH).grad_sum
+
+    return jax.jit(jax.vmap(one))(jnp.asarray(gates))
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_the_mean_over_every_schedule_is_the_full_gradient(kind):
+    gates, probabilities = map(np.array, zip(*SCHEDULES[kind](), strict=True))
+    assert_close(probabilities.sum(), np.ones(()), rtol=1e-14)
+    mean = lambda values: jax.tree.map(lambda v: np.einsum("s,s...->...", probabilities, v), values)
+    assert_close(mean(gated_gradients(gates)), exact())
+    assert_close(mean(jax.vmap(truncation.coverage)(gates)), np.tri(NUM_STEPS))
+    with pytest.raises(AssertionError):  # without the weights: far from it
+        assert_close(mean(gated_gradients(gates != 0)), exact(), rtol=1e-2)
+
+
+def deviations(options):
+    """|mean − exact| in standard errors, for every component of the gradient."""
+    estimator = randomized_bptt(STEP, LOSS, **options)
+    sample = lambda key: problems.one_update(estimator, PARAMS, CARRY, BATCH, key).grad_sum
+    draws = jax.jit(jax.vmap(sample))(jax.random.split(jax.random.key(12), NUM_SAMPLES))
+    away = []
+    for draw, value in zip(jax.tree.leaves(draws), jax.tree.leaves(exact()), strict=True):
+        error = np.asarray(draw).std(axis=0, ddof=1) / np.sqrt(NUM_SAMPLES)
+        difference = np.abs(np.asarray(draw).mean(axis=0) - value)
+        constant = error < 1e-12 * np.abs(value)  # the readout does not depend on the gates
+        assert np.all(difference[constant] < 1e-12 * np.abs(value)[constant])
+        away.append((difference / np.where(constant, np.inf, error)).ravel())
+    return np.concatenate(away)
+
+
+@pytest.mark.parametrize("options", [{"keep_prob": 0.6}, {"keep_prob": KEEP_PROBS}, {"mean_length": MEAN_LENGTH}])
+def test_sampled_mean_is_unbiased_only_with_weights(options):
+    assert np.max(deviations(options)) < 5
+    assert np.max(deviations({**options, "reweight": False})) > 5
+
+
+@pytest.mark.parametrize("options", [{"keep_prob": 0.5}, {"mean_length": MEAN_LENGTH}])
+def test_updates_draw_anew_and_states_replay(options):
+    estimator = randomized_bptt(STEP, LOSS, **options)
+    update = jax.jit(estimator.update)
+    state, draws = estimator.init(PARAMS, CARRY, BATCH, jax.random.key(0)), []
+    for _ in range(4):
+        estimate, later = update(PARAMS, state, BATCH)
+        replay, same = update(PARAMS, state, BATCH)
+        problems.assert_same_bits((replay, same), (estimate, later))
+        draws.append(tuple(np.asarray(estimate.info["gates"]).tolist()))
+        state = later._replace(carry=CARRY)
+    assert len(set(draws)) > 1
+
+
+def test_keys_decide_the_draw_and_successive_draws_are_independent():
+    """Over many seeds, two updates in a row keep a crossing together as often as chance has it."""
+    estimator = randomized_bptt(STEP, LOSS, keep_prob=0.5, reweight=False)
+
+    def two(key):
+        one, state = estimator.update(PARAMS, estimator.init(PARAMS, CARRY, BATCH, key), BATCH)
+        return one.info["gates"], estimator.update(PARAMS, state, BATCH)[0].info["gates"]
+
+    first, second = map(np.asarray, jax.jit(jax.vmap(two))(jax.random.split(jax.random.key(3), 1000)))
+    count = first.size
+    for share, wanted in ((first.mean(), 0.5), (second.mean(), 0.5), ((first * second).mean(), 0.25)):
+        assert abs(share - wanted) < 5 * np.sqrt(wanted * (1 - wanted) / count)
+
+
+def test_keeping_everything_is_full_bptt():
+    run = lambda estimator: problems.one_update(estimator, PARAMS, CARRY, BATCH, jax.random.key(0))
+    kept, full = jax.jit(lambda: (run(randomized_bptt(STEP, LOSS, keep_prob=1.0)), run(full_bptt(STEP, LOSS))))()
+    assert_close((kept.loss, kept.grads), (full.loss, full.grads))
