@@ -1,6 +1,7 @@
 """Estimators side by side: what each costs on this machine."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import chex
@@ -74,10 +75,12 @@ def measure_cost(
         raise ValueError("estimators must not be empty, got {}; pass {name: estimator}")
     key = jax.random.key(0) if key is None else key
     states = {name: e.init(params, carry, batch, key=key) for name, e in estimators.items()}
-    updates = {
-        name: jax.jit(lambda p, s, b, e=e: e.update(p, s, b)[0]).lower(params, states[name], batch).compile()
+    lowered = [
+        jax.jit(lambda p, s, b, e=e: e.update(p, s, b)[0]).lower(params, states[name], batch)
         for name, e in estimators.items()
-    }
+    ]
+    with ThreadPoolExecutor() as pool:  # compilation uses one core each
+        updates = dict(zip(estimators, pool.map(lambda program: program.compile(), lowered), strict=True))
     seconds = np.zeros((len(updates), num_repeats + 1))
     for repeat in range(num_repeats + 1):
         for i, (name, update) in enumerate(updates.items()):
@@ -87,3 +90,12 @@ def measure_cost(
     analyses = [update.memory_analysis() for update in updates.values()]  # None on some backends
     sizes = [np.nan if memory is None else memory.temp_size_in_bytes for memory in analyses]
     return Cost(tuple(updates), seconds[:, 1:], np.array(sizes))
+
+
+def fresh_blocks(estimator: Estimator, window: int) -> Estimator:
+    """Block truncation told to expect whole windows: for one update alone no history is kept."""
+
+    def init(params, carry, batch, key=None):
+        return estimator.init(params, carry, jax.tree.map(lambda a: a[:window], batch), key=key)
+
+    return Estimator(init, estimator.update)

@@ -12,7 +12,7 @@ from jax import lax
 
 from jbptt import truncation, validation
 from jbptt.adjoint import gradient_sums
-from jbptt.analysis.comparison import Cost, measure_cost
+from jbptt.analysis.comparison import Cost, fresh_blocks, measure_cost
 from jbptt.analysis.lags import (
     LagProfile,
     TruncationCurve,
@@ -25,7 +25,7 @@ from jbptt.analysis.lags import (
 )
 from jbptt.estimators import full_bptt, truncated_bptt
 from jbptt.norms import norm
-from jbptt.types import Batch, Carry, Estimator, Loss, Params, Step, align_leading, weighted_mean
+from jbptt.types import Batch, Carry, Loss, Params, Step, align_leading, weighted_mean
 
 VERDICTS = ("vanishing", "stable", "exploding", "non-finite")
 TOLERANCES = (0.1, 0.01)
@@ -76,9 +76,9 @@ class Diagnosis:
 
 
 def fit_rate(norms: jax.Array) -> jax.Array:
-    """Least-squares slope of `ln norms` against the lag, over the lags before 0.1 % of the first is reached."""
+    """Least-squares slope of `ln norms` against the lag, over the lags before 1 % of the first is reached."""
     size = jnp.log(jnp.maximum(norms, jnp.finfo(norms.dtype).tiny))
-    used = jnp.cumsum(norms < 1e-3 * norms[0]) == 0
+    used = jnp.cumsum(norms < 1e-2 * norms[0]) == 0
     used = used | (jnp.arange(len(norms)) < 2)  # two lags at least, however fast it falls
     lag, count = jnp.arange(len(norms), dtype=norms.dtype), jnp.sum(used)
     centred = jnp.where(used, lag - jnp.sum(jnp.where(used, lag, 0)) / count, 0)
@@ -98,19 +98,16 @@ def block_window(error_fn: Callable, num_steps: int, tolerance: jax.Array) -> ja
     The error need not fall with every step of the window, so half of what was found is tried as well.
     """
 
-    def bisect(bounds):
-        low, high = bounds  # error(low) > tolerance ≥ error(high); a window of 0 keeps nothing
-        middle = (low + high) // 2
-        good = error_fn(middle) <= tolerance
-        return jnp.where(good, low, middle), jnp.where(good, middle, high)
+    def narrow(state):
+        low, high, _ = state  # error(low) > tolerance ≥ error(high); a window of 0 keeps nothing
+        searching = high - low > 1
+        n = jnp.where(searching, (low + high) // 2, high // 2)
+        good = (n > 0) & (error_fn(jnp.maximum(n, 1)) <= tolerance)
+        low = jnp.where(good, jnp.where(searching, low, n - 1), jnp.where(searching, n, low))
+        return low, jnp.where(good, n, high), ~searching & ~good
 
-    bounds = (jnp.zeros((), int), jnp.full((), num_steps, int))
-    _, high = lax.while_loop(lambda b: b[1] - b[0] > 1, bisect, bounds)
-
-    def halves(high):
-        return (high > 1) & (error_fn(jnp.maximum(high // 2, 1)) <= tolerance)
-
-    return lax.while_loop(halves, lambda high: high // 2, high)
+    start = (jnp.zeros((), int), jnp.full((), num_steps, int), jnp.array(False))
+    return lax.while_loop(lambda state: ~state[2], narrow, start)[1]
 
 
 def diagnose(
@@ -203,21 +200,12 @@ def _read(sums, profile: LagProfile, curve: TruncationCurve, blocks: jax.Array, 
     )
 
 
-def _fresh_blocks(estimator: Estimator, window: int) -> Estimator:
-    """Block truncation told to expect whole windows: for one update alone no history is kept."""
-
-    def init(params, carry, batch, key=None):
-        return estimator.init(params, carry, jax.tree.map(lambda a: a[:window], batch), key=key)
-
-    return Estimator(init, estimator.update)
-
-
 def _with_cost(found: Diagnosis, step, loss, params, carry, batch, num_repeats) -> Diagnosis:
     blocks = sorted({int(w) for w in found.block_window if w > 0})
     sliding = sorted({int(w) for w in found.sliding_window if w > 0})
     estimators = {"full": full_bptt(step, loss)}
     for window in blocks:
-        estimators[f"block {window}"] = _fresh_blocks(truncated_bptt(step, loss, window=window), window)
+        estimators[f"block {window}"] = fresh_blocks(truncated_bptt(step, loss, window=window), window)
     for window in sliding:
         estimators[f"sliding {window}"] = truncated_bptt(step, loss, window=window, stride=1)
     cost = measure_cost(estimators, params, carry, batch, num_repeats=num_repeats)

@@ -35,10 +35,11 @@ CAPTIONS = {
     "truncation cuts at random and weights what is left, so that every pair counts once on average.",
     "reach": "How strongly a loss depends on the hidden state k steps earlier, averaged over held-out text. "
     "A straight line is exponential decay; the half-life is that of an exponential fitted to the lags before the "
-    "norm falls to 0.1 % of that at lag 0. What lies a million million times below the largest norm is not shown.",
+    "norm falls to 1 % of that at lag 0. What lies a million million times below the largest norm is not shown.",
     "windows": "Error and cosine compare the truncated gradient with the exact one on held-out text. Sliding: every "
     "loss sees its own step and those before it, as many as the window has; blocks: cuts one window apart, averaged "
-    "over where they fall, so that a loss sees about half a window. Below: "
+    "over where they fall, so that a loss sees about half a window. Rings: windows that keep 10 % and 1 %; for blocks "
+    "checked on one alignment, which scatters around the average, so a ring may lie beyond the crossing. Below: "
     "the median time of one gradient, with half the interquartile range, and the temporary memory of the program.",
     "learning": "Perplexity on held-out text, the exponential of the mean loss per character: lower is better. "
     "Every strategy starts from the same parameters and reads the same characters. The untrained models may score "

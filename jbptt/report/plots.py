@@ -88,7 +88,7 @@ def plot_reach(reach: dict[str, Any], *, ax: Any = None, theme: Theme = LIGHT) -
 def plot_windows(windows: dict[str, Any], *, axes: Any = None, theme: Theme = LIGHT) -> Any:
     """What each window leaves (error, cosine) and what it costs (time, memory); one column of axes per cell.
 
-    Returns: axes [4, cells]. Rings mark the smallest windows within 10 % and 1 %.
+    Returns: axes [4, cells]. Rings mark the windows that keep 10 % and 1 %.
     """
     from matplotlib.ticker import FuncFormatter
 
@@ -114,7 +114,7 @@ def plot_windows(windows: dict[str, Any], *, axes: Any = None, theme: Theme = LI
         axes[row, 0].set_ylabel(label)
     handles, labels = axes[3, 0].get_legend_handles_labels()
     ring = axes[3, 0].plot([], [], "o", color=theme.muted, markerfacecolor="none", markersize=9, markeredgewidth=1.6)
-    labels += ["smallest window within 10 % or 1 %"]
+    labels += ["window that keeps 10 % or 1 %"]
     axes[0, 0].figure.legend(handles + ring, labels, loc="outside lower left", ncols=4, frameon=False, fontsize=9)
     return axes
 

@@ -107,7 +107,7 @@ def reach_table(reach: dict[str, Any]) -> Table:
 
 def windows_table(windows: dict[str, Any]) -> Table:
     """The recommended windows and what they cost, beside full BPTT."""
-    columns = ("cell", "strategy", "gradient error", "smallest window", "time", "temporary memory", "measured at")
+    columns = ("cell", "strategy", "gradient error", "window", "time", "temporary memory", "measured at")
     rows = []
     for model in windows["models"]:
         for strategy, name in (("sliding", "sliding"), ("block", "blocks")):

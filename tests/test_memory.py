@@ -1,0 +1,88 @@
+"""Peak temporary memory, from the compiler: O(T/segment + segment) instead of O(T)."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jbptt import Batch, cells, full_bptt, randomized_bptt, truncated_bptt
+
+NUM_STEPS, HIDDEN, CHANNELS = 4096, 64, 32
+CELLS = {name: make(CHANNELS, HIDDEN, dtype=jnp.float32) for name, make in (("rnn", cells.rnn), ("lstm", cells.lstm))}
+
+
+def squared_error(y, target):
+    return jnp.mean((y - target) ** 2, axis=-1)
+
+
+def problem(name, examples, num_steps=NUM_STEPS):
+    """Shapes alone: nothing of this is ever allocated."""
+    cell = CELLS[name]
+    core = lambda params, carry, x: cell.step(params["cell"], carry, x)
+    step = cells.with_readout(core, lambda params, h: h @ params["w_y"])
+    params = {"cell": jax.eval_shape(cell.init, jax.random.key(0)), "w_y": float32(HIDDEN, CHANNELS)}
+    carry = jax.eval_shape(lambda: cell.initial_carry((examples,)))
+    series = float32(num_steps, examples, CHANNELS)
+    return step, params, carry, Batch(series, series)
+
+
+def float32(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def temporary_bytes(function, *shapes):
+    return jax.jit(function).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+
+def plain(step):
+    """`jax.grad` through one `lax.scan`, mean loss."""
+
+    def mean_loss(params, carry, batch):
+        _, ys = jax.lax.scan(functools.partial(step, params), carry, batch.xs)
+        return jnp.mean(jax.vmap(squared_error)(ys, batch.targets))
+
+    return jax.value_and_grad(mean_loss)
+
+
+def estimated(estimator, key=None):
+    def run(params, carry, batch):
+        estimate, state = estimator.update(params, estimator.init(params, carry, batch, key), batch)
+        return estimate.loss, estimate.grads, state.carry
+
+    return run
+
+
+@pytest.mark.parametrize("examples", [1, 16])
+@pytest.mark.parametrize("name", CELLS)
+def test_memory_of_estimators(name, examples, record_property):
+    step, *shapes = problem(name, examples)
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype(jnp.float32)}
+    reference = temporary_bytes(plain(step), *shapes)
+    shares = {
+        "truncated": temporary_bytes(estimated(truncated_bptt(step, squared_error, window=32)), *shapes) / reference,
+        "full": temporary_bytes(estimated(full_bptt(step, squared_error)), *shapes) / reference,
+    }
+    for key, value in shares.items():
+        record_property(key, f"{value:.2%} of {reference / 2**20:.1f} MiB")
+        print(f"{name}, B={examples}, {key}: {value:.2%} of {reference / 2**20:.1f} MiB")
+    if examples == 16:
+        assert shares["truncated"] <= 0.02
+        assert shares["full"] <= 0.05
+
+
+def test_memory_of_randomized_and_sliding_estimators():
+    step, *shapes = problem("rnn", 16)
+    reference = temporary_bytes(plain(step), *shapes)
+    randomized = estimated(randomized_bptt(step, squared_error, keep_prob=0.9), jax.random.key(0))
+    assert temporary_bytes(randomized, *shapes) <= 0.05 * reference
+    sliding = estimated(truncated_bptt(step, squared_error, window=32, stride=16))
+    assert temporary_bytes(sliding, *shapes) <= 0.05 * reference
+
+
+def test_memory_grows_with_segments_not_steps():
+    step = problem("lstm", 4)[0]
+    cost = lambda num_steps: temporary_bytes(
+        estimated(truncated_bptt(step, squared_error, window=16)), *problem("lstm", 4, num_steps)[1:]
+    )
+    assert cost(4096) <= 1.1 * cost(256)
