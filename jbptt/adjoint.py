@@ -8,6 +8,7 @@ backwards through it and hands it on. Memory is O(T/segment + segment).
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -60,7 +61,8 @@ def wide_parts(step: Step, params: Params) -> tuple[Step, Any, Params]:
         return core(narrow(wide), carry, x)
 
     def wide_readout(wide, outputs):
-        return jax.vmap(readout, in_axes=(None, 0))(narrow(wide), outputs)
+        run = partial(readout, narrow(wide))
+        return jax.vmap(run)(outputs) if jax.tree.leaves(outputs) else run(outputs)
 
     return wide_core, wide_readout, jax.tree.map(at_least_float32, params)
 
@@ -70,16 +72,25 @@ def batch_steps(batch: Batch) -> int:
     return jax.tree.leaves(batch)[0].shape[0]
 
 
-def step_losses(loss: Loss, ys: PyTree, targets: PyTree, mask: jax.Array | None) -> tuple[jax.Array, PyTree]:
-    """Losses `[S, *batch]` (0 where masked) and aux of all steps at once."""
+def counted_steps(batch: Batch) -> jax.Array | None:
+    """Where a loss counts: unmasked and of a weight other than 0; None where all do."""
+    nonzero = None if batch.weights is None else jnp.asarray(batch.weights) != 0
+    if batch.mask is None or nonzero is None:
+        return nonzero if batch.mask is None else batch.mask
+    ndim = max(batch.mask.ndim, nonzero.ndim)
+    return align_leading(batch.mask, ndim) & align_leading(nonzero, ndim)
 
-    def one(y, target, mask_t):
+
+def step_losses(loss: Loss, ys: PyTree, batch: Batch) -> tuple[jax.Array, PyTree]:
+    """Losses `[S, *batch]` (0 where they do not count) and aux of all steps at once."""
+
+    def one(y, target, counted):
         # Both sides of the loss are cleared: a NaN target times a zero weight is still NaN on the way back.
-        result = loss(zero_masked(mask_t, y), zero_masked(mask_t, target))
+        result = loss(zero_masked(counted, y), zero_masked(counted, target))
         value, aux = result if isinstance(result, tuple) else (result, None)
-        return zero_masked(mask_t, value), zero_masked(mask_t, aux)
+        return zero_masked(counted, value), zero_masked(counted, aux)
 
-    return jax.vmap(one)(ys, targets, mask)
+    return jax.vmap(one, axis_size=batch_steps(batch))(ys, batch.targets, counted_steps(batch))
 
 
 def loss_weights(batch: Batch, losses: jax.Array) -> jax.Array:
@@ -94,7 +105,7 @@ def loss_weights(batch: Batch, losses: jax.Array) -> jax.Array:
 
 def weighted_losses(loss: Loss, ys: PyTree, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
     """`Σ w_t ℓ_t` and beside it `Σ w_t` and the weighted aux."""
-    losses, aux = step_losses(loss, ys, batch.targets, batch.mask)
+    losses, aux = step_losses(loss, ys, batch)
     weights = loss_weights(batch, losses)
 
     def total(values):

@@ -62,8 +62,9 @@ def _weights(input_size, hidden_size, num_gates, input_init, recurrent_init, dty
 
     def blocks(key, init, rows):
         # One batched draw: several QR decompositions at once can deadlock XLA's thread pool on few cores.
-        drawn = jax.vmap(lambda k: init(k, (rows, hidden_size), real))(jax.random.split(key, num_gates))
-        return jnp.concatenate(list(drawn), axis=1)
+        wide = jnp.promote_types(real, jnp.float32)  # QR knows no half precision
+        drawn = jax.vmap(lambda k: init(k, (rows, hidden_size), wide))(jax.random.split(key, num_gates))
+        return jnp.concatenate(list(drawn), axis=1).astype(real)
 
     def init(key):
         key_x, key_h = jax.random.split(key)
@@ -259,7 +260,7 @@ def with_reset(step: Step, initial_carry: Any) -> Step:
         x, reset = inputs
         reset = jnp.asarray(reset)
         start = initial_carry(reset.shape) if callable(initial_carry) else initial_carry
-        start = jax.tree.map(lambda s, c: jnp.broadcast_to(jnp.asarray(s, c.dtype), c.shape), start, carry)
-        return step(params, select_leading(reset, start, carry), x)
+        start = jax.tree.map(lambda s, c: jnp.broadcast_to(s, jnp.shape(c)).astype(jnp.result_type(c)), start, carry)
+        return step(params, select_leading(~reset, carry, start), x)  # a shared leaf goes on while one example does
 
     return reset_step

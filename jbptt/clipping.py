@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from jbptt import validation
-from jbptt.norms import scaled_norm
+from jbptt.norms import scaled_norm, unit
 
 
 class GlobalNormState(NamedTuple):
@@ -51,15 +51,14 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
         largest, ratio = scaled_norm(updates)
         finite = jnp.isfinite(largest)
         # ‖g‖ = largest·ratio may overflow, so it is compared and divided by factor after factor.
-        clipped = finite & (largest > max_norm / jnp.where(ratio == 0, 1, ratio))
-        safe = jnp.where(clipped, largest, 1)
-        factor = jnp.where(clipped, max_norm / jnp.where(ratio == 0, 1, ratio), 1)
+        clipped = finite & (largest * jnp.maximum(ratio, 1) > max_norm)
+        limit = max_norm / jnp.where(ratio == 0, 1, ratio)
 
         def scale(update):
             wide = update.astype(jnp.promote_types(update.dtype, largest.dtype))
-            return jnp.where(clipped, wide / safe * factor, wide).astype(update.dtype)
+            return jnp.where(clipped, unit(wide, largest) * limit, wide).astype(update.dtype)
 
         norm = jnp.where(jnp.isfinite(largest), largest * ratio, largest)
-        return jax.tree.map(scale, updates), GlobalNormState(norm, factor / safe, finite)
+        return jax.tree.map(scale, updates), GlobalNormState(norm, jnp.where(clipped, unit(limit, largest), 1), finite)
 
     return optax.GradientTransformation(init, update)

@@ -117,16 +117,16 @@ def gated_bptt(
         validation.check_positive_integer("segment", segment)
 
     def init(params: Params, carry: Carry, batch: Batch, key=None) -> KeyState:
-        num_steps, _ = validation.check_problem(step, loss, params, carry, batch)
-        gates = jax.eval_shape(lambda k: gates_fn(k, num_steps), key)
-        validation.check_problem(step, loss, params, carry, batch, gates)
+        sizes = validation.check_problem(step, loss, params, carry, batch)
+        validation.check_gates(jax.eval_shape(lambda k: gates_fn(k, sizes[0]), key), *sizes, carry)
         return KeyState(carry, key)
 
     def update(params: Params, state: KeyState, batch: Batch):
-        key, draw = (None, None) if state.key is None else jax.random.split(state.key)
-        num_steps, _ = validation.check_problem(step, loss, params, state.carry, batch)
-        gates = jnp.asarray(gates_fn(draw, num_steps))
-        validation.check_problem(step, loss, params, state.carry, batch, gates)
+        sizes = validation.check_problem(step, loss, params, state.carry, batch)
+        key, fresh = (None, None) if state.key is None else jax.random.split(state.key)
+        gates = gates_fn(fresh, sizes[0])
+        validation.check_gates(gates, *sizes, state.carry)
+        gates = jnp.asarray(gates)
         sums, carry = gradient_sums(step, loss, params, state.carry, batch, gates, segment)
         return _estimate(sums, gates=gates), KeyState(carry, key)
 

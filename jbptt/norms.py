@@ -7,6 +7,14 @@ from jax import tree_util
 from jbptt.types import PyTree, align_leading
 
 
+def unit(array: jax.Array, largest: jax.Array) -> jax.Array:
+    """`array / largest` along leading axes, at most 1 in size; `largest` 0 counts as 1."""
+    # XLA divides by multiplying with 1/m, which is flushed to 0 for the largest m: shrink both first.
+    shrink = jnp.where(largest > 1, 2.0**-10, 1.0).astype(largest.dtype)
+    safe = jnp.where(largest == 0, 1, largest * shrink)
+    return array * align_leading(shrink, array.ndim) / align_leading(safe, array.ndim)
+
+
 def scaled_norm(tree: PyTree, num_leading: int = 0) -> tuple[jax.Array, jax.Array]:
     """The norm over all but the first `num_leading` axes of all leaves, as two factors `(m, r)`.
 
@@ -24,9 +32,9 @@ def scaled_norm(tree: PyTree, num_leading: int = 0) -> tuple[jax.Array, jax.Arra
     largest = sizes[0].max(rest(sizes[0]))
     for size in sizes[1:]:
         largest = jnp.maximum(largest, size.max(rest(size)))
-    safe = jnp.where(largest == 0, 1, largest)
-    total = sum((jnp.sum(jnp.square(a / align_leading(safe, a.ndim)), axis=rest(a)) for a in sizes), jnp.zeros(()))
-    return largest, jnp.sqrt(total)
+    total = sum((jnp.sum(jnp.square(unit(a, largest)), axis=rest(a)) for a in sizes), jnp.zeros((), largest.dtype))
+    # Two selects: the derivative of the square root at 0 is infinite, and 0·inf would be NaN.
+    return largest, jnp.where(total == 0, 0, jnp.sqrt(jnp.where(total == 0, 1, total)))
 
 
 def norm(tree: PyTree, num_leading: int = 0) -> jax.Array:
@@ -40,5 +48,6 @@ def cosine(a: PyTree, b: PyTree) -> jax.Array:
     parts = []
     for tree in (a, b):
         largest, ratio = scaled_norm(tree)
-        parts.append([leaf / largest / ratio for leaf in tree_util.tree_leaves(tree)])
-    return sum((jnp.sum(jnp.real(jnp.conj(x) * y)) for x, y in zip(*parts, strict=True)), jnp.zeros(()))
+        parts.append([unit(leaf, largest) / ratio for leaf in tree_util.tree_leaves(tree)])
+    zero = jnp.zeros((), largest.dtype)
+    return sum((jnp.sum(jnp.real(jnp.conj(x) * y)) for x, y in zip(*parts, strict=True)), zero)

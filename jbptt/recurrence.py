@@ -11,6 +11,14 @@ from jbptt import validation
 from jbptt.types import Carry, Params, PyTree, Step, align_leading
 
 
+def times_gate(cotangent: jax.Array, gate: jax.Array) -> jax.Array:
+    """`gate · cotangent`, 0 where the gate is 0, in float32 at least: 1/π must not be rounded to bfloat16."""
+    wide = jnp.promote_types(cotangent.dtype, jnp.promote_types(gate.dtype, jnp.float32))
+    gate = align_leading(gate, cotangent.ndim).astype(jnp.finfo(wide).dtype)
+    product = (gate * cotangent.astype(wide)).astype(cotangent.dtype)
+    return jnp.where(gate == 0, jnp.zeros_like(product), product)
+
+
 @jax.custom_jvp
 def gate_cotangent(value: jax.Array, gate: jax.Array) -> jax.Array:
     """The identity, bit for bit, whose derivative is `gate` (0 is a hard zero: 0·inf stays 0)."""
@@ -23,7 +31,7 @@ def _gate_cotangent_jvp(primals, tangents):
     value, gate = primals
     tangent, _ = tangents  # gates are constants of the backward pass, never differentiated
     # A rule in forward mode serves every mode and order; sg(h) + g·(h − sg(h)) would turn −0.0 into 0.0.
-    return value, jnp.where(gate == 0, jnp.zeros_like(tangent), gate * tangent)
+    return value, times_gate(tangent, gate)
 
 
 def is_inexact(leaf: Any) -> bool:
@@ -36,13 +44,8 @@ def gated(carry: Carry, gate: jax.Array | None) -> Carry:
     if gate is None:
         return carry
 
-    def one(leaf):
-        if not is_inexact(leaf):
-            return leaf
-        real = jnp.finfo(jnp.result_type(leaf)).dtype
-        return gate_cotangent(leaf, align_leading(gate, jnp.ndim(leaf)).astype(real))
-
-    return jax.tree.map(one, carry)
+    gate = gate.astype(jnp.promote_types(gate.dtype, jnp.float32))
+    return jax.tree.map(lambda leaf: gate_cotangent(jnp.asarray(leaf), gate) if is_inexact(leaf) else leaf, carry)
 
 
 def select_leading(mask: jax.Array, on_true: PyTree, on_false: PyTree) -> PyTree:
@@ -74,20 +77,20 @@ def zero_masked(mask: jax.Array | None, tree: PyTree) -> PyTree:
 
 
 def held(step: Step) -> Step:
-    """A step on `x = (x, mask)` that holds the carry and emits zeros where the mask is False."""
+    """A step on `x = (x, mask)` that holds the carry where the mask is False; the caller clears its ys."""
 
     def held_step(params, carry, inputs):
         x, mask = inputs
         new_carry, y = step(params, carry, zero_masked(mask, x))
         if mask is None:
             return new_carry, y
-        return select_leading(mask, new_carry, carry), zero_masked(mask, y)
+        return select_leading(mask, new_carry, carry), y
 
     return held_step
 
 
 def scan_steps(step, params, carry, xs, gates=None, mask=None, length=None):
-    """`unroll` without the border checks: what the engine and the analyses call."""
+    """`unroll` without the border checks, ys of masked steps as they come: what the engine calls."""
     step = held(step)
 
     def body(carry_t, inputs_t):
@@ -167,21 +170,25 @@ def unroll(
     validation.check_step(step, params, carry, xs)
     validation.check_gates_and_mask(gates, mask, carry)
     gates, mask = jax.tree.map(jnp.asarray, (gates, mask))
-    segment = num_steps + 1 if segment is None else validation.check_positive_integer("segment", segment)
-    num_whole = num_steps // segment
+    if segment is not None:
+        segment = validation.check_positive_integer("segment", segment)
+    carry, ys = _scan_segments(step, params, carry, (xs, gates, mask), num_steps, segment or num_steps + 1)
+    return carry, ys if mask is None else jax.vmap(zero_masked)(mask, ys)
+
+
+def _scan_segments(step, params, carry, inputs, num_steps, segment):
+    num_whole, rest = divmod(num_steps, segment)
     if num_whole == 0:
-        return scan_steps(step, params, carry, xs, gates, mask, num_steps)
-    main, tail = split_time((xs, gates, mask), segment, num_whole)
+        return scan_steps(step, params, carry, *inputs, length=num_steps)
+    main, tail = split_time(inputs, segment, num_whole)
 
     @jax.checkpoint
     def run(carry, pieces):
-        xs, gates, mask = pieces
-        return scan_steps(step, params, carry, xs, gates, mask, segment)
+        return scan_steps(step, params, carry, *pieces, length=segment)
 
     carry, ys = lax.scan(run, carry, main, length=num_whole)
     ys = jax.tree.map(lambda a: a.reshape((num_whole * segment, *a.shape[2:])), ys)
-    if num_whole * segment == num_steps:
+    if rest == 0:
         return carry, ys
-    xs, gates, mask = tail
-    carry, rest = scan_steps(step, params, carry, xs, gates, mask, num_steps % segment)
-    return carry, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), ys, rest)
+    carry, last = scan_steps(step, params, carry, *tail, length=rest)
+    return carry, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), ys, last)

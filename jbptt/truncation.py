@@ -29,11 +29,13 @@ def fixed(num_steps: int, window: chex.Numeric, *, phase: chex.Numeric = 0) -> j
       phase: how far into a block step 0 stands; may be traced.
 
     Raises:
-      ValueError: num_steps or window < 1, or not an integer.
+      ValueError: num_steps or window < 1, phase < 0, or one that is not an integer.
     """
     validation.check_positive_integer("num_steps", num_steps)
     if not isinstance(window, Tracer):
         validation.check_positive_integer("window", window)
+    if not isinstance(phase, Tracer):
+        validation.check_positive_integer("phase", phase, smallest=0)
     t = jnp.arange(num_steps)
     return jnp.where(((t + phase) % window == 0) & (t > 0), 0.0, 1.0)
 
@@ -111,7 +113,7 @@ def coverage(gates: jax.Array) -> jax.Array:
     def body(row, inputs):
         t, gate = inputs
         # A select, as in the gradient: past a cut the weight is 0 even where another gate is infinite.
-        row = jnp.where((steps < t) & (gate != 0), row * gate, 0)
+        row = jnp.where((steps < t) & (gate != 0) & (row != 0), row * gate, 0)
         row = jnp.where(steps == t, 1.0, row)
         return row, row
 

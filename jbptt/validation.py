@@ -50,11 +50,14 @@ def check_probability(name: str, value: Any) -> None:
     """A ValueError unless every entry lies in (0, 1]; traced values are trusted."""
     if isinstance(value, Tracer):
         return
-    entries = np.asarray(value, dtype=float)
-    if not np.all((entries > 0) & (entries <= 1)):
+    try:
+        entries = np.asarray(value).astype(float)
+    except (TypeError, ValueError):
+        entries = np.array(np.nan)
+    if isinstance(value, str) or entries.ndim > 1 or not np.all((entries > 0) & (entries <= 1)):
         raise ValueError(
-            f"{name} must lie in (0, 1], got {value}; a gate that never opens cannot be reweighted "
-            "(for a hard cut use truncation.fixed)"
+            f"{name} must lie in (0, 1], got {value!r}, wanted a scalar or [T]; a gate that never opens "
+            "cannot be reweighted (for a hard cut use truncation.fixed)"
         )
 
 
@@ -62,7 +65,8 @@ def check_above(name: str, value: Any, bound: float, why: str) -> None:
     """A ValueError unless `value` is a finite number > `bound`; traced values are trusted."""
     if isinstance(value, Tracer):
         return
-    if not (isinstance(value, numbers.Real) or jnp.ndim(value) == 0) or not (bound < float(value) < math.inf):
+    number = isinstance(value, (numbers.Real, np.ndarray, jax.Array)) and not isinstance(value, bool)
+    if not number or getattr(value, "ndim", 0) or not (bound < float(value) < math.inf):
         raise ValueError(f"{name} must be a finite number > {bound:g}, got {value!r}; {why}")
 
 
@@ -85,11 +89,15 @@ def count_steps(trees: dict[str, Any], length: Any = None) -> int:
             shape = np.shape(leaf)
             if not shape:
                 raise ValueError(
-                    f"{name}{keystr(path)} is a scalar, wanted a leading time axis [T, ...]; stack it over time"
+                    f"{name}{keystr(path)} is a scalar, wanted a leading time axis [T, ...]; stack it over "
+                    "time, and pass arrays, not lists"
                 )
             found[name + keystr(path)] = shape[0]
     if not found:
-        raise ValueError("the number of steps is unknown: xs has no leaves; pass length=")
+        raise ValueError(
+            "the number of steps is unknown: no leaf has a time axis; pass xs (a Batch may give targets, mask or "
+            "weights [T] instead, unroll length=)"
+        )
     if len(set(found.values())) > 1:
         sizes = ", ".join(f"{name}: {size}" for name, size in found.items())
         raise ValueError(f"leaves disagree on T, the leading (time) axis: {sizes}; put time first and cut to one T")
@@ -165,6 +173,16 @@ def check_gates_and_mask(gates: Any, mask: Any, carry: Any) -> None:
         check_carry_batch(carry, np.shape(gates)[1:], "the gates are per example")
 
 
+def check_gates(gates: Any, num_steps: int, batch_shape: tuple[int, ...], carry: Any) -> None:
+    """Gates are `[T]` or `[T, *batch]`, bool or real."""
+    if np.shape(gates) not in ((num_steps,), (num_steps, *batch_shape)):
+        raise ValueError(
+            f"gates disagree on T or the batch: got {np.shape(gates)}, wanted [T] or [T, *batch] = {(num_steps, *batch_shape)} (T = "
+            f"{num_steps}, the leading time axis of the batch); return an array of that shape"
+        )
+    check_gates_and_mask(gates, None, carry)
+
+
 def check_loss(loss: Any, y: Any, targets: Any) -> tuple[tuple[int, ...], Any]:
     """Runs the loss on shapes; returns the batch shape and the aux's shapes (None without aux)."""
     target = jax.tree.map(lambda leaf: jax.eval_shape(lambda a: a[0], leaf), targets)
@@ -187,12 +205,11 @@ def check_problem(step: Any, loss: Any, params: Any, carry: Any, batch: Batch, g
     """Everything that an estimator or an analysis needs to hold; returns T and the batch shape."""
     if not isinstance(batch, Batch):
         raise ValueError(f"batch must be a jbptt.Batch, got {type(batch).__name__}; write Batch(xs, targets)")
-    num_steps = count_steps({**batch._asdict(), "gates": gates})
+    num_steps = count_steps(batch._asdict())
     check_params(params)
     y = check_step(step, params, carry, batch.xs)
     batch_shape, _ = check_loss(loss, y, batch.targets)
-    for name in ("mask", "weights"):
-        array = getattr(batch, name)
+    for name, array in {"mask": batch.mask, "weights": batch.weights}.items():
         if array is not None and np.shape(array)[1:] not in ((), batch_shape):
             raise ValueError(
                 f"{name} has shape {np.shape(array)}, wanted [T] or [T, *batch] = {(num_steps, *batch_shape)}: the "
@@ -200,11 +217,7 @@ def check_problem(step: Any, loss: Any, params: Any, carry: Any, batch: Batch, g
             )
     if batch.weights is not None and jnp.issubdtype(jax.dtypes.result_type(batch.weights), jnp.complexfloating):
         raise ValueError(f"weights must be real, got {jax.dtypes.result_type(batch.weights)}")
-    per_example = batch.mask is not None and np.ndim(batch.mask) > 1
-    if batch.mask is not None and jax.dtypes.result_type(batch.mask) != jnp.bool_:
-        raise ValueError(f"mask must be bool, got {jax.dtypes.result_type(batch.mask)}; use weights for numbers")
-    if per_example:
-        check_carry_batch(carry, batch_shape, "the mask is per example")
+    check_gates_and_mask(None, batch.mask, carry)
     if gates is not None:
-        check_gates_and_mask(gates, None, carry)
+        check_gates(gates, num_steps, batch_shape, carry)
     return num_steps, batch_shape

@@ -14,17 +14,26 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jbptt.adjoint import Sums, batch_steps, parallel_pullback, split_inexact, weighted_losses, wide_parts
+from jbptt.adjoint import (
+    Sums,
+    at_least_float32,
+    batch_steps,
+    parallel_pullback,
+    split_inexact,
+    weighted_losses,
+    wide_parts,
+)
 from jbptt.recurrence import held, trajectory
 from jbptt.types import Batch, Carry, Loss, Params, PyTree, Step, align_leading
 
 
 class History(NamedTuple):
-    """The latest steps before an update: leaves `[length, ...]`; mask False where there is none yet."""
+    """The latest steps before an update, leaves `[length, ...]`; `exists` is False where there is none yet."""
 
     carries: Carry
     xs: PyTree
     mask: jax.Array
+    exists: jax.Array
 
 
 def empty_history(length: int, carry: Carry, xs: PyTree, batch_shape: tuple[int, ...]) -> History:
@@ -35,9 +44,10 @@ def empty_history(length: int, carry: Carry, xs: PyTree, batch_shape: tuple[int,
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             key = jax.random.key(0, impl=jax.random.key_impl(jnp.empty((0,), leaf.dtype)))
             return jnp.broadcast_to(key, (length, *leaf.shape[1:]))
-        return jnp.zeros((length, *leaf.shape[1:]), leaf.dtype)
+        return jnp.zeros((length, *leaf.shape[1:]), jax.dtypes.canonicalize_dtype(leaf.dtype))
 
-    return History(carries, jax.tree.map(zeros, xs), jnp.zeros((length, *batch_shape), bool))
+    mask, exists = jnp.ones((length, *batch_shape), bool), jnp.zeros(length, bool)
+    return History(carries, jax.tree.map(zeros, xs), mask, exists)
 
 
 def extend(history: History, carries: Carry, batch: Batch) -> History:
@@ -45,7 +55,14 @@ def extend(history: History, carries: Carry, batch: Batch) -> History:
     shape = (batch_steps(batch), *history.mask.shape[1:])
     mask = jnp.ones(shape, bool) if batch.mask is None else batch.mask
     mask = jnp.broadcast_to(mask.reshape(mask.shape + (1,) * (len(shape) - mask.ndim)), shape)
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), history, History(carries, batch.xs, mask))
+    steps = History(carries, batch.xs, mask, jnp.ones(shape[0], bool))
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), history, steps)
+
+
+def with_stand_ins(steps: History, first: int) -> History:
+    """Puts step `first` in the place of those that never were: the user's step meets only real inputs."""
+    filled = jax.tree.map(lambda a: jnp.where(align_leading(steps.exists, a.ndim), a, a[first]), steps)
+    return filled._replace(exists=steps.exists)
 
 
 def latest(history: History, length: int) -> History:
@@ -57,7 +74,7 @@ def pad_front(history: History, length: int) -> History:
     """The history with steps that never were in front, up to `length`."""
     missing = length - history.mask.shape[0]
     front = jax.tree.map(lambda a: jnp.broadcast_to(a[:1], (missing, *a.shape[1:])), history)
-    front = front._replace(mask=jnp.zeros_like(front.mask))
+    front = front._replace(exists=jnp.zeros_like(front.exists))
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), front, history)
 
 
@@ -84,24 +101,29 @@ def carry_back(core, wide, steps: History, outputs_bar: list, ends: jax.Array, w
     """M: for every step, the sum over chunks of the cotangents that reach the carry it emits."""
     num_steps = steps.mask.shape[0]
     leaves, _ = split_inexact(steps.carries)
+    real = jnp.concatenate([steps.exists, jnp.zeros(stride, bool)])  # a chunk may end after the last step
 
     def body(state, q):
         cotangents, total = state
         i = ends - q
-        total = [m.at[i].add(c, mode="drop") for m, c in zip(total, cotangents, strict=True)]
-        at = jax.tree.map(lambda a: a[jnp.minimum(i, num_steps - 1)], steps)
+        keep = real[i]
+        i = jnp.minimum(i, num_steps - 1)
 
         def select(array, keep):
             return jnp.where(align_leading(keep, array.ndim), array, 0)
 
-        # A chunk may end after the last step there is: until then it has nothing to carry.
-        own = [select(y[jnp.minimum(i, num_steps - 1)], (q < stride) & (i < num_steps)) for y in outputs_bar]
+        # Until a chunk meets its first step it has nothing to carry; before the stream's start, nowhere to.
+        cotangents = [select(c, keep) for c in cotangents]
+        total = [m.at[i].add(c.astype(m.dtype)) for m, c in zip(total, cotangents, strict=True)]
+        at = jax.tree.map(lambda a: a[i], steps)
+        own = [select(y[i], keep & (q < stride)) for y in outputs_bar]
         _, cotangents = parallel_pullback(core, wide, at.carries, (at.xs, at.mask))((cotangents, own))
-        return ([select(c, i < num_steps) for c in cotangents], total), None
+        return (cotangents, total), None
 
     start = [jnp.zeros((ends.shape[0], *leaf.shape[1:]), leaf.dtype) for leaf in leaves]
-    (_, total), _ = jax.lax.scan(body, (start, [jnp.zeros_like(leaf) for leaf in leaves]), jnp.arange(window))
-    return total
+    zeros = [at_least_float32(jnp.zeros_like(leaf)) for leaf in leaves]
+    (_, total), _ = jax.lax.scan(body, (start, zeros), jnp.arange(window))
+    return [m.astype(leaf.dtype) for m, leaf in zip(total, leaves, strict=True)]
 
 
 def overlapping_sums(
@@ -126,10 +148,11 @@ def overlapping_sums(
     carry, (carries, outputs) = trajectory(core, wide, carry, batch.xs, batch.mask, batch_steps(batch))
     sums, cotangents = output_cotangents(readout, loss, wide, outputs, batch)
     steps = extend(history, carries, batch)
+    real = with_stand_ins(steps, history.mask.shape[0])
     num_history = history.mask.shape[0]
     ends = chunk_ends(num_history, batch_steps(batch), stride, phase)
     outputs_bar = [jnp.concatenate([jnp.zeros((num_history, *y.shape[1:]), y.dtype), y]) for y in cotangents]
     core = held(core)
-    total = carry_back(core, wide, steps, outputs_bar, ends, window, stride)
-    grad, _ = parallel_pullback(core, wide, steps.carries, (steps.xs, steps.mask))((total, outputs_bar))
+    total = carry_back(core, wide, real, outputs_bar, ends, window, stride)
+    grad, _ = parallel_pullback(core, wide, real.carries, (real.xs, real.mask))((total, outputs_bar))
     return sums._replace(grad=jax.tree.map(jnp.add, sums.grad, grad)), carry, steps

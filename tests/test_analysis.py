@@ -306,7 +306,7 @@ def test_integer_carries_have_no_cotangents():
         (truncation_curve, {"max_window": 0}, "max_window must be an integer >= 1, got 0"),
         (truncation_curve, {"max_window": 2.0}, "max_window must be an integer >= 1, got 2.0"),
         (gradient_flow, {"gates": np.ones(2)}, "disagree on T"),
-        (adjoints, {"gates": np.ones((3, 2))}, "gates are per example"),
+        (adjoints, {"gates": np.ones((3, 2))}, "wanted .T. or .T, .batch."),
     ],
 )
 def test_bad_options(analysis, options, words):

@@ -91,14 +91,14 @@ def test_one_step():
     assert found.verdict == "stable"
     assert (int(found.reach), found.num_steps) == (1, 1)
     assert found.sliding_window.tolist() == found.block_window.tolist() == [1, 1]
-    assert "Gradient over 1 steps: stable" in str(found)
+    assert "Gradient over 1 step: stable" in str(found)
 
 
 def test_zero_gradient_and_no_weight():
     step, loss, params, carry, batch = problems.make("tanh", 4)
     found = unmeasured(step, loss, params, carry, batch._replace(weights=np.zeros(4)))
     assert (float(found.loss), float(found.gradient_norm), int(found.reach)) == (0.0, 0.0, 0)
-    assert found.verdict == "stable"
+    assert found.verdict == "vanishing"  # a gradient of zero is not a healthy one
     assert found.sliding_window.tolist() == [1, 1]
 
 

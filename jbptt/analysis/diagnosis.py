@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from jbptt import truncation, validation
 from jbptt.adjoint import gradient_sums
@@ -35,7 +36,7 @@ _CHANGE = 10.0  # the factor over the measured lags from which on a gradient is 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `diagnose` found; `print` it. Arrays throughout, so it passes through jit and vmap.
+    """What `diagnose` found; `print` it. Arrays but for `cost`, so that it passes through jit and vmap.
 
     Attributes:
       verdict_index: into `VERDICTS`; `.verdict` is the word.
@@ -145,6 +146,9 @@ def diagnose(
     """
     num_steps, batch_shape = validation.check_problem(step, loss, params, carry, batch, gates)
     validation.check_carry_batch(carry, batch_shape, "the gradient is measured per example")
+    num_repeats = validation.check_positive_integer("num_repeats", num_repeats)
+    if measure and any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((params, carry, batch, gates))):
+        raise ValueError("measure=True needs arrays, got traced values; pass measure=False under jit and vmap")
     largest = min(num_steps, 512) if max_window is None else max_window
     largest = min(validation.check_positive_integer("max_window", largest), num_steps)
 
@@ -182,13 +186,15 @@ def _read(sums, profile: LagProfile, curve: TruncationCurve, blocks: jax.Array, 
     change = rate * (len(norms) - 1)
     gradient_norm = weighted_mean(norm(sums.grad), sums.weight)
     finite = jnp.isfinite(gradient_norm) & jnp.isfinite(sums.loss) & jnp.all(jnp.isfinite(norms))
+    change = jnp.where(norms[0] > 0, change, -jnp.inf)  # no gradient at all has vanished
     verdict = jnp.where(change <= -jnp.log(_CHANGE), 0, jnp.where(change >= jnp.log(_CHANGE), 2, 1))
     lags = jnp.arange(1, len(norms) + 1)
+    half_life = jnp.where(rate < 0, jnp.log(2.0) / jnp.where(rate < 0, -rate, 1), jnp.inf)
     sliding = jnp.stack([first_window(curve.relative_error, tolerance) for tolerance in TOLERANCES])
     return Diagnosis(
         verdict_index=jnp.where(finite, verdict, 3),
         rate=rate,
-        half_life=jnp.where(rate < 0, jnp.log(2.0) / jnp.where(rate < 0, -rate, 1), jnp.inf),
+        half_life=jnp.where(norms[0] == 0, 0.0, half_life),
         reach=jnp.max(jnp.where((norms > 0) & (norms >= 0.01 * norms[0]), lags, 0)),
         sliding_window=sliding,
         block_window=jnp.where(finite, blocks, 0),
@@ -226,13 +232,17 @@ def _page(found: Diagnosis) -> str:
         halves = f"none (it doubles every {np.log(2) / float(found.rate):.3g} steps back)"
     reach = f"{int(found.reach)} steps" if found.reach < largest else f"all {largest} steps measured"
     lines = [
-        f"Gradient over {found.num_steps} steps: {found.verdict}",
+        f"Gradient over {found.num_steps} step{'s' * (found.num_steps > 1)}: {found.verdict}",
         f"  loss {float(found.loss):.4g}, gradient norm {float(found.gradient_norm):.3g}",
     ]
     if found.verdict == "non-finite":
         return "\n".join(
             [*lines, "  a loss, an adjoint or the gradient is NaN or infinite: no window can be recommended"]
         )
+    if norms.max() == 0:
+        return "\n".join([*lines, "  no gradient flows back through the carry: every window is exact"])
+    if found.num_steps == 1:
+        return "\n".join([*lines, "  one step: there is nothing to go back through, and nothing to truncate"])
     lines += [
         f"  half-life {halves}; norm {norms[0]:.3g} at lag 0, {norms[-1]:.3g} at lag {largest - 1}",
         f"  reach     {reach} (at least 1 % of lag 0)",

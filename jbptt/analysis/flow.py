@@ -81,7 +81,8 @@ def gradient_flow(
     counted = problem.weights.reshape(num_steps, -1).sum(1)
 
     def read(state, lag, cotangents, _):
-        total = norm(norm(cotangents, 1 + len(batch_shape)).reshape(num_steps, -1), 1)
+        norms = jnp.broadcast_to(norm(cotangents, 1 + len(batch_shape)), (num_steps, *batch_shape))
+        total = norm(norms.reshape(num_steps, -1), 1)
         count = jnp.roll(counted, -lag)  # the examples of loss t = s + lag
         return state, jnp.where(count > 0, total / jnp.sqrt(jnp.maximum(count, 1)), 0)
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jbptt import validation
 from jbptt.adjoint import batch_steps, gradient_sums, loss_weights, parallel_pullback, split_inexact, wide_parts
 from jbptt.norms import cosine, norm, scaled_norm
-from jbptt.recurrence import held, trajectory
+from jbptt.recurrence import held, times_gate, trajectory
 from jbptt.types import Batch, Carry, Loss, Params, Step, align_leading, weighted_mean
 from jbptt.windows import output_cotangents
 
@@ -87,7 +87,7 @@ def scan_lags(problem: Linearised, gates: jax.Array | None, num_lags: int, read:
     def pull(cotangents, outputs_bar):
         grad, cotangents = problem.pull((cotangents, outputs_bar))
         if gates is not None:
-            cotangents = [_gate(c, gates) for c in cotangents]
+            cotangents = [times_gate(c, gates) for c in cotangents]
         return grad, cotangents
 
     nothing = [jnp.zeros_like(a) for a in problem.outputs_bar]
@@ -104,11 +104,6 @@ def scan_lags(problem: Linearised, gates: jax.Array | None, num_lags: int, read:
     state, first = read(state, jnp.zeros((), int), cotangents, grad)
     _, rows = jax.lax.scan(body, (cotangents, state), jnp.arange(1, num_lags))
     return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, rows)
-
-
-def _gate(cotangent, gates):
-    aligned = align_leading(gates, cotangent.ndim).astype(jnp.finfo(cotangent.dtype).dtype)
-    return jnp.where(aligned == 0, 0, aligned * cotangent)
 
 
 def lag_profile(

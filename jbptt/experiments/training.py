@@ -6,7 +6,7 @@ import chex
 import jax
 import optax
 
-from jbptt.adjoint import weighted_losses
+from jbptt.adjoint import at_least_float32, weighted_losses
 from jbptt.norms import norm
 from jbptt.recurrence import scan_steps
 from jbptt.types import Batch, Carry, Estimator, Loss, Params, Step, weighted_mean
@@ -63,7 +63,7 @@ def train(
         first = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), batches)
         state = estimator.init(params, carry, first, key=key)
     if opt_state is None:
-        opt_state = optimizer.init(params)
+        opt_state = optimizer.init(jax.tree.map(at_least_float32, params))  # as wide as the gradients
 
     def body(running, batch):
         params, state, opt_state = running

@@ -21,6 +21,8 @@ def check_target(target: Path) -> None:
     Raises:
       ValueError: `target` or a folder above it is a file, or may not be written.
     """
+    if str(target) in ("", "."):
+        raise ValueError(f"out must name a folder, got {str(target)!r}; pass one like jbptt-report")
     target = _absolute(target)
     if target.exists() and not target.is_dir():
         raise ValueError(f"out must be a folder, got the file {target}; name another folder")

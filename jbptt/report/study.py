@@ -60,6 +60,7 @@ def check_settings(settings: Settings) -> str:
     """Checks every option and returns the text; a ValueError says what is wrong, before anything runs."""
     for name in ("hidden_size", "num_steps", "batch_size", "window"):
         validation.check_positive_integer(name, getattr(settings, name))
+    validation.check_positive_integer("num_steps", settings.num_steps, smallest=2)
     if settings.window >= settings.num_steps:
         raise ValueError(
             f"window must be < num_steps = {settings.num_steps}, got {settings.window}; a window of all steps is "

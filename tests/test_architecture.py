@@ -1,0 +1,138 @@
+"""The house: imports go downward only, names are what they seem, and importing costs nothing optional."""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import jbptt
+
+ROOT = Path(jbptt.__file__).parent
+CORE = ["types", "norms", "validation", "recurrence", "cells", "truncation", "adjoint", "windows", "estimators"]
+CORE += ["clipping"]
+FLOORS = ["core", "analysis", "experiments", "report"]
+OPTIONAL = {"matplotlib", "rich", "tyro", "jinja2", "torch", "xarray", "zarr", "flax", "haiku", "equinox"}
+FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted(ROOT.rglob("*.py"))}
+DOORS = {"__init__", "__main__"}  # what only opens the house to its users
+MODULES = {name: path for name, path in FILES.items() if name.split(".")[-1] not in DOORS}
+
+
+def floor(name):
+    return FLOORS.index(name.split(".")[0]) if "." in name else 0
+
+
+def imports(path):
+    """The names that a file imports, `package.name` for each `from package import name`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def neighbours(name):
+    """The modules of the package that a module imports."""
+    for imported in imports(MODULES[name]):
+        parts = imported.split(".")
+        if parts[0] == "jbptt":
+            candidates = [".".join(parts[1:n]) for n in range(len(parts), 1, -1)]
+            found = [candidate for candidate in candidates if candidate in MODULES]
+            assert found, f"{name} imports {imported}, which comes from no module below it"
+            yield found[0]
+
+
+def public_functions(path):
+    return [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
+
+
+def test_every_module_of_the_core_has_its_place():
+    assert {name for name in MODULES if "." not in name} == set(CORE)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_go_downward(name):
+    for other in neighbours(name):
+        assert floor(other) <= floor(name), f"{name} imports {other}, which is upstairs"
+        if floor(name) == floor(other) == 0:
+            assert CORE.index(other) < CORE.index(name), f"{name} imports {other}, which is a later room"
+
+
+def test_no_circles():
+    tuple(TopologicalSorter({name: set(neighbours(name)) for name in MODULES}).static_order())
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_module_is_named_like_its_function(name):
+    assert name.split(".")[-1] not in {node.name for node in public_functions(MODULES[name])}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_public_functions_explain_themselves(name):
+    for node in ast.parse(MODULES[name].read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{name}.{node.name} has no docstring"
+    assert ast.get_docstring(ast.parse(MODULES[name].read_text())), f"{name} has no docstring"
+
+
+def test_modules_stay_small():
+    sizes = {name: len(path.read_text().splitlines()) for name, path in MODULES.items()}
+    assert {name: size for name, size in sizes.items() if size > 330} == {}
+
+
+def test_public_names_exist_and_are_used_as_exported():
+    names = [alias.asname or alias.name for node in ast.parse((ROOT / "__init__.py").read_text()).body
+             if isinstance(node, ast.ImportFrom) for alias in node.names]  # fmt: skip
+    assert len(names) == len(set(names))
+    for name in names:
+        value = getattr(jbptt, name)
+        assert inspect.ismodule(value) or callable(value) or not inspect.isroutine(value)
+    wanted = "Batch Estimate Estimator Loss Step cells truncation clipping unroll full_bptt truncated_bptt gated_bptt"
+    assert set(wanted.split()) | {"randomized_bptt"} <= set(names)
+
+
+def in_a_fresh_process(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+
+
+def test_importing_needs_nothing_optional_and_changes_nothing():
+    result = in_a_fresh_process(
+        "import sys, jax; before = dict(jax.config.values); import jbptt, jbptt.analysis, jbptt.experiments\n"
+        "assert dict(jax.config.values) == before\n"
+        "assert not jax._src.xla_bridge._backends, 'a backend was started'\n"
+        f"print(sorted({OPTIONAL!r} & {{name.split('.')[0] for name in sys.modules}}))"
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]"
+
+
+def test_optional_packages_are_imported_where_they_are_used():
+    for name, path in MODULES.items():
+        top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        for node in top:
+            modules = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            assert not OPTIONAL & {module.split(".")[0] for module in modules}, f"{name} imports {modules} at the top"
+
+
+def test_doctests():
+    """In single precision, as a user's first session has it."""
+    names = [f"jbptt.{name}" for name in MODULES]
+    result = in_a_fresh_process(
+        "import doctest, importlib\n"
+        f"results = [doctest.testmod(importlib.import_module(name)) for name in {names!r}]\n"
+        "print(sum(r.attempted for r in results)); raise SystemExit(sum(r.failed for r in results))"
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert int(result.stdout.split()[-1]) >= 5
+
+
+def test_every_module_can_be_imported():
+    for info in pkgutil.walk_packages([str(ROOT)], "jbptt."):
+        if not info.name.endswith("__main__"):
+            importlib.import_module(info.name)
