@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jbptt.cells import split_readout
-from jbptt.recurrence import default_segment, is_inexact, scan_steps, split_time, zero_masked
+from jbptt.recurrence import default_segment, is_inexact, scan_steps, zero_masked
 from jbptt.types import Batch, Carry, Loss, Params, PyTree, Step, align_leading
 
 
@@ -151,26 +151,28 @@ def segment_sums(step, loss, params, carry, batch, gates, cotangent):
     return cotangent, Sums(value, grad, weight, aux), after
 
 
-def forward(step: Step, params: Params, carry: Carry, segments: Batch) -> tuple[Carry, Carry]:
+def forward(step: Step, params: Params, carry: Carry, segment_at: Callable, num_segments: int) -> tuple[Carry, Carry]:
     """Runs the recurrent part only; returns the carry after it and the carries at the segments' starts."""
     core, _ = split_readout(step)
 
-    def body(carry, batch):
+    def body(carry, i):
+        batch, _ = segment_at(i)
         return scan_steps(core, params, carry, batch.xs, None, batch.mask, batch_steps(batch))[0], carry
 
-    return lax.scan(body, carry, segments)
+    return lax.scan(body, carry, jnp.arange(num_segments))
 
 
-def backward(step, loss, params, starts, segments, gates, cotangent, sums):
+def backward(step, loss, params, starts, segment_at, num_segments, cotangent, sums):
     """Runs λ through the segments from the last to the first, adding to `sums`."""
 
     def body(state, inputs):
         cotangent, sums = state
-        start, batch, gate = inputs
-        cotangent, more, _ = segment_sums(step, loss, params, start, batch, gate, cotangent)
+        i, start = inputs
+        batch, gates = segment_at(i)
+        cotangent, more, _ = segment_sums(step, loss, params, start, batch, gates, cotangent)
         return (cotangent, jax.tree.map(jnp.add, sums, more)), None
 
-    return lax.scan(body, (cotangent, sums), (starts, segments, gates), reverse=True)[0]
+    return lax.scan(body, (cotangent, sums), (jnp.arange(num_segments), starts), reverse=True)[0]
 
 
 def gradient_sums(
@@ -189,11 +191,16 @@ def gradient_sums(
     num_steps = batch_steps(batch)
     segment = segment or default_segment(num_steps)
     num_whole = (num_steps - 1) // segment  # the last segment, whole or ragged, opens the backward pass
-    (main, main_gates), (last, last_gates) = split_time((batch, gates), segment, num_whole)
-    starts = None
-    if num_whole:
-        carry, starts = forward(step, params, carry, main)
+    batch, gates = jax.tree.map(jnp.asarray, (batch, gates))
+
+    def segment_at(i):  # cut out where it is used: slicing the whole sequence would copy it
+        return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, i * segment, segment), (batch, gates))
+
+    last, last_gates = jax.tree.map(lambda a: a[num_whole * segment :], (batch, gates))
+    if num_whole == 0:
+        _, sums, carry = segment_sums(step, loss, params, carry, last, last_gates, None)
+        return sums, carry
+    carry, starts = forward(step, params, carry, segment_at, num_whole)
     cotangent, sums, carry = segment_sums(step, loss, params, carry, last, last_gates, None)
-    if num_whole:
-        _, sums = backward(step, loss, params, starts, main, main_gates, cotangent, sums)
+    _, sums = backward(step, loss, params, starts, segment_at, num_whole, cotangent, sums)
     return sums, carry

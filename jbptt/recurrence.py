@@ -20,18 +20,32 @@ def times_gate(cotangent: jax.Array, gate: jax.Array) -> jax.Array:
 
 
 @jax.custom_jvp
-def gate_cotangent(value: jax.Array, gate: jax.Array) -> jax.Array:
-    """The identity, bit for bit, whose derivative is `gate` (0 is a hard zero: 0·inf stays 0)."""
+def _gate_as_is(value: jax.Array, gate: jax.Array) -> jax.Array:
+    """`gate_cotangent` where arithmetic would not keep the value: inf − inf is NaN, denormals are flushed."""
     del gate
     return value
 
 
-@gate_cotangent.defjvp
-def _gate_cotangent_jvp(primals, tangents):
+@_gate_as_is.defjvp
+def _gate_as_is_jvp(primals, tangents):
     value, gate = primals
-    tangent, _ = tangents  # gates are constants of the backward pass, never differentiated
-    # A rule in forward mode serves every mode and order; sg(h) + g·(h − sg(h)) would turn −0.0 into 0.0.
-    return value, times_gate(tangent, gate)
+    return value, times_gate(tangents[0], gate)
+
+
+def gate_cotangent(value: jax.Array, gate: jax.Array) -> jax.Array:
+    """The identity, bit for bit, whose derivative is `gate` (0 is a hard zero: 0·inf stays 0).
+
+    In every order too, but for reverse over reverse mode at a carry entry that is exactly 0, denormal or
+    not finite, under a gate other than 0 and 1: JAX drops custom derivatives from what reverse mode caches.
+    """
+    constant, gate = lax.stop_gradient(value), lax.stop_gradient(gate)
+    shape = align_leading(gate, value.ndim)
+    difference = jnp.where(shape > 0, constant - value, value - constant)  # +0.0, with the sign of the gate
+    gated = constant - times_gate(difference, jnp.abs(gate))
+    size = jnp.abs(constant)
+    normal = (size >= jnp.finfo(size.dtype).tiny) & jnp.isfinite(size) & jnp.isfinite(shape)
+    gated = jnp.where(normal, gated, _gate_as_is(value, gate))
+    return jnp.where(shape == 0, constant, gated)
 
 
 def is_inexact(leaf: Any) -> bool:
@@ -164,7 +178,7 @@ def unroll(
 
     >>> step = lambda params, carry, x: (params * carry + x, carry)
     >>> unroll(step, 2.0, jnp.zeros(()), jnp.ones(3))[0]
-    Array(7., dtype=float32, weak_type=True)
+    Array(7., dtype=float32)
     """
     num_steps = validation.count_steps({"xs": xs, "gates": gates, "mask": mask}, length)
     validation.check_step(step, params, carry, xs)

@@ -177,8 +177,9 @@ def check_gates(gates: Any, num_steps: int, batch_shape: tuple[int, ...], carry:
     """Gates are `[T]` or `[T, *batch]`, bool or real."""
     if np.shape(gates) not in ((num_steps,), (num_steps, *batch_shape)):
         raise ValueError(
-            f"gates disagree on T or the batch: got {np.shape(gates)}, wanted [T] or [T, *batch] = {(num_steps, *batch_shape)} (T = "
-            f"{num_steps}, the leading time axis of the batch); return an array of that shape"
+            f"gates disagree on T or the batch: got {np.shape(gates)}, wanted [T] or [T, *batch] = "
+            f"{(num_steps, *batch_shape)} (T = {num_steps}, the leading time axis of the batch); "
+            "return an array of that shape"
         )
     check_gates_and_mask(gates, None, carry)
 

@@ -16,25 +16,24 @@ WINDOW = 4
 LENGTHS = [1, 2, WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW + 2]
 LONGEST = LENGTHS[-1]
 BATCH = (EXAMPLES,)
+CELLS = [name for name in problems.STEPS if name != "lstm+readout"]  # it comes with a reset
 
 WINDOWED = {
-    **{f"blocks of {w}": (w, w) for w in (1, WINDOW)},
+    f"blocks of {WINDOW}": (WINDOW, WINDOW),
     **{f"stride {s} of {WINDOW}": (WINDOW, s) for s in (1, 2, 3)},
 }
 ESTIMATORS = {
     "full": full_bptt,
-    "full, segment 1": functools.partial(full_bptt, segment=1),
     "full, segment 3": functools.partial(full_bptt, segment=3),
     **{name: functools.partial(truncated_bptt, window=w, stride=s) for name, (w, s) in WINDOWED.items()},
-    "keep_prob": functools.partial(randomized_bptt, keep_prob=0.6),
-    "keep_prob, not reweighted": functools.partial(randomized_bptt, keep_prob=0.6, reweight=False, segment=5),
+    "keep_prob": functools.partial(randomized_bptt, keep_prob=0.6, segment=1),
     "mean_length": functools.partial(randomized_bptt, mean_length=3.0, segment=3),
 }
 
 
 def combinations():
     """Each cell meets each estimator and each length; one meets everything at full length."""
-    for i, cell in enumerate(problems.STEPS):
+    for i, cell in enumerate(CELLS):
         for j, num_steps in enumerate(LENGTHS):
             everything = num_steps == LONGEST and cell == "lstm+readout+reset"
             yield cell, num_steps, tuple(n for k, n in enumerate(ESTIMATORS) if everything or (i + k - j) % 6 == 0)
@@ -80,7 +79,7 @@ def schedules(num_steps):
     return jnp.stack([*rows, jnp.linspace(-1.0, 2.0, num_steps)])
 
 
-@pytest.mark.parametrize("cell", problems.STEPS)
+@pytest.mark.parametrize("cell", CELLS)
 def test_gated_roads_agree_for_every_schedule(cell):
     num_steps = LONGEST if "+" not in cell else WINDOW + 1
     step, loss, params, carry, batch = problems.make(cell, num_steps)

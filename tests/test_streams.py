@@ -38,7 +38,7 @@ def stream(update, init, params, carry, batch, split):
     return total, state.carry
 
 
-@pytest.mark.parametrize(("window", "stride"), [(4, 4), (4, 1), (4, 2), (5, 3), (1, 1), (20, 20)])
+@pytest.mark.parametrize(("window", "stride"), [(4, 4), (4, 1), (5, 3), (1, 1), (20, 20)])
 def test_splits_do_not_matter(window, stride):
     step, loss, params, carry, batch = masked_problem("gru+reset" if window == 5 else "tanh+readout")
     pairs, losses, last = brute_force.pair_gradients(step, loss, params, carry, batch, (EXAMPLES,))
