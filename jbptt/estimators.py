@@ -272,9 +272,16 @@ def _blocks(step, loss, params, carry, batch, window, batch_shape):
     return sums, after, latest(extend(empty, carries, steps), window - 1)
 
 
+def _chunks_per_group(num_steps: int, window: int, stride: int) -> int:
+    """About a window; if that leaves a rest, a size between half and two that leaves none, to compile one body."""
+    about = -(-window // stride)
+    sizes = [about, *range(2 * about, about // 2, -1)]
+    return next((size for size in sizes if num_steps % (size * stride) == 0), about)
+
+
 def _overlapping(step, loss, params, state: WindowState, batch, window, stride, batch_shape):
-    """Group after group of chunks that go back side by side, about two windows in memory at a time."""
-    num_chunks = -(-window // stride)
+    """Group after group of chunks that go back side by side, a few windows in memory at a time."""
+    num_chunks = _chunks_per_group(batch_steps(batch), window, stride)
     history, phase = state.history, state.phase
     assert history is not None  # init keeps one unless updates are whole blocks
     if phase is None:

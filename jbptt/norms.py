@@ -1,5 +1,7 @@
 """Euclidean norms that neither overflow nor underflow on the way."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import tree_util
@@ -43,11 +45,26 @@ def norm(tree: PyTree, num_leading: int = 0) -> jax.Array:
     return jnp.where(jnp.isinf(largest), largest, largest * ratio)
 
 
-def cosine(a: PyTree, b: PyTree) -> jax.Array:
-    """`⟨a, b⟩ / (‖a‖ ‖b‖)` over the flattened trees; NaN where one of them is 0."""
-    parts = []
-    for tree in (a, b):
-        largest, ratio = scaled_norm(tree)
-        parts.append([unit(leaf, largest) / ratio for leaf in tree_util.tree_leaves(tree)])
-    zero = jnp.zeros((), largest.dtype)
-    return sum((jnp.sum(jnp.real(jnp.conj(x) * y)) for x, y in zip(*parts, strict=True)), zero)
+def compared_with(exact: PyTree) -> Callable[[PyTree], tuple[jax.Array, jax.Array]]:
+    """Compares estimates with `exact`: `estimate -> (‖estimate − exact‖ / ‖exact‖, cosine)`.
+
+    With exact 0 the error is 0 if the estimate is 0 too, else inf; the cosine is NaN where either is 0.
+    What depends on `exact` alone is computed here, once, for a loop over estimates.
+    """
+    largest, ratio = scaled_norm(exact)
+    ratio = jnp.where(ratio == 0, 1, ratio)
+
+    def in_its_units(tree):
+        return jax.tree.map(lambda a: unit(a, largest) / ratio, tree)
+
+    direction = in_its_units(exact)
+
+    def compare(estimate):
+        error = norm(jax.tree.map(jnp.subtract, in_its_units(estimate), direction))
+        size, spread = scaled_norm(estimate)
+        dots = jax.tree.map(lambda a, b: jnp.sum(jnp.real(jnp.conj(unit(a, size)) * b)), estimate, direction)
+        angle = sum(jax.tree.leaves(dots), jnp.zeros((), size.dtype)) / spread
+        undefined = jnp.where(size == 0, 0.0, jnp.inf)
+        return jnp.where(largest == 0, undefined, error), jnp.where(largest == 0, jnp.nan, angle)
+
+    return compare

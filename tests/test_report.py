@@ -8,15 +8,19 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 for module in ("tyro", "rich", "matplotlib", "jinja2"):
     pytest.importorskip(module)
 
-from jbptt.report import cli, output, plots, sentences, study, tables  # noqa: E402
+from jbptt import Batch, full_bptt, truncated_bptt  # noqa: E402
+from jbptt.experiments import tasks  # noqa: E402
+from jbptt.report import cli, learning, measurements, output, plots, sentences, study, tables  # noqa: E402
 from jbptt.report.html import render_page  # noqa: E402
-from jbptt.report.themes import DARK, LIGHT  # noqa: E402
+from jbptt.report.themes import DARK, LIGHT, repaint  # noqa: E402
 
 NASTY = "<script>alert(1)</script>$&\n\t\x00"
 
@@ -180,6 +184,20 @@ def test_pictures_are_the_same_bytes_every_time_and_valid(data):
     assert first["reach"] != plots.draw_pictures(data, DARK)["reach"]
 
 
+@pytest.mark.parametrize("name", ["reach", "windows", "learning"])
+def test_a_repainted_picture_is_the_one_drawn_dark(data, name):
+    """Apart from the ids of its parts, which are hashes of their styles."""
+    (light,), (dark,) = (plots.draw_pictures(data, theme, [name]).values() for theme in (LIGHT, DARK))
+
+    def numbered(svg):
+        ids = dict.fromkeys(re.findall(r'[#"]([mp][0-9a-f]{10})\b', svg))
+        order = {found: f"id{i}" for i, found in enumerate(sorted(ids, key=svg.index))}
+        return re.sub("|".join(order), lambda found: order[found.group()], svg) if order else svg
+
+    assert light != dark
+    assert numbered(repaint(light, LIGHT, DARK)) == numbered(dark)
+
+
 @pytest.mark.filterwarnings("error")
 def test_pictures_survive_numbers_that_no_log_axis_shows(data):
     for found in data["reach"]["curves"]:
@@ -270,6 +288,51 @@ def quick_study(monkeypatch, data):
     monkeypatch.setattr(study, "run_study", run)
 
 
+# The study itself, as small as it can be
+
+SMALL = study.Settings(cell=("gru", "rnn"), hidden_size=5, num_steps=7, batch_size=3, window=3, seed=2, quick=True)
+
+
+@pytest.fixture(scope="module")
+def small_study():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "QUICK", measurements.QUICK._replace(num_updates=6))
+        shown = []
+        text = study.check_settings(SMALL)
+        return study.run_study(SMALL, text, lambda what, done: shown.append(done)), shown
+
+
+def test_a_study_says_what_the_schema_promises(small_study):
+    found, shown = small_study
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert list(found["coverage"]["matrices"]) == ["full", "fixed", "randomized"]
+    assert [(c["cell"], c["stage"]) for c in found["reach"]["curves"]] == [
+        (cell, stage) for cell in SMALL.cell for stage in ("before", "after")
+    ]
+    assert [model["cell"] for model in found["windows"]["models"]] == ["rnn"]  # quick: the last only
+    assert [len(s["perplexity"]) for s in found["learning"]["strategies"]] == [4, 4, 4]
+    first = [s["perplexity"][0] for s in found["learning"]["strategies"]]
+    assert first[0] == first[1] == first[2]  # from the same starts
+    assert found["learning"]["characters_read"][-1] == 6 * SMALL.num_steps * SMALL.batch_size
+    assert shown == sorted(shown) and shown[-1] == 1.0
+    assert sentences.write_sentences(found)
+
+
+def test_strategies_as_data_are_the_estimators_they_stand_for(small_study):
+    task = tasks.text(study.check_settings(SMALL), num_steps=SMALL.num_steps, batch_size=SMALL.batch_size)
+    model = measurements.build("gru", SMALL, task, measurements.QUICK)
+    batch: Batch = measurements.first(task.train)
+    problem = model.cell.step, tasks.cross_entropy
+    chosen = learning.strategies(SMALL)
+    for name, estimator in (("full", full_bptt(*problem)), ("fixed", truncated_bptt(*problem, window=SMALL.window))):
+        window, keep_prob, _ = chosen[name]
+        as_data = learning.estimator_of(model, jnp.array(window), jnp.array(keep_prob))
+        state = as_data.init(model.seeds[0], model.carry, batch, key=jax.random.key(0))
+        found, _ = as_data.update(model.seeds[0], state, batch)
+        wanted, _ = estimator.update(model.seeds[0], estimator.init(model.seeds[0], model.carry, batch), batch)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found.grads, wanted.grads)
+
+
 def leftovers(folder):
     return sorted(path.name for path in folder.iterdir())
 
@@ -347,6 +410,13 @@ def test_wrong_input_is_one_line_and_status_2(arguments, monkeypatch, tmp_path, 
     assert shown.out == "" and shown.err.count("\n") == 1 and shown.err.startswith("jbptt: error: ")
     assert arguments[0].strip("-").replace("-", "_") in shown.err.replace("-", "_")
     assert leftovers(tmp_path) == []
+
+
+def test_cores_cannot_be_chosen_once_jax_computes(tmp_path, capsys):
+    jax.block_until_ready(jnp.zeros(()))
+    cores = next(n for n in range(1, 3) if n != jax.config.jax_num_cpu_devices)
+    assert cli.main(["report", "--out", str(tmp_path / "out"), "--cores", str(cores)]) == 2
+    assert "cores must be chosen before" in capsys.readouterr().err and leftovers(tmp_path) == []
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00\xff\xfe binary \x80", b"short"])

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jax import lax
 from jax.core import Tracer
 
 from jbptt import truncation, validation
-from jbptt.adjoint import gradient_sums
+from jbptt.adjoint import Sums, gradient_sums
 from jbptt.analysis.comparison import Cost, fresh_blocks, measure_cost
 from jbptt.analysis.lags import (
     LagProfile,
@@ -21,11 +21,10 @@ from jbptt.analysis.lags import (
     curve_start,
     linearise,
     profile_reader,
-    relative_error,
     scan_lags,
 )
 from jbptt.estimators import full_bptt, truncated_bptt
-from jbptt.norms import norm
+from jbptt.norms import compared_with, norm
 from jbptt.types import Batch, Carry, Loss, Params, Step, align_leading, weighted_mean
 
 VERDICTS = ("vanishing", "stable", "exploding", "non-finite")
@@ -76,15 +75,37 @@ class Diagnosis:
         return _page(self) if np.ndim(self.verdict_index) == 0 else repr(self)
 
 
-def fit_rate(norms: jax.Array) -> jax.Array:
-    """Least-squares slope of `ln norms` against the lag, over the lags before 1 % of the first is reached."""
+class Decay(NamedTuple):
+    """How the norms of a gradient change with the lag; the fields of the same names in `Diagnosis`."""
+
+    verdict_index: jax.Array
+    rate: jax.Array
+    half_life: jax.Array
+    reach: jax.Array
+
+
+def fit_decay(norms: jax.Array) -> Decay:
+    """Reads a profile's `cotangent_norms`.
+
+    The rate is the least-squares slope of `ln norms` against the lag, over the lags before 1 % of the
+    first is reached: two lags at least, however fast it falls.
+    """
     size = jnp.log(jnp.maximum(norms, jnp.finfo(norms.dtype).tiny))
-    used = jnp.cumsum(norms < 1e-2 * norms[0]) == 0
-    used = used | (jnp.arange(len(norms)) < 2)  # two lags at least, however fast it falls
+    used = (jnp.cumsum(norms < 1e-2 * norms[0]) == 0) | (jnp.arange(len(norms)) < 2)
     lag, count = jnp.arange(len(norms), dtype=norms.dtype), jnp.sum(used)
     centred = jnp.where(used, lag - jnp.sum(jnp.where(used, lag, 0)) / count, 0)
     spread = jnp.sum(centred**2)
-    return jnp.where(spread > 0, jnp.sum(centred * size) / jnp.where(spread > 0, spread, 1), 0.0)
+    rate = jnp.where(spread > 0, jnp.sum(centred * size) / jnp.where(spread > 0, spread, 1), 0.0)
+
+    change = jnp.where(norms[0] > 0, rate * (len(norms) - 1), -jnp.inf)  # no gradient at all has vanished
+    verdict = jnp.where(change <= -jnp.log(_CHANGE), 0, jnp.where(change >= jnp.log(_CHANGE), 2, 1))
+    half_life = jnp.where(rate < 0, jnp.log(2.0) / jnp.where(rate < 0, -rate, 1), jnp.inf)
+    return Decay(
+        verdict_index=jnp.where(jnp.all(jnp.isfinite(norms)), verdict, 3),
+        rate=rate,
+        half_life=jnp.where(norms[0] == 0, 0.0, half_life),
+        reach=jnp.max(jnp.where((norms > 0) & (norms >= 0.01 * norms[0]), lag.astype(int) + 1, 0)),
+    )
 
 
 def first_window(error: jax.Array, tolerance: float) -> jax.Array:
@@ -93,22 +114,33 @@ def first_window(error: jax.Array, tolerance: float) -> jax.Array:
     return jnp.where(jnp.any(good), jnp.argmax(good) + 1, 0)
 
 
-def block_window(error_fn: Callable, num_steps: int, tolerance: jax.Array) -> jax.Array:
-    """A window n with `error_fn(n) ≤ tolerance` whose half has more: bisection, T being exact.
+def block_windows(gradient_fn: Callable, num_steps: int, tolerances: tuple[float, ...]) -> tuple[Sums, jax.Array]:
+    """The exact sums, `gradient_fn(T)`, and for each tolerance a window that keeps it while its half does not.
 
-    The error need not fall with every step of the window, so half of what was found is tried as well.
+    Bisection: `error(low) > tolerance ≥ error(high)`, a window of 0 keeps nothing. The error need not fall
+    with every step of the window, so half of what was found is tried as well. The exact gradient opens
+    the one loop over all gradients, which are thus compiled once.
     """
+    levels = jnp.array(tolerances)
 
     def narrow(state):
-        low, high, _ = state  # error(low) > tolerance ≥ error(high); a window of 0 keeps nothing
-        searching = high - low > 1
+        exact, found, k, low, high = state
+        opening, searching = k < 0, high - low > 1
         n = jnp.where(searching, (low + high) // 2, high // 2)
-        good = (n > 0) & (error_fn(jnp.maximum(n, 1)) <= tolerance)
+        sums = gradient_fn(jnp.where(opening, num_steps, jnp.maximum(n, 1)))
+        exact = jax.tree.map(partial(jnp.where, opening), sums, exact)
+        error, _ = compared_with(exact.grad)(sums.grad)
+        good = (n > 0) & (error <= levels[k])
         low = jnp.where(good, jnp.where(searching, low, n - 1), jnp.where(searching, n, low))
-        return low, jnp.where(good, n, high), ~searching & ~good
+        high = jnp.where(good, n, high)
+        settled = opening | ~(searching | good)
+        found = jnp.where(settled & (jnp.arange(len(levels)) == k), high, found)
+        return exact, found, k + settled, jnp.where(settled, 0, low), jnp.where(settled, num_steps, high)
 
-    start = (jnp.zeros((), int), jnp.full((), num_steps, int), jnp.array(False))
-    return lax.while_loop(lambda state: ~state[2], narrow, start)[1]
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradient_fn, jnp.array(num_steps)))
+    start = zeros, jnp.zeros(len(levels), int), jnp.array(-1), jnp.array(0), jnp.array(num_steps)
+    exact, found, *_ = lax.while_loop(lambda state: state[2] < len(levels), narrow, start)
+    return exact, found
 
 
 def diagnose(
@@ -153,7 +185,12 @@ def diagnose(
     largest = min(validation.check_positive_integer("max_window", largest), num_steps)
 
     def read(params, carry, batch, gates):
-        sums, _ = gradient_sums(step, loss, params, carry, batch, gates)
+        def windowed(window):
+            cuts = align_leading(truncation.fixed(num_steps, window), 1 if gates is None else jnp.ndim(gates))
+            gated = cuts if gates is None else jnp.where(cuts == 0, 0, gates)
+            return gradient_sums(step, loss, params, carry, batch, gated)[0]
+
+        sums, blocks = block_windows(windowed, num_steps, TOLERANCES)
         problem = linearise(step, loss, params, carry, batch, batch_shape)
         read_profile, read_curve = profile_reader(problem), curve_reader(sums.grad)
 
@@ -164,14 +201,6 @@ def diagnose(
 
         profile, curve = scan_lags(problem, gates, largest, read_both, curve_start(sums.grad))
         curve = TruncationCurve(jnp.arange(1, largest + 1), *curve)
-
-        def block_error(window):
-            cuts = align_leading(truncation.fixed(num_steps, window), 1 if gates is None else jnp.ndim(gates))
-            gated = cuts if gates is None else jnp.where(cuts == 0, 0, gates)
-            blocks, _ = gradient_sums(step, loss, params, carry, batch, gated)
-            return relative_error(blocks.grad, sums.grad)
-
-        blocks = lax.map(partial(block_window, block_error, num_steps), jnp.array(TOLERANCES))
         return _read(sums, LagProfile(*profile), curve, blocks, num_steps)
 
     if not measure:
@@ -181,23 +210,14 @@ def diagnose(
 
 
 def _read(sums, profile: LagProfile, curve: TruncationCurve, blocks: jax.Array, num_steps: int) -> Diagnosis:
-    norms = profile.cotangent_norms
-    rate = fit_rate(norms)
-    change = rate * (len(norms) - 1)
+    decay = fit_decay(profile.cotangent_norms)
     gradient_norm = weighted_mean(norm(sums.grad), sums.weight)
-    finite = jnp.isfinite(gradient_norm) & jnp.isfinite(sums.loss) & jnp.all(jnp.isfinite(norms))
-    change = jnp.where(norms[0] > 0, change, -jnp.inf)  # no gradient at all has vanished
-    verdict = jnp.where(change <= -jnp.log(_CHANGE), 0, jnp.where(change >= jnp.log(_CHANGE), 2, 1))
-    lags = jnp.arange(1, len(norms) + 1)
-    half_life = jnp.where(rate < 0, jnp.log(2.0) / jnp.where(rate < 0, -rate, 1), jnp.inf)
+    verdict = jnp.where(jnp.isfinite(gradient_norm) & jnp.isfinite(sums.loss), decay.verdict_index, 3)
     sliding = jnp.stack([first_window(curve.relative_error, tolerance) for tolerance in TOLERANCES])
     return Diagnosis(
-        verdict_index=jnp.where(finite, verdict, 3),
-        rate=rate,
-        half_life=jnp.where(norms[0] == 0, 0.0, half_life),
-        reach=jnp.max(jnp.where((norms > 0) & (norms >= 0.01 * norms[0]), lags, 0)),
+        **decay._replace(verdict_index=verdict)._asdict(),
         sliding_window=sliding,
-        block_window=jnp.where(finite, blocks, 0),
+        block_window=jnp.where(verdict == 3, 0, blocks),
         loss=weighted_mean(sums.loss, sums.weight),
         gradient_norm=gradient_norm,
         profile=profile,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jbptt import validation
 from jbptt.adjoint import batch_steps, gradient_sums, loss_weights, parallel_pullback, split_inexact, wide_parts
-from jbptt.norms import cosine, norm, scaled_norm
+from jbptt.norms import compared_with, norm
 from jbptt.recurrence import held, times_gate, trajectory
 from jbptt.types import Batch, Carry, Loss, Params, Step, align_leading, weighted_mean
 from jbptt.windows import output_cotangents
@@ -84,26 +84,18 @@ def linearise(step: Step, loss: Loss, params: Params, carry: Carry, batch: Batch
 def scan_lags(problem: Linearised, gates: jax.Array | None, num_lags: int, read: Callable, state: Any):
     """Goes back lag by lag: `read(state, lag, V, D) -> (state, row)`; returns the rows of all lags."""
 
-    def pull(cotangents, outputs_bar):
-        grad, cotangents = problem.pull((cotangents, outputs_bar))
+    def body(running, lag):
+        one_on, outputs_bar, readout_grad, state = running
+        grad, cotangents = problem.pull((one_on, outputs_bar))
         if gates is not None:
             cotangents = [times_gate(c, gates) for c in cotangents]
-        return grad, cotangents
-
-    nothing = [jnp.zeros_like(a) for a in problem.outputs_bar]
-
-    def body(inner, lag):
-        cotangents, state = inner
+        state, row = read(state, lag, cotangents, jax.tree.map(jnp.add, grad, readout_grad))
         one_on = [jnp.concatenate([c[1:], jnp.zeros_like(c[:1])]) for c in cotangents]
-        grad, cotangents = pull(one_on, nothing)
-        state, row = read(state, lag, cotangents, grad)
-        return (cotangents, state), row
+        return (one_on, *jax.tree.map(jnp.zeros_like, (outputs_bar, readout_grad)), state), row
 
-    grad, cotangents = pull([jnp.zeros_like(c) for c in problem.carries], problem.outputs_bar)
-    grad = jax.tree.map(jnp.add, grad, problem.readout_grad)
-    state, first = read(state, jnp.zeros((), int), cotangents, grad)
-    _, rows = jax.lax.scan(body, (cotangents, state), jnp.arange(1, num_lags))
-    return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, rows)
+    # The losses enter at lag 0 and nothing after it: one body, compiled once, serves every lag.
+    start = [jnp.zeros_like(c) for c in problem.carries], problem.outputs_bar, problem.readout_grad, state
+    return jax.lax.scan(body, start, jnp.arange(num_lags))[1]
 
 
 def lag_profile(
@@ -208,21 +200,14 @@ def curve_start(exact: Params) -> Any:
 def curve_reader(exact: Params) -> Callable:
     """Reads one window of a `TruncationCurve` against the exact gradient, for `scan_lags`."""
 
+    compare = compared_with(exact)
+
     def read(state, lag, _, grad):
         sliding, blocks = state
         sliding = jax.tree.map(jnp.add, sliding, grad)
         blocks = jax.tree.map(jnp.add, blocks, sliding)  # Σ_{k<n} (n − k) D_k = Σ_{m≤n} ĝ_m
-        mean = jax.tree.map(lambda b: b / (lag + 1), blocks)
-        row = (relative_error(sliding, exact), cosine(sliding, exact), relative_error(mean, exact), cosine(mean, exact))
-        return (sliding, blocks), row
+        both = jax.tree.map(lambda s, b: jnp.stack([s, b / (lag + 1)]), sliding, blocks)
+        error, angle = jax.vmap(compare)(both)
+        return (sliding, blocks), (error[0], angle[0], error[1], angle[1])
 
     return read
-
-
-def relative_error(estimate: Params, exact: Params) -> jax.Array:
-    """`‖estimate − exact‖ / ‖exact‖`; with exact 0: 0 if the estimate is 0 too, else inf."""
-    error, spread = scaled_norm(jax.tree.map(jnp.subtract, estimate, exact))
-    size, ratio = scaled_norm(exact)
-    zero = size == 0
-    quotient = error / jnp.where(zero, 1, size) * spread / jnp.where(ratio == 0, 1, ratio)
-    return jnp.where(zero, jnp.where(error == 0, 0.0, jnp.inf), quotient)

@@ -73,20 +73,20 @@ def _commands(arguments: list[str]) -> Any:
         settings: tyro.conf.OmitArgPrefixes[Settings] = Settings(),  # noqa: B008
         *,
         out: Path = Path("jbptt-report"),
-        cores: int = 1,
+        cores: int | None = None,
     ):
         """Train small character models on real text and write report.html, report.json and the figures.
 
         Args:
             out: the folder to write; files of an earlier report in it are replaced at the very end.
-            cores: CPU cores used as devices.
+            cores: CPU cores used as devices, over which the runs are spread; all of them if not given.
         """
         return lambda: run_report(settings, out=out, cores=cores, command=command)
 
     return commands
 
 
-def run_report(settings: Any, *, out: Path, cores: int = 1, command: str = "jbptt report") -> int:
+def run_report(settings: Any, *, out: Path, cores: int | None = None, command: str = "jbptt report") -> int:
     """Runs the study and writes its report into `out`, all of it or nothing.
 
     Raises: UsageError, before anything runs where that can be known.
@@ -97,7 +97,7 @@ def run_report(settings: Any, *, out: Path, cores: int = 1, command: str = "jbpt
     target = Path(out)
     try:
         output.check_target(target)
-        _use_cores(cores, settings.batch_size)
+        _use_cores(cores)
         text = study.check_settings(settings)
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
@@ -116,20 +116,20 @@ def run_report(settings: Any, *, out: Path, cores: int = 1, command: str = "jbpt
     return 0
 
 
-def _use_cores(cores: int, batch_size: int) -> None:
-    """Splits the CPU into `cores` devices; JAX must not have computed anything yet."""
+def _use_cores(cores: int | None) -> None:
+    """Splits the CPU into `cores` devices, which JAX allows until it has computed something."""
     available = os.cpu_count() or 1
-    if not 1 <= cores <= available:
+    if cores is not None and not 1 <= cores <= available:
         raise ValueError(f"cores must be in [1, {available}], got {cores}; this machine has {available}")
-    if batch_size > 0 and batch_size % cores:
-        raise ValueError(
-            f"batch_size must be a multiple of cores, got batch_size={batch_size} and cores={cores}; each core "
-            "takes as many sequences as every other"
-        )
-    if cores > 1:
-        import jax
+    import jax
 
-        jax.config.update("jax_num_cpu_devices", cores)
+    try:
+        jax.config.update("jax_num_cpu_devices", cores or available)
+    except RuntimeError:
+        if cores is not None:
+            raise ValueError(
+                f"cores must be chosen before JAX computes anything, got {cores}; start a new process"
+            ) from None
 
 
 def _device_errors() -> tuple[type[Exception], ...]:

@@ -1,4 +1,4 @@
-"""What the study measures: models trained on text, their gradients, costs and learning curves."""
+"""What the study measures: models trained on text, their gradients, and what a window costs."""
 
 import threading
 from collections.abc import Callable
@@ -12,27 +12,45 @@ import optax
 
 from jbptt import cells, clipping
 from jbptt.analysis.comparison import fresh_blocks, measure_cost
-from jbptt.analysis.diagnosis import TOLERANCES, Diagnosis, diagnose
+from jbptt.analysis.diagnosis import TOLERANCES, VERDICTS, Diagnosis, diagnose, fit_decay
+from jbptt.analysis.lags import lag_profile
 from jbptt.cells import Cell
-from jbptt.estimators import full_bptt, randomized_bptt, truncated_bptt
+from jbptt.estimators import full_bptt, truncated_bptt
 from jbptt.experiments import tasks
-from jbptt.experiments.training import evaluate, train
+from jbptt.experiments.training import train
 from jbptt.types import Carry, Params
 
 
 class Plan(NamedTuple):
-    """How much work a report does."""
+    """How much work a report does.
 
-    reach_updates: int
-    learning_updates: int
+    Attributes:
+      num_updates: in the training of every model.
+      num_evaluations: of held-out perplexity, spread over them.
+      num_seeds: runs of each strategy.
+      cost_windows: timed beside the recommended ones.
+      windows_of_all_cells: or of the last one only.
+      num_repeats: timed updates of each.
+    """
+
+    num_updates: int
     num_evaluations: int
     num_seeds: int
     cost_windows: tuple[int, ...]
+    windows_of_all_cells: bool
     num_repeats: int
 
+    def total_work(self, num_cells: int) -> float:
+        """In the units in which the functions of this study report progress: some seconds each."""
+        return (
+            num_cells
+            + (num_cells if self.windows_of_all_cells else 1) * (3 + len(self.cost_windows))
+            + 3 * self.num_seeds
+        )
 
-FULL = Plan(400, 600, 12, 4, (2, 4, 8, 16, 32, 64), 7)
-QUICK = Plan(60, 60, 3, 2, (), 3)
+
+FULL = Plan(600, 12, 4, (4, 16, 64), True, 7)
+QUICK = Plan(60, 3, 2, (), False, 3)
 
 
 class Progress:
@@ -51,10 +69,10 @@ class Progress:
             self._show(what, min(1.0, self._done / self._total))
 
 
-def in_parallel(progress: Progress, run: Callable, arguments: list[tuple]) -> list[Any]:
-    """`run(*a)` for every a, two at a time: most of the time is compilation, which uses one core each."""
+def in_parallel(progress: Progress, jobs: list[Callable[[], Any]]) -> list[Any]:
+    """The results of all jobs, two at a time: most of the time is compilation, and more threads would hinder it."""
     with ThreadPoolExecutor(2) as pool:
-        futures = [pool.submit(run, *argument) for argument in arguments]
+        futures = [pool.submit(job) for job in jobs]
         try:
             return [future.result() for future in futures]
         except BaseException:
@@ -64,11 +82,7 @@ def in_parallel(progress: Progress, run: Callable, arguments: list[tuple]) -> li
             raise
 
 
-def over_cores(tree: Any, axis: int) -> Any:
-    """Cuts `axis`, the batch, over all devices; the programs that read it then run on all of them."""
-    mesh = jax.make_mesh((jax.device_count(),), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
-    spec = jax.sharding.PartitionSpec(*[None] * axis, "batch")
-    return jax.device_put(tree, jax.sharding.NamedSharding(mesh, spec))
+_drawing = threading.Lock()
 
 
 class Model(NamedTuple):
@@ -80,73 +94,103 @@ class Model(NamedTuple):
     carry: Carry
 
 
-def build(name: str, hidden_size: int, batch_size: int, task: tasks.Text, seed: int, num_seeds: int) -> Model:
-    """Draws the parameters one after another: QR decompositions side by side can deadlock XLA's thread pool."""
-    size = len(task.vocabulary)
-    cell = tasks.on_tokens(cells.with_linear_readout(getattr(cells, name)(size, hidden_size), size), size)
-    key, init = jax.random.key(seed), jax.jit(cell.init)
-    seeds = [jax.block_until_ready(init(jax.random.fold_in(key, i))) for i in range(num_seeds)]
-    return Model(name, cell, seeds, over_cores(cell.initial_carry((batch_size,)), 0))
+def build(name: str, settings: Any, task: tasks.Text, plan: Plan) -> Model:
+    """Draws one model at a time: QR decompositions side by side can deadlock XLA's threads."""
+    size, key = len(task.vocabulary), jax.random.key(settings.seed)
+    make = getattr(cells, name)
+    cell = tasks.on_tokens(cells.with_linear_readout(make(size, settings.hidden_size), size), size)
+    init = jax.jit(cell.init).lower(key).compile()
+    with _drawing:
+        seeds = [jax.block_until_ready(init(jax.random.fold_in(key, i))) for i in range(plan.num_seeds)]
+    return Model(name, cell, seeds, cell.initial_carry((settings.batch_size,)))
 
 
-def _optimizer() -> optax.GradientTransformation:
-    return optax.chain(clipping.clip_by_global_norm(1.0), optax.adam(1.5e-3))
+def optimizer(num_updates: int) -> optax.GradientTransformation:
+    """Adam behind clipping. The learning rate falls to 0, so that no curve ends in the middle of a spike."""
+    learning_rate = optax.cosine_decay_schedule(3e-3, num_updates)
+    return optax.chain(clipping.clip_by_global_norm(1.0), optax.adam(learning_rate))
 
 
-def _take(batches: Any, start: int, count: int) -> Any:
+def take(batches: Any, start: int, count: int) -> Any:
     """`count` batches in reading order, from the beginning again after the last."""
     index = (start + np.arange(count)) % batches.xs.shape[0]
     return jax.tree.map(lambda a: a[index], batches)
 
 
+def first(batches: Any) -> Any:
+    """The first batch."""
+    return jax.tree.map(lambda a: a[0], batches)
+
+
 class Trained(NamedTuple):
-    """Trained parameters, and what held-out text says of the gradient before and after."""
+    """A trained model, and the first batch of held-out text.
 
+    `carry` is where training left it: a trained network may never find its way back from zeros.
+    """
+
+    model: Model
     params: Params
+    carry: Carry
     batch: Any
-    before: Diagnosis
-    after: Diagnosis
 
 
-def train_and_diagnose(model: Model, task: tasks.Text, plan: Plan, progress: Progress) -> Trained:
+def train_fully(model: Model, task: tasks.Text, plan: Plan, progress: Progress, device: Any) -> Trained:
     """Trains with full BPTT from the first seed."""
-    progress(f"{model.name}: train, and go back lag by lag")
-    batch = jax.tree.map(lambda a: a[0], task.heldout)
-    look = jax.jit(partial(diagnose, model.cell.step, tasks.cross_entropy, measure=False))
-    run = jax.jit(partial(train, full_bptt(model.cell.step, tasks.cross_entropy), _optimizer()))
-    trained, _ = run(model.seeds[0], model.carry, _take(task.train, 0, plan.reach_updates))
-    before, after = (look(params, model.carry, batch) for params in (model.seeds[0], trained))
-    jax.block_until_ready((before, after))
-    progress(f"{model.name}: trained", 2)
-    return Trained(trained, batch, before, after)
+    progress(f"{model.name}: train")
+    run = jax.jit(partial(train, full_bptt(model.cell.step, tasks.cross_entropy), optimizer(plan.num_updates)))
+    start = jax.device_put((model.seeds[0], model.carry, take(task.train, 0, plan.num_updates)), device)
+    params, history = run(*start)
+    return Trained(model, params, history.state.carry, first(task.heldout))
 
 
-def reach(name: str, stage: str, found: Diagnosis) -> dict[str, Any]:
-    """One curve of the picture of norms by lag."""
-    norms, last = np.asarray(found.profile.cotangent_norms), int(found.reach)
-    return {
-        "cell": name,
-        "stage": stage,
-        "norms": norms,
-        "half_life": float(found.half_life),
-        "reach": last if last < len(norms) else None,
-        "verdict": found.verdict,
-    }
+def reach(trained: Trained, progress: Progress, device: Any) -> list[dict[str, Any]]:
+    """The curves of the picture of norms by lag, before and after training."""
+    model = trained.model
+    progress(f"{model.name}: go back lag by lag")
+
+    @jax.jit
+    def look(params, carry, batch):
+        num_steps = batch.xs.shape[0]
+        profile = lag_profile(model.cell.step, tasks.cross_entropy, params, carry, batch, max_lag=num_steps)
+        return profile.cotangent_norms, fit_decay(profile.cotangent_norms)
+
+    def curve(stage, params, carry):
+        norms, decay = jax.device_get(look(*jax.device_put((params, carry, trained.batch), device)))
+        return {
+            "cell": model.name,
+            "stage": stage,
+            "norms": norms,
+            "half_life": float(decay.half_life),
+            "reach": int(decay.reach) if decay.reach < len(norms) else None,
+            "verdict": VERDICTS[decay.verdict_index],
+        }
+
+    curves = [curve("before", model.seeds[0], model.carry), curve("after", trained.params, trained.carry)]
+    progress(f"{model.name}: went back", 1)
+    return curves
 
 
-def windows(model: Model, trained: Trained, plan: Plan, progress: Progress) -> dict[str, Any]:
+def find_windows(trained: Trained, progress: Progress, device: Any) -> Diagnosis:
+    """Which windows the trained model needs."""
+    progress(f"{trained.model.name}: find its windows")
+    look = jax.jit(partial(diagnose, trained.model.cell.step, tasks.cross_entropy, measure=False))
+    found = jax.block_until_ready(look(*jax.device_put((trained.params, trained.carry, trained.batch), device)))
+    progress(f"{trained.model.name}: windows found", 2)
+    return found
+
+
+def windows(trained: Trained, found: Diagnosis, plan: Plan, progress: Progress) -> dict[str, Any]:
     """Error by window of a trained model, with the cost of a few windows and of those recommended."""
-    progress(f"{model.name}: time and memory of windows")
-    curve, found = trained.after.curve, trained.after
-    costs = _costs(model, trained, plan)
-    progress(f"{model.name}: measured", 1)
+    progress(f"{trained.model.name}: time and memory of windows")
+    curve, costs = found.curve, _costs(trained, found, plan)
+    progress(f"{trained.model.name}: measured", 1 + len(plan.cost_windows))
 
     def part(error, cosine, recommended):
         chosen = {f"{tolerance:g}": int(w) or None for tolerance, w in zip(TOLERANCES, recommended, strict=True)}
         return {"relative_error": error, "cosine": cosine, "recommended": chosen}
 
     return {
-        "cell": model.name,
+        "cell": trained.model.name,
         "windows": curve.windows,
         "sliding": part(curve.relative_error, curve.cosine, found.sliding_window),
         "block": part(curve.block_relative_error, curve.block_cosine, found.block_window),
@@ -154,8 +198,8 @@ def windows(model: Model, trained: Trained, plan: Plan, progress: Progress) -> d
     }
 
 
-def _costs(model: Model, trained: Trained, plan: Plan) -> list[dict[str, Any]]:
-    step, loss, found = model.cell.step, tasks.cross_entropy, trained.after
+def _costs(trained: Trained, found: Diagnosis, plan: Plan) -> list[dict[str, Any]]:
+    step, loss = trained.model.cell.step, tasks.cross_entropy
     sizes = [w for w in plan.cost_windows if w < found.num_steps]
     estimators = {("full", found.num_steps): full_bptt(step, loss)}
     for window in sorted({*sizes, *map(int, found.block_window)} - {0, found.num_steps}):
@@ -163,7 +207,7 @@ def _costs(model: Model, trained: Trained, plan: Plan) -> list[dict[str, Any]]:
     for window in sorted({*sizes, *map(int, found.sliding_window)} - {0}):
         estimators["sliding", window] = truncated_bptt(step, loss, window=window, stride=1)
     # On one device, whatever --cores says: the numbers of two reports stay comparable.
-    where = jax.device_put((trained.params, model.carry, trained.batch), jax.devices()[0])
+    where = jax.device_put((trained.params, trained.carry, trained.batch), jax.devices()[0])
     named = {f"{kind} {window}": estimator for (kind, window), estimator in estimators.items()}
     cost = measure_cost(named, *where, num_repeats=plan.num_repeats)
     columns = zip(estimators, cost.median_seconds, cost.spread_seconds, cost.temporary_bytes, strict=True)
@@ -171,59 +215,3 @@ def _costs(model: Model, trained: Trained, plan: Plan) -> list[dict[str, Any]]:
         {"strategy": kind, "window": window, "seconds": seconds, "seconds_spread": spread, "temporary_bytes": size}
         for (kind, window), seconds, spread, size in columns
     ]
-
-
-def learning(model: Model, task: tasks.Text, plan: Plan, settings: Any, progress: Progress) -> dict[str, Any]:
-    """Held-out perplexity of three strategies from the same starts on the same characters."""
-    step, loss = model.cell.step, tasks.cross_entropy
-    num_steps, batch_size = task.train.xs.shape[1:]
-    strategies = [
-        ("full", full_bptt(step, loss), f"all {num_steps} steps"),
-        ("fixed", truncated_bptt(step, loss, window=settings.window), f"blocks of {settings.window} steps"),
-        (
-            "randomized",
-            randomized_bptt(step, loss, keep_prob=settings.keep_prob),
-            f"each crossing kept with probability {settings.keep_prob:g}",
-        ),
-    ]
-    chunk = max(1, plan.learning_updates // plan.num_evaluations)
-    evaluate_seeds = jax.jit(jax.vmap(partial(evaluate, step, loss), in_axes=(0, None, None)))
-    optimizer, key = _optimizer(), jax.random.key(settings.seed)
-
-    def run(kind, estimator, detail):
-        progress(f"{model.name}: learn with {kind} BPTT, {plan.num_seeds} seeds")
-        states = [estimator.init(p, model.carry, _first(task), key=jax.random.fold_in(key, i)) for i, p in seeds]
-        running = _stack([(p, state, optimizer.init(p)) for (_, p), state in zip(seeds, states, strict=True)])
-        advance = jax.jit(jax.vmap(partial(_advance, estimator, optimizer), in_axes=(0, None)))
-        curve = [np.exp(evaluate_seeds(running[0], model.carry, task.heldout))]
-        for i in range(plan.num_evaluations):
-            running = advance(running, _take(task.train, i * chunk, chunk))
-            curve.append(np.exp(evaluate_seeds(running[0], model.carry, task.heldout)))
-            progress(f"{model.name}: learn with {kind} BPTT, {plan.num_seeds} seeds", 2 / plan.num_evaluations)
-        final = curve[-1]
-        mean, deviation = float(np.mean(final)), float(np.std(final, ddof=1))
-        return {"name": kind, "detail": detail, "perplexity": curve, "final_mean": mean, "final_std": deviation}
-
-    seeds = list(enumerate(model.seeds))
-    return {
-        "cell": model.name,
-        "batch_size": batch_size,
-        "num_steps": num_steps,
-        "num_seeds": plan.num_seeds,
-        "characters_read": [chunk * num_steps * batch_size * i for i in range(plan.num_evaluations + 1)],
-        "strategies": in_parallel(progress, run, strategies),
-    }
-
-
-def _first(task: tasks.Text) -> Any:
-    return jax.tree.map(lambda a: a[0], task.train)
-
-
-def _stack(trees: list[Any]) -> Any:
-    return jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *trees)
-
-
-def _advance(estimator, optimizer, running, batches):
-    params, state, opt_state = running
-    params, history = train(estimator, optimizer, params, None, batches, state=state, opt_state=opt_state)
-    return params, history.state, history.opt_state

@@ -51,10 +51,12 @@ def write_report(data: dict[str, Any], target: Path) -> None:
     from jbptt.report.html import render_page
     from jbptt.report.plots import draw_pictures
     from jbptt.report.sentences import write_sentences
-    from jbptt.report.themes import DARK, LIGHT
+    from jbptt.report.themes import DARK, LIGHT, repaint
 
     data["sentences"] = write_sentences(data)
-    light, dark = draw_pictures(data, LIGHT), draw_pictures(data, DARK)
+    light = draw_pictures(data, LIGHT)
+    dark = {name: repaint(svg, LIGHT, DARK) for name, svg in light.items()}
+    dark |= draw_pictures(data, DARK, ["coverage"])  # which has a colour map
     texts = {f"{name}.svg": svg for name, svg in light.items()}
     texts["report.json"] = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     texts["report.html"] = render_page(data, light, dark)

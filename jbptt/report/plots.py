@@ -15,7 +15,7 @@ from jbptt.report.themes import LIGHT, Theme, style, to_svg
 
 CELL_MARKERS = {"rnn": "o", "gru": "s", "lstm": "^"}
 STRATEGIES = (("sliding", "-", "o"), ("block", (0, (5, 2)), "s"))
-PICTURES = ("coverage", "reach", "windows", "learning")
+PICTURES: tuple[str, ...] = ("coverage", "reach", "windows", "learning")
 
 
 def plot_coverage(coverage: dict[str, Any], *, axes: Any = None, theme: Theme = LIGHT) -> Any:
@@ -147,19 +147,20 @@ def plot_learning(learning: dict[str, Any], *, ax: Any = None, theme: Theme = LI
     return ax
 
 
-def draw_pictures(data: dict[str, Any], theme: Theme = LIGHT) -> dict[str, str]:
-    """All four pictures of a study as SVG text, by name: `coverage`, `reach`, `windows`, `learning`.
+def draw_pictures(data: dict[str, Any], theme: Theme = LIGHT, names: Iterable[str] = PICTURES) -> dict[str, str]:
+    """The pictures of a study as SVG text, by name: `coverage`, `reach`, `windows`, `learning`.
 
     The same data gives the same bytes: no date, fixed ids, letters drawn as paths.
     """
     import matplotlib
 
-    functions = dict(zip(PICTURES, (plot_coverage, plot_reach, plot_windows, plot_learning), strict=True))
+    drawn_by: tuple = (plot_coverage, plot_reach, plot_windows, plot_learning)
+    functions = dict(zip(PICTURES, drawn_by, strict=True))
     pictures = {}
     with matplotlib.rc_context(style(theme)), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        for name, plot_fn in functions.items():
-            drawn = plot_fn(data[name], theme=theme)
+        for name in names:
+            drawn = functions[name](data[name], theme=theme)
             pictures[name] = to_svg(np.ravel(drawn)[0].figure)
     return pictures
 
@@ -245,10 +246,9 @@ def _draw_matrix(ax: Any, matrix: np.ndarray, norm: Any, theme: Theme) -> Any:
     place = {"interpolation": "none", "extent": (0, size, size, 0)}
     ax.imshow(cut, cmap=ListedColormap([theme.cut]), **place)
     image = ax.imshow(np.ma.masked_where(matrix <= 0, matrix), cmap=ListedColormap(shades), norm=norm, **place)
-    ax.set_xticks(np.arange(1, size), minor=True)
-    ax.set_yticks(np.arange(1, size), minor=True)
-    ax.grid(True, which="minor", color=theme.paper, alpha=1.0, linewidth=0.7)
-    ax.tick_params(which="both", length=0, pad=2)
+    for draw_lines in (ax.hlines, ax.vlines):
+        draw_lines(np.arange(1, size), 0, size, color=theme.paper, linewidth=0.7)
+    ax.tick_params(length=0, pad=2)
     return image
 
 

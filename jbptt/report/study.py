@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -12,16 +13,16 @@ import numpy as np
 
 from jbptt import truncation, validation
 from jbptt.experiments import tasks
+from jbptt.report.learning import learning
 from jbptt.report.measurements import (
     FULL,
     QUICK,
     Progress,
     build,
+    find_windows,
     in_parallel,
-    learning,
-    over_cores,
     reach,
-    train_and_diagnose,
+    train_fully,
     windows,
 )
 
@@ -42,7 +43,7 @@ class Settings:
       window: steps per block of fixed truncation, less than num_steps.
       keep_prob: probability that randomized truncation lets a step's gradient through.
       seed: of everything random, in [0, 2³²).
-      quick: fewer updates, seeds and timings.
+      quick: fewer updates, seeds and timings; windows of the last cell only.
     """
 
     text: Path | None = None
@@ -79,18 +80,25 @@ def run_study(settings: Settings, text: str, progress: Callable[[str, float], No
     """Runs everything and returns the numbers behind every picture (docs/report.md has the schema)."""
     plan = QUICK if settings.quick else FULL
     task = tasks.text(text, num_steps=settings.num_steps, batch_size=settings.batch_size)
-    task = task._replace(train=over_cores(task.train, 2), heldout=over_cores(task.heldout, 2))
     names = tuple(dict.fromkeys(settings.cell))
-    count = Progress(progress, 3 * len(names) + 6)
-    sizes = (settings.hidden_size, settings.batch_size)
-    models = [build(name, *sizes, task, settings.seed, plan.num_seeds) for name in names]
-    found = in_parallel(count, lambda model: train_and_diagnose(model, task, plan, count), [(m,) for m in models])
-    curves = [
-        reach(name, stage, getattr(trained, stage))
-        for name, trained in zip(names, found, strict=True)
-        for stage in ("before", "after")
-    ]
-    costs = [windows(model, trained, plan, count) for model, trained in zip(models, found, strict=True)]
+    with_windows = [plan.windows_of_all_cells or name == names[-1] for name in names]
+    count = Progress(progress, plan.total_work(len(names)))
+
+    def study(i: int):
+        model, device = build(names[i], settings, task, plan), jax.devices()[i % jax.device_count()]
+        learned = None
+        if i == len(names) - 1:  # the last model learns with every strategy, the others with full BPTT only
+            learned, trained = learning(model, task, plan, settings, count)
+        else:
+            trained = train_fully(model, task, plan, count, device)
+        curves = reach(trained, count, device)
+        return learned, trained, curves, find_windows(trained, count, device) if with_windows[i] else None
+
+    # The last, which takes longest, begins. What is timed waits until everything else is done.
+    results = in_parallel(count, [partial(study, i) for i in reversed(range(len(names)))])[::-1]
+    learned = results[-1][0]
+    curves = [curve for _, _, curves, _ in results for curve in curves]
+    measured = [windows(trained, found, plan, count) for _, trained, _, found in results if found is not None]
     result = {
         "schema_version": SCHEMA_VERSION,
         "seed": settings.seed,
@@ -104,8 +112,8 @@ def run_study(settings: Settings, text: str, progress: Callable[[str, float], No
         "text": _describe_text(settings, text, task),
         "coverage": _coverage(text, settings),
         "reach": {"lags": list(range(len(curves[0]["norms"]))), "curves": curves},
-        "windows": {"models": costs},
-        "learning": learning(models[-1], task, plan, settings, count),
+        "windows": {"models": measured},
+        "learning": learned,
     }
     return to_json(result)
 
@@ -141,13 +149,18 @@ def _coverage(text: str, settings: Settings) -> dict[str, Any]:
     """The first characters, cut into blocks of six, and as often on average at random."""
     characters, window = text[:24], 6
     keep_prob = 1 - 1 / window
-    draw = truncation.randomized(jax.random.key(settings.seed), len(characters), keep_prob)
-    gates = {
-        "full": truncation.full(len(characters)),
-        "fixed": truncation.fixed(len(characters), window),
-        "randomized": draw,
-    }
-    matrices = {name: np.asarray(truncation.coverage(gate)) for name, gate in gates.items()}
+
+    @jax.jit
+    def draw(key):
+        gates = {
+            "full": truncation.full(len(characters)),
+            "fixed": truncation.fixed(len(characters), window),
+            "randomized": truncation.randomized(key, len(characters), keep_prob),
+        }
+        return {name: truncation.coverage(gate) for name, gate in gates.items()}
+
+    drawn = draw(jax.random.key(settings.seed))
+    matrices = {name: np.asarray(drawn[name]) for name in ("full", "fixed", "randomized")}  # jit sorts the names
     return {
         "characters": characters,
         "window": window,

@@ -1,6 +1,7 @@
 """How pictures look on light and on dark paper, and how they become SVG."""
 
 import io
+import re
 from typing import Any, NamedTuple
 
 
@@ -42,8 +43,20 @@ def style(theme: Theme) -> Any:
     }
 
 
+def repaint(svg: str, old: Theme, new: Theme) -> str:
+    """A picture drawn in one theme in the colours of another: a second of drawing saved. Colour maps stay."""
+    colours = {}
+    for before, after in zip(old, new, strict=True):
+        if isinstance(before, str):
+            colours[before] = after
+    colours |= dict(zip(old.lines, new.lines, strict=True))
+    return re.sub("|".join(colours), lambda found: colours[found.group()], svg)
+
+
 def to_svg(figure: Any) -> str:
     """The figure as SVG text, the same bytes for the same figure."""
     buffer = io.StringIO()
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # laid out; saving would do it once more
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
