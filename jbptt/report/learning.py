@@ -45,7 +45,7 @@ def strategies(settings: Any) -> dict[str, tuple[int, float, str]]:
     }
 
 
-def learning(
+def learn(
     model: Model, task: tasks.Text, plan: Plan, settings: Any, progress: Progress
 ) -> tuple[dict[str, Any], Trained]:
     """Trains every strategy from every seed; also what full BPTT from the first seed has become."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from jbptt import truncation, validation
 from jbptt.experiments import tasks
-from jbptt.report.learning import learning
+from jbptt.report.learning import learn
 from jbptt.report.measurements import (
     FULL,
     QUICK,
@@ -88,7 +88,7 @@ def run_study(settings: Settings, text: str, progress: Callable[[str, float], No
         model, device = build(names[i], settings, task, plan), jax.devices()[i % jax.device_count()]
         learned = None
         if i == len(names) - 1:  # the last model learns with every strategy, the others with full BPTT only
-            learned, trained = learning(model, task, plan, settings, count)
+            learned, trained = learn(model, task, plan, settings, count)
         else:
             trained = train_fully(model, task, plan, count, device)
         curves = reach(trained, count, device)
