@@ -1,6 +1,6 @@
 """How far back does the gradient of your recurrent model reach, and what does each truncation cost?"""
 
-from jbptt import cells, clipping, truncation
+from jbptt import cells, clipping, testing, truncation
 from jbptt.analysis.comparison import Cost, measure_cost
 from jbptt.analysis.diagnosis import Diagnosis, diagnose
 from jbptt.analysis.flow import Adjoints, adjoints, gradient_flow

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jbptt.cells import split_readout
-from jbptt.recurrence import default_segment, is_inexact, scan_steps, zero_masked
+from jbptt.recurrence import default_segment, is_inexact, scan_steps, steps_from, zero_masked
 from jbptt.types import Batch, Carry, Loss, Params, PyTree, Step, align_leading
 
 
@@ -193,8 +193,8 @@ def gradient_sums(
     num_whole = (num_steps - 1) // segment  # the last segment, whole or ragged, opens the backward pass
     batch, gates = jax.tree.map(jnp.asarray, (batch, gates))
 
-    def segment_at(i):  # cut out where it is used: slicing the whole sequence would copy it
-        return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, i * segment, segment), (batch, gates))
+    def segment_at(i):
+        return steps_from((batch, gates), i * segment, segment)
 
     last, last_gates = jax.tree.map(lambda a: a[num_whole * segment :], (batch, gates))
     if num_whole == 0:

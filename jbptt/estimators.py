@@ -14,7 +14,7 @@ from jax import lax
 from jbptt import truncation, validation
 from jbptt.adjoint import Sums, batch_steps, gradient_sums
 from jbptt.cells import split_readout
-from jbptt.recurrence import split_time, trajectory
+from jbptt.recurrence import steps_from, trajectory
 from jbptt.types import Batch, Carry, Estimate, Estimator, Loss, Params, Step, weighted_mean
 from jbptt.windows import History, empty_history, extend, latest, overlapping_sums, pad_front
 
@@ -239,19 +239,20 @@ def truncated_bptt(step: Step, loss: Loss, *, window: int, stride: int | None = 
 def _sum_pieces(run, state, batch: Batch, length: int):
     """Adds up `run(state, piece) -> (sums, state)` over pieces of `length` steps and the ragged rest."""
     num_whole, rest = divmod(batch_steps(batch), length)
-    main, tail = split_time(batch, length, num_whole)
+    batch = jax.tree.map(jnp.asarray, batch)
 
-    def body(sums_and_state, piece):
+    def add(sums_and_state, piece):
         sums, state = sums_and_state
         more, state = run(state, piece)
-        return (jax.tree.map(jnp.add, sums, more), state), None
+        return jax.tree.map(jnp.add, sums, more), state
 
-    sample = tail if rest else jax.tree.map(lambda a: a[0], main)
+    tail = jax.tree.map(lambda a: a[num_whole * length :], batch)
+    sample = tail if rest else steps_from(batch, 0, length)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(run, state, sample)[0])
     total = (zeros, state)
     if num_whole:
-        total, _ = lax.scan(body, total, main)
-    return body(total, tail)[0] if rest else total
+        total = lax.fori_loop(0, num_whole, lambda i, total: add(total, steps_from(batch, i * length, length)), total)
+    return add(total, tail) if rest else total
 
 
 def _blocks(step, loss, params, carry, batch, window, batch_shape):

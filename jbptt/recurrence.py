@@ -132,6 +132,11 @@ def split_time(tree: PyTree, segment: int, num_whole: int) -> tuple[PyTree, PyTr
     return main, jax.tree.map(lambda a: a[whole:], tree)
 
 
+def steps_from(tree: PyTree, start: Any, length: int) -> PyTree:
+    """`length` steps of `[T, ...]` leaves, cut out where they are used: to slice them all up front copies them."""
+    return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, length), tree)
+
+
 def default_segment(num_steps: int) -> int:
     """A segment length for which T/segment + segment is small, and short sequences stay whole."""
     return num_steps if num_steps <= 128 else max(64, math.isqrt(num_steps))

@@ -66,9 +66,8 @@ def test_memory_of_estimators(name, examples, record_property):
     for key, value in shares.items():
         record_property(key, f"{value:.2%} of {reference / 2**20:.1f} MiB")
         print(f"{name}, B={examples}, {key}: {value:.2%} of {reference / 2**20:.1f} MiB")
-    if examples == 16:
-        assert shares["truncated"] <= 0.02
-        assert shares["full"] <= 0.05
+    assert shares["truncated"] <= 0.02
+    assert shares["full"] <= 0.05
 
 
 def test_memory_of_randomized_and_sliding_estimators():

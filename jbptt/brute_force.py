@@ -1,0 +1,168 @@
+"""Gradients as their definition says, T² terms one by one: what every engine is held against.
+
+Nothing here is shared with the engine but the border checks. For small problems, in float64.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.flatten_util import ravel_pytree
+
+from jbptt import validation
+from jbptt.types import Batch, Carry, Loss, Params, Step, align_leading
+
+
+def _spread(array: Any, default: Any, shape: tuple[int, ...]) -> jax.Array:
+    """A mask or weights as `[T, *batch]`."""
+    array = jnp.asarray(default if array is None else array)
+    return jnp.broadcast_to(align_leading(array, len(shape)), shape)
+
+
+def _flat_carry(carry: Carry) -> tuple[jax.Array, Callable[[jax.Array, Carry], Carry]]:
+    """The floating leaves of a carry as a vector, and the way back into another carry's remaining leaves."""
+    leaves, structure = jax.tree.flatten(carry)
+    floating = [jnp.issubdtype(jax.dtypes.result_type(leaf), jnp.inexact) for leaf in leaves]
+    flat, back = ravel_pytree([leaf for leaf, f in zip(leaves, floating, strict=True) if f])
+
+    def rebuild(vector, rest):
+        parts = iter(back(vector))
+        kept = zip(jax.tree.leaves(rest), floating, strict=True)
+        return structure.unflatten([next(parts) if f else leaf for leaf, f in kept])
+
+    return flat, rebuild
+
+
+def _hold(mask: jax.Array, new: Carry, old: Carry) -> Carry:
+    """`new` where the mask holds; a leaf that all examples share moves on with any of them."""
+
+    def one(a, b):
+        own = jnp.shape(a)[: mask.ndim] == mask.shape
+        return jnp.where(align_leading(mask, jnp.ndim(a)) if own else jnp.any(mask), a, b)
+
+    return jax.tree.map(one, new, old)
+
+
+def _one_step(step: Step, loss: Loss, params: Params, carry: Carry, inputs: Any) -> tuple[Carry, jax.Array]:
+    """The carry after a step and its weighted losses `[*batch]`."""
+    x, target, mask, weight = inputs
+    after, y = step(params, carry, x)
+    value = loss(y, target)
+    value = value[0] if isinstance(value, tuple) else value
+    return _hold(mask, after, carry), jnp.where(mask & (weight != 0), weight * value, 0)
+
+
+def _inputs(step, loss, params, carry, batch: Batch) -> tuple[tuple, tuple[int, ...], jax.Array]:
+    """What the steps scan over, the batch shape, and `Σ mask·weights`."""
+    num_steps, batch_shape = validation.check_problem(step, loss, params, carry, batch)
+    mask = _spread(batch.mask, True, (num_steps, *batch_shape))
+    weights = jnp.where(mask, _spread(batch.weights, 1.0, mask.shape), 0)
+    return (batch.xs, batch.targets, mask, weights), batch_shape, jnp.sum(weights)
+
+
+def brute_force_gradient(
+    step: Step, loss: Loss, params: Params, carry: Carry, batch: Batch, *, coverage: Any = None
+) -> Params:
+    """The gradient as its definition says, from explicit Jacobians of every step.
+
+        Σ_t Σ_{i≤t} C[t, i] · w_t ∂ℓ_t/∂h_t · J_t … J_{i+1} · ∂⁺h_i/∂w   /   Σ_t w_t
+
+    Args:
+      step: any; padding under the mask must hold finite numbers.
+      loss: `(y, target) -> [*batch]`; aux is left out.
+      params: the parameters.
+      carry: what enters step 0.
+      batch: a small one: T² products of `[n, n]` Jacobians, n the size of the whole batch's carry.
+      coverage: `[T, T]` or `[T, T, *batch]`; None: all ones, the exact gradient.
+
+    Raises:
+      ValueError: what the estimators raise; a coverage of another shape.
+    """
+    inputs, batch_shape, total = _inputs(step, loss, params, carry, batch)
+    num_steps = inputs[2].shape[0]
+    coverage = jnp.ones((num_steps, num_steps)) if coverage is None else jnp.asarray(coverage)
+    wanted = ((num_steps, num_steps), (num_steps, num_steps, *batch_shape))
+    if coverage.shape not in wanted:
+        raise ValueError(f"coverage has shape {coverage.shape}, wanted [T, T] or [T, T, *batch] = {wanted[1]}")
+    coverage = jnp.broadcast_to(align_leading(coverage, 2 + len(batch_shape)), wanted[1])
+    coverage = coverage.reshape(num_steps, num_steps, -1)
+    flat_params, to_params = ravel_pytree(params)
+
+    def body(carry, inputs_t):
+        flat, rebuild = _flat_carry(carry)
+
+        def run(vector, flat):
+            after, losses = _one_step(step, loss, to_params(vector), rebuild(flat, carry), inputs_t)
+            return (_flat_carry(after)[0], losses.reshape(-1)), after
+
+        by_params, _ = jax.jacrev(run, has_aux=True)(flat_params, flat)
+        by_carry, after = jax.jacrev(run, argnums=1, has_aux=True)(flat_params, flat)
+        return after, (by_params, by_carry)
+
+    _, ((sources, own), (jacobians, slopes)) = lax.scan(body, carry, inputs)
+
+    def back(state, i):
+        """Every loss t > i goes one step further back, to the carry that step i emits."""
+        rows, grad = state
+        t = jnp.arange(num_steps)[:, None, None]
+        later = jacobians[jnp.minimum(i + 1, num_steps - 1)]
+        rows = jnp.where(t == i + 1, slopes, rows @ later)
+        weighed = jnp.where(t > i, coverage[:, i, :, None] * rows, 0)
+        return (rows, grad + jnp.sum(weighed, (0, 1)) @ sources[i]), None
+
+    diagonal = jnp.einsum("tb,tbp->p", coverage[jnp.arange(num_steps), jnp.arange(num_steps)], own)
+    (_, grad), _ = lax.scan(back, (jnp.zeros_like(slopes), diagonal), jnp.arange(num_steps)[::-1])
+    return to_params(jnp.where(total == 0, 0, grad / jnp.where(total == 0, 1, total)))
+
+
+def frozen_loss(
+    step: Step, loss: Loss, params: Params, carry: Carry, batch: Batch, *, coverage: Any
+) -> Callable[[Params], jax.Array]:
+    """The function whose gradient a truncated gradient is: carries at the cuts stay what they are at `params`.
+
+        f(w) = Σ_t w_t ℓ_t(run from step s(t) with the carry that entered it, frozen) / Σ_t w_t
+
+    with s(t) the first source that C[t, ·] keeps. Finite differences of f see what `stop_gradient`
+    hides; those of the plain loss do not agree with any truncated gradient.
+
+    Args:
+      step, loss, params, carry, batch: as in `brute_force_gradient`; T² evaluations of the step.
+      coverage: `[T, T]` of zeros and ones, each row one run of ones up to its diagonal.
+
+    Raises:
+      ValueError: a coverage that is not of this kind (weights other than 0 and 1 are no cuts).
+    """
+    inputs, _, total = _inputs(step, loss, params, carry, batch)
+    num_steps = inputs[2].shape[0]
+    coverage = np.asarray(coverage)
+    starts = np.argmax(coverage != 0, axis=1) if coverage.shape == (num_steps, num_steps) else np.zeros(num_steps, int)
+    t, i = np.arange(num_steps)[:, None], np.arange(num_steps)[None]
+    if coverage.shape != (num_steps, num_steps) or np.any(coverage != ((starts[:, None] <= i) & (i <= t))):
+        raise ValueError(
+            f"coverage must be [T, T] = {(num_steps, num_steps)} of zeros and ones with one run of ones up to the "
+            f"diagonal in each row, got {coverage.tolist()}; reweighted gates are checked with assert_unbiased"
+        )
+
+    def record(carry, inputs_t):
+        return _one_step(step, loss, params, carry, inputs_t)[0], carry
+
+    frozen = lax.scan(record, carry, inputs)[1]
+
+    def one_loss(params, t, start):
+        def body(carry, here):
+            j, frozen_j, inputs_j = here
+            carry = jax.tree.map(partial(jnp.where, j == start), frozen_j, carry)
+            after, losses = _one_step(step, loss, params, carry, inputs_j)
+            return after, jnp.where(j == t, jnp.sum(losses), 0)
+
+        return jnp.sum(lax.scan(body, carry, (jnp.arange(num_steps), frozen, inputs))[1])
+
+    def function(params):
+        losses = jax.vmap(partial(one_loss, params))(jnp.arange(num_steps), jnp.asarray(starts))
+        return jnp.sum(losses) / jnp.where(total == 0, 1, total)
+
+    return function

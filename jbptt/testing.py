@@ -1,0 +1,273 @@
+"""Checks for steps and estimators of your own. Each raises an AssertionError that says what it saw.
+
+Run them in float64 (`jax_enable_x64`) on small problems: time and memory grow with T².
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.flatten_util import ravel_pytree
+from jax.scipy.stats import norm as normal
+from jax.tree_util import keystr, tree_leaves_with_path
+
+from jbptt.brute_force import brute_force_gradient as brute_force_gradient
+from jbptt.brute_force import frozen_loss as frozen_loss
+from jbptt.types import Batch, Carry, Estimator, Loss, Params, Step
+
+
+def _direction(key: chex.PRNGKey, params: Params) -> Params:
+    """A random direction of unit length."""
+    flat, back = ravel_pytree(params)
+    normal = jax.random.normal(key, flat.shape, flat.dtype)
+    return back(normal / jnp.linalg.norm(normal))
+
+
+def _dot(a: Params, b: Params) -> jax.Array:
+    return ravel_pytree(a)[0] @ ravel_pytree(b)[0]
+
+
+def check_truncated_gradient(
+    estimator: Estimator,
+    step: Step,
+    loss: Loss,
+    params: Params,
+    carry: Carry,
+    batch: Batch,
+    *,
+    coverage: Any,
+    key: chex.PRNGKey | None = None,
+    num_directions: int = 4,
+    rtol: float | None = None,
+) -> None:
+    """Holds a first update against central differences of `frozen_loss`, along random directions.
+
+    Args:
+      estimator: any whose coverage is made of cuts.
+      step, loss, params, carry, batch, coverage: as in `frozen_loss`.
+      key: for the directions and the estimator; None: `jax.random.key(0)`.
+      num_directions: how many; an error in one of P parameters escapes none of them, almost surely.
+      rtol: of the largest slope possible, ‖gradient‖; None: 2·10³ ε^{2/3} (7e-8 in float64).
+
+    Raises:
+      AssertionError: a slope differs.
+    """
+    key = jax.random.key(0) if key is None else key
+    function = jax.jit(frozen_loss(step, loss, params, carry, batch, coverage=coverage))
+    grads = estimator.update(params, estimator.init(params, carry, batch, key=key), batch)[0].grads
+    precision = float(jnp.finfo(ravel_pytree(params)[0].dtype).eps)
+    allowed = 2e3 * precision ** (2 / 3) if rtol is None else rtol
+    size = float(jnp.sqrt(_dot(grads, grads)))
+    width = precision ** (1 / 3) * max(1.0, float(jnp.max(jnp.abs(ravel_pytree(params)[0]))))
+    for i, one in enumerate(jax.random.split(key, num_directions)):
+        direction = _direction(one, params)
+
+        ahead, behind = (
+            function(jax.tree.map(lambda p, d, h=distance: p + h * d, params, direction))
+            for distance in (width, -width)
+        )
+        measured, claimed = float((ahead - behind) / (2 * width)), float(_dot(grads, direction))
+        if not abs(measured - claimed) <= allowed * max(size, abs(measured)):
+            raise AssertionError(
+                f"the estimated gradient is not that of the truncated function: along random direction {i} it claims "
+                f"a slope of {claimed:.12g}, central differences with the carries at the cuts frozen measure "
+                f"{measured:.12g} (allowed: {allowed:.2g} of {max(size, abs(measured)):.6g})"
+            )
+
+
+def taylor_slope(
+    function: Callable[[Params], jax.Array],
+    params: Params,
+    gradient: Params | None = None,
+    *,
+    key: chex.PRNGKey | None = None,
+) -> float:
+    """The order at which the first Taylor remainder vanishes: 2.00 ± 0.05 for the right gradient, 1 for a wrong one.
+
+        |f(w + h·d) − f(w) − h·⟨g, d⟩| = O(h²),   d random of unit length
+
+    Args:
+      function: of the parameters, scalar and twice differentiable near them; `frozen_loss` for truncation.
+      params: where.
+      gradient: g; None: `jax.grad(function)`.
+      key: for the direction; None: `jax.random.key(0)`.
+
+    Returns:
+      The slope of log remainder against log h over h from 1e-4 to 1e-2 (float64; float32: from 1e-2 to
+      1e-1, and rounding blurs it); inf where the function is linear along the direction.
+    """
+    gradient = jax.grad(function)(params) if gradient is None else gradient
+    direction = _direction(jax.random.key(0) if key is None else key, params)
+    wide = ravel_pytree(params)[0].dtype == jnp.float64
+    widths = np.geomspace(*((1e-4, 1e-2) if wide else (1e-2, 1e-1)), 9)
+    here, claimed = function(params), _dot(gradient, direction)
+
+    def remainder(width):
+        there = function(jax.tree.map(lambda p, d: p + width.astype(p.dtype) * d, params, direction))
+        return jnp.abs(there - here - width * claimed)
+
+    remainders = np.asarray(lax.map(remainder, jnp.asarray(widths, here.dtype)))
+    if np.all(remainders <= 8 * float(jnp.finfo(here.dtype).eps) * max(1.0, abs(float(here)))):
+        return float("inf")
+    return float(np.polyfit(np.log(widths), np.log(np.maximum(remainders, 1e-300)), 1)[0])
+
+
+class Unbiasedness(NamedTuple):
+    """What `assert_unbiased` measured.
+
+    Attributes:
+      largest_z: the largest deviation of a mean from the exact gradient, in standard errors.
+      threshold: what it may reach; chance exceeds it with probability `false_alarm` at most.
+      relative_bias: ‖mean − exact‖ / ‖exact‖.
+      detectable: threshold · the largest standard error / the largest |exact| entry: a smaller bias in
+        a single parameter can go unseen; more samples see more.
+    """
+
+    largest_z: float
+    threshold: float
+    relative_bias: float
+    detectable: float
+
+
+def assert_unbiased(
+    estimator: Estimator,
+    params: Params,
+    carry: Carry,
+    batch: Batch,
+    *,
+    exact: Params,
+    key: chex.PRNGKey,
+    num_samples: int = 4096,
+    false_alarm: float = 1e-9,
+) -> Unbiasedness:
+    """Holds the mean of many first updates, each with a key of its own, against the exact gradient.
+
+    For each of the P parameters, `z = (mean − exact) / (s / √n)` is nearly standard normal if the
+    estimator is unbiased and its variance finite. The test fails where |z| exceeds the quantile of
+    `false_alarm / (2 P)` (Bonferroni): a right estimator fails with probability `false_alarm` at most,
+    as far as n is large enough for the normal law; with the seed fixed it always does the same.
+    It sees biases above `detectable` only: look at it.
+
+    Args:
+      estimator: draws from its key.
+      params, carry, batch: what its init and update take.
+      exact: the gradient of the weighted mean loss, `full_bptt`'s or `brute_force_gradient`.
+      key: split into num_samples.
+      num_samples: n; time and memory O(n) updates, 64 side by side.
+      false_alarm: for the whole gradient.
+
+    Raises:
+      AssertionError: names the leaf, its mean, the exact value and z.
+    """
+    exact_flat, _ = ravel_pytree(exact)
+
+    def deviation(one):
+        estimate, _ = estimator.update(params, estimator.init(params, carry, batch, key=one), batch)
+        return ravel_pytree(estimate.grads)[0] - exact_flat
+
+    deviations = np.asarray(lax.map(deviation, jax.random.split(key, num_samples), batch_size=64))
+    mean, spread = deviations.mean(0), deviations.std(0, ddof=1) / np.sqrt(num_samples)
+    size = float(np.max(np.abs(exact_flat), initial=0))
+    rounding = 32 * float(jnp.finfo(exact_flat.dtype).eps) * size  # where nothing varies, rounding is left
+    z = np.abs(mean) / np.maximum(np.hypot(spread, rounding), np.finfo(float).tiny)
+    threshold = float(normal.isf(false_alarm / (2 * max(1, mean.size))))
+    if not np.all(z <= threshold):
+        worst = int(np.nanargmax(np.where(np.isnan(z), np.inf, z)))
+        raise AssertionError(
+            f"biased: the mean of {num_samples} estimates of {_name_entry(exact, worst)} is "
+            f"{float(exact_flat[worst]) + mean[worst]:.6g}, the exact gradient {float(exact_flat[worst]):.6g}: "
+            f"{z[worst]:.1f} standard errors apart (allowed: {threshold:.1f}, which chance exceeds once in "
+            f"{1 / false_alarm:.0e} runs)"
+        )
+    norm = float(jnp.linalg.norm(exact_flat))
+    bias = float(np.linalg.norm(mean)) / norm if norm else float(np.linalg.norm(mean) > 0)
+    detectable = threshold * float(spread.max(initial=0)) / size if size else float("inf")
+    return Unbiasedness(float(z.max(initial=0)), threshold, bias, detectable)
+
+
+def _name_entry(tree: Params, position: int) -> str:
+    """The leaf and index of an entry of the raveled tree."""
+    for path, leaf in tree_leaves_with_path(tree):
+        if position < np.size(leaf):
+            return f"params{keystr(path)}{list(map(int, np.unravel_index(position, np.shape(leaf))))}"
+        position -= np.size(leaf)
+    raise IndexError(position)
+
+
+def measured_coverage(
+    make_estimator: Callable[[Step, Loss], Estimator],
+    num_steps: int,
+    *,
+    key: chex.PRNGKey | None = None,
+    split: Sequence[int] | None = None,
+    batch_shape: tuple[int, ...] = (),
+) -> jax.Array:
+    """C[t, i] as an estimator really weighs each pair, `[T, T]` or `[T, T, *batch]`.
+
+        h_{t+1} = h_t + a_t,   ℓ_t = h_{t+1}:   every G[t, i] = ∂ℓ_t/∂a_i = 1 for i ≤ t
+
+    so the estimated gradient in a_i, with all weight on loss t, is the pair's weight itself. One probe
+    for each loss; all share the key and thus the draw.
+
+    Args:
+      make_estimator: `(step, loss) -> Estimator`, say `partial(truncated_bptt, window=4)`.
+      num_steps: T.
+      key: for estimators that draw.
+      split: lengths of successive updates that add up to T, the state handed on; None: one update.
+      batch_shape: of the loss.
+    """
+
+    def step(params, h, x):
+        h = h + x @ params
+        return h, h
+
+    split = [num_steps] if split is None else list(split)
+    if sum(split) != num_steps:
+        raise ValueError(f"split must add up to num_steps = {num_steps}, got {split}")
+    estimator = make_estimator(step, lambda y, target: y)
+    params, carry, xs = jnp.zeros(num_steps), jnp.zeros(batch_shape), jnp.eye(num_steps)
+    edges = np.cumsum([0, *split])
+
+    def row(weights):
+        total, state = jnp.zeros(num_steps), None
+        for start, stop in pairwise(edges):
+            batch = Batch(xs[start:stop], None, None, weights[start:stop])
+            state = estimator.init(params, carry, batch, key=key) if state is None else state
+            estimate, state = estimator.update(params, state, batch)
+            total = total + estimate.grad_sum
+        return total
+
+    size = num_steps * int(np.prod(batch_shape))
+    rows = jax.jit(jax.vmap(row))(jnp.eye(size).reshape(size, num_steps, *batch_shape))
+    return jnp.moveaxis(rows.reshape(num_steps, *batch_shape, num_steps), -1, 1)
+
+
+def assert_coverage(
+    make_estimator: Callable[[Step, Loss], Estimator],
+    coverage: Any,
+    *,
+    key: chex.PRNGKey | None = None,
+    split: Sequence[int] | None = None,
+    atol: float = 1e-5,
+) -> None:
+    """Holds the declared coverage matrix against `measured_coverage`; pairs i > t must be 0.
+
+    Raises:
+      AssertionError: names the pair.
+    """
+    declared = np.asarray(coverage)
+    found = np.asarray(
+        measured_coverage(make_estimator, len(declared), key=key, split=split, batch_shape=declared.shape[2:])
+    )
+    wrong = np.argwhere(~(np.abs(found - declared) <= atol * np.maximum(1, np.abs(declared))))
+    if len(wrong):
+        t, i, *_ = where = tuple(map(int, wrong[0]))
+        raise AssertionError(
+            f"coverage differs in {len(wrong)} of {declared.size} entries: the loss at step t={t} reaches source "
+            f"i={i} with weight {found[where]:.6g}, declared is {declared[where]:.6g}"
+        )
