@@ -273,24 +273,23 @@ def _blocks(step, loss, params, carry, batch, window, batch_shape):
     return sums, after, latest(extend(empty, carries, steps), window - 1)
 
 
-def _chunks_per_group(num_steps: int, window: int, stride: int) -> int:
+def _chunks_per_group(num_steps: int, window: int, stride: int, smallest: int) -> int:
     """About a window; if that leaves a rest, a size between half and two that leaves none, to compile one body."""
-    about = -(-window // stride)
-    sizes = [about, *range(2 * about, about // 2, -1)]
+    about = max(smallest, -(-window // stride))
+    sizes = [about, *range(2 * about, max(smallest - 1, about // 2), -1)]
     return next((size for size in sizes if num_steps % (size * stride) == 0), about)
 
 
 def _overlapping(step, loss, params, state: WindowState, batch, window, stride, batch_shape):
     """Group after group of chunks that go back side by side, a few windows in memory at a time."""
-    num_chunks = _chunks_per_group(batch_steps(batch), window, stride)
     history, phase = state.history, state.phase
     assert history is not None  # init keeps one unless updates are whole blocks
+    # With a phase, a group meets one chunk more than it holds: at least 4, so that this costs little.
+    num_chunks = _chunks_per_group(batch_steps(batch), window, stride, 1 if phase is None else 4)
     if phase is None:
         phase = 0
         if batch_steps(batch) % stride:
             history = pad_front(history, window - 1)
-    else:
-        num_chunks = max(num_chunks, 4)  # a group then meets one chunk more than it holds
     length = history.mask.shape[0]
 
     def run(carry_and_history, piece):

@@ -1,6 +1,8 @@
 """Running a step over time: `lax.scan` with gates on the way back, padding, and segments."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,31 +22,44 @@ def times_gate(cotangent: jax.Array, gate: jax.Array) -> jax.Array:
 
 
 @jax.custom_jvp
-def _gate_as_is(value: jax.Array, gate: jax.Array) -> jax.Array:
-    """`gate_cotangent` where arithmetic would not keep the value: inf − inf is NaN, denormals are flushed."""
+def first_order_gate(value: jax.Array, gate: jax.Array) -> jax.Array:
+    """The identity whose derivative is `gate` (0 is a hard zero: 0·inf stays 0): the engine's gate.
+
+    JAX drops custom derivatives from what reverse mode caches, so that of a second derivative by
+    reverse over reverse only one of the two passes is gated.
+    """
     del gate
     return value
 
 
-@_gate_as_is.defjvp
-def _gate_as_is_jvp(primals, tangents):
+@first_order_gate.defjvp
+def _first_order_gate_jvp(primals, tangents):
     value, gate = primals
-    return value, times_gate(tangents[0], gate)
+    return first_order_gate(value, gate), times_gate(tangents[0], gate)
+
+
+def _keeps_bits(size: jax.Array) -> jax.Array:
+    """Where `c − (c − c)` is c: zeros and normal numbers. An integer compare: floats flush denormals to 0."""
+    unsigned = jnp.dtype(f"uint{8 * size.dtype.itemsize}")
+    zero = lax.bitcast_convert_type(size, unsigned) == 0
+    return ((size >= jnp.finfo(size.dtype).tiny) & jnp.isfinite(size)) | zero
 
 
 def gate_cotangent(value: jax.Array, gate: jax.Array) -> jax.Array:
-    """The identity, bit for bit, whose derivative is `gate` (0 is a hard zero: 0·inf stays 0).
+    """The identity, bit for bit, whose derivative is `gate` (0 is a hard zero: 0·inf stays 0), in every order.
 
-    In every order too, but for reverse over reverse mode at a carry entry that is exactly 0, denormal or
-    not finite, under a gate other than 0 and 1: JAX drops custom derivatives from what reverse mode caches.
+    Arithmetic with `stop_gradient`; where that would change the value (denormal, not finite or complex
+    entries) or the gate is not finite, `first_order_gate` with its exception.
     """
+    if jnp.iscomplexobj(value):
+        return first_order_gate(value, gate)
     constant, gate = lax.stop_gradient(value), lax.stop_gradient(gate)
     shape = align_leading(gate, value.ndim)
+    finite = jnp.isfinite(gate)
     difference = jnp.where(shape > 0, constant - value, value - constant)  # +0.0, with the sign of the gate
-    gated = constant - times_gate(difference, jnp.abs(gate))
-    size = jnp.abs(constant)
-    normal = (size >= jnp.finfo(size.dtype).tiny) & jnp.isfinite(size) & jnp.isfinite(shape)
-    gated = jnp.where(normal, gated, _gate_as_is(value, gate))
+    gated = constant - times_gate(difference, jnp.where(finite, jnp.abs(gate), 1))
+    plain = _keeps_bits(jnp.abs(constant)) & align_leading(finite, value.ndim)
+    gated = jnp.where(plain, gated, first_order_gate(value, gate))
     return jnp.where(shape == 0, constant, gated)
 
 
@@ -53,13 +68,12 @@ def is_inexact(leaf: Any) -> bool:
     return jnp.issubdtype(jax.dtypes.result_type(leaf), jnp.inexact)
 
 
-def gated(carry: Carry, gate: jax.Array | None) -> Carry:
+def gated(carry: Carry, gate: jax.Array | None, gate_fn: Callable) -> Carry:
     """Puts a gate (`()` or `[*batch]`) on what flows back into `carry`; values stay as they are."""
     if gate is None:
         return carry
-
     gate = gate.astype(jnp.promote_types(gate.dtype, jnp.float32))
-    return jax.tree.map(lambda leaf: gate_cotangent(jnp.asarray(leaf), gate) if is_inexact(leaf) else leaf, carry)
+    return jax.tree.map(lambda leaf: gate_fn(jnp.asarray(leaf), gate) if is_inexact(leaf) else leaf, carry)
 
 
 def select_leading(mask: jax.Array, on_true: PyTree, on_false: PyTree) -> PyTree:
@@ -103,13 +117,13 @@ def held(step: Step) -> Step:
     return held_step
 
 
-def scan_steps(step, params, carry, xs, gates=None, mask=None, length=None):
+def scan_steps(step, params, carry, xs, gates=None, mask=None, length=None, gate_fn: Callable = first_order_gate):
     """`unroll` without the border checks, ys of masked steps as they come: what the engine calls."""
     step = held(step)
 
     def body(carry_t, inputs_t):
         x_t, gate_t, mask_t = inputs_t
-        return step(params, gated(carry_t, gate_t), (x_t, mask_t))
+        return step(params, gated(carry_t, gate_t, gate_fn), (x_t, mask_t))
 
     return lax.scan(body, carry, (xs, gates, mask), length=length)
 
@@ -160,8 +174,9 @@ def unroll(
 
         λ_t = ∂ℓ_t/∂h_t + gates[t+1] · J_{t+1}ᵀ λ_{t+1}
 
-    Differentiable in every JAX mode and order, under jit, vmap and scan. Values and carries do not
-    depend on the gates, bit for bit.
+    Differentiable in every JAX mode and order, under jit, vmap and scan (one exception, for second
+    derivatives at denormal, non-finite or complex carries: `gate_cotangent`). Values and carries do
+    not depend on the gates, bit for bit.
 
     Args:
       step: `(params, carry, x) -> (carry, y)`.
@@ -196,18 +211,17 @@ def unroll(
 
 
 def _scan_segments(step, params, carry, inputs, num_steps, segment):
+    def run_through(carry, pieces, length):
+        return scan_steps(step, params, carry, *pieces, length=length, gate_fn=gate_cotangent)
+
     num_whole, rest = divmod(num_steps, segment)
     if num_whole == 0:
-        return scan_steps(step, params, carry, *inputs, length=num_steps)
+        return run_through(carry, inputs, length=num_steps)
     main, tail = split_time(inputs, segment, num_whole)
 
-    @jax.checkpoint
-    def run(carry, pieces):
-        return scan_steps(step, params, carry, *pieces, length=segment)
-
-    carry, ys = lax.scan(run, carry, main, length=num_whole)
+    carry, ys = lax.scan(jax.checkpoint(partial(run_through, length=segment)), carry, main, length=num_whole)
     ys = jax.tree.map(lambda a: a.reshape((num_whole * segment, *a.shape[2:])), ys)
     if rest == 0:
         return carry, ys
-    carry, last = scan_steps(step, params, carry, *tail, length=rest)
+    carry, last = run_through(carry, tail, length=rest)
     return carry, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), ys, last)

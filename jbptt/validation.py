@@ -174,7 +174,9 @@ def check_gates_and_mask(gates: Any, mask: Any, carry: Any) -> None:
 
 
 def check_gates(gates: Any, num_steps: int, batch_shape: tuple[int, ...], carry: Any) -> None:
-    """Gates are `[T]` or `[T, *batch]`, bool or real."""
+    """Gates are an array `[T]` or `[T, *batch]`, bool or real."""
+    if isinstance(gates, (list, tuple)):
+        raise ValueError(f"gates must be an array, got a {type(gates).__name__}; pass jnp.asarray(gates)")
     if np.shape(gates) not in ((num_steps,), (num_steps, *batch_shape)):
         raise ValueError(
             f"gates disagree on T or the batch: got {np.shape(gates)}, wanted [T] or [T, *batch] = "

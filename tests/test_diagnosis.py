@@ -193,6 +193,20 @@ def test_the_printed_page():
     assert "ms" not in str(unmeasured(step, loss, params, carry, batch))
 
 
+def test_one_lag_says_nothing_about_change():
+    assert "half-life not measured (one lag)" in str(unmeasured(*linear_problem(0.5), max_window=1))
+
+
+def test_gates_are_any_array_but_no_list():
+    gates = [1.0, 1.0, 0.0] * (NUM_STEPS // 3)
+    with pytest.raises(ValueError, match="gates must be an array, got a list"):
+        diagnose(*linear_problem(0.5), gates=gates, measure=False)
+    found = diagnose(*linear_problem(0.5), gates=np.array(gates), measure=False, max_window=2)
+    np.testing.assert_array_equal(
+        found.block_window, unmeasured(*linear_problem(0.5), gates=jnp.array(gates)).block_window
+    )
+
+
 def test_measure_cost():
     step, loss, params, carry, batch = problems.make("tanh", 8)
     estimators = {"full": full_bptt(step, loss), "cut": truncated_bptt(step, loss, window=2)}
@@ -203,6 +217,15 @@ def test_measure_cost():
     np.testing.assert_array_equal(cost.median_seconds, np.median(cost.seconds, axis=1))
     assert cost.spread_seconds.shape == (2,)
     assert [line.split()[0] for line in str(cost).splitlines()] == ["full", "cut"]
+    seen = []
+
+    def watched(params, carry, x):  # configuration contexts belong to a thread: the step is traced in this one
+        seen.append(jax.config.jax_default_matmul_precision)
+        return step(params, carry, x)
+
+    with jax.default_matmul_precision("highest"):
+        measure_cost({"full": full_bptt(watched, loss)}, params, carry, batch, num_repeats=1)
+    assert set(seen) == {"highest"}
     for options, words in (({"num_repeats": 0}, "num_repeats"), ({}, "estimators must not be empty")):
         with pytest.raises(ValueError, match=words):
             measure_cost(estimators if options else {}, params, carry, batch, **options)

@@ -16,7 +16,7 @@ import pytest
 for module in ("tyro", "rich", "matplotlib", "jinja2"):
     pytest.importorskip(module)
 
-from jbptt import Batch, full_bptt, truncated_bptt  # noqa: E402
+from jbptt import Batch, full_bptt, randomized_bptt, truncated_bptt  # noqa: E402
 from jbptt.experiments import tasks  # noqa: E402
 from jbptt.report import cli, learning, measurements, output, plots, sentences, study, tables  # noqa: E402
 from jbptt.report.html import render_page  # noqa: E402
@@ -290,7 +290,9 @@ def quick_study(monkeypatch, data):
 
 # The study itself, as small as it can be
 
-SMALL = study.Settings(cell=("gru", "rnn"), hidden_size=5, num_steps=7, batch_size=3, window=3, seed=2, quick=True)
+SMALL = study.Settings(
+    cell=("gru", "rnn"), hidden_size=5, num_steps=7, batch_size=3, window=3, keep_prob=0.5, seed=2, quick=True
+)
 
 
 @pytest.fixture(scope="module")
@@ -324,12 +326,17 @@ def test_strategies_as_data_are_the_estimators_they_stand_for(small_study):
     batch: Batch = measurements.first(task.train)
     problem = model.cell.step, tasks.cross_entropy
     chosen = learning.strategies(SMALL)
-    for name, estimator in (("full", full_bptt(*problem)), ("fixed", truncated_bptt(*problem, window=SMALL.window))):
+    for name, estimator in (
+        ("full", full_bptt(*problem)),
+        ("fixed", truncated_bptt(*problem, window=SMALL.window)),
+        ("randomized", randomized_bptt(*problem, keep_prob=SMALL.keep_prob)),
+    ):
         window, keep_prob, _ = chosen[name]
         as_data = learning.estimator_of(model, jnp.array(window), jnp.array(keep_prob))
-        state = as_data.init(model.seeds[0], model.carry, batch, key=jax.random.key(0))
-        found, _ = as_data.update(model.seeds[0], state, batch)
-        wanted, _ = estimator.update(model.seeds[0], estimator.init(model.seeds[0], model.carry, batch), batch)
+        start = (model.seeds[0], model.carry, batch, jax.random.key(0))  # the same draw for both
+        found, _ = as_data.update(model.seeds[0], as_data.init(*start), batch)
+        wanted, _ = estimator.update(model.seeds[0], estimator.init(*start), batch)
+        assert bool((found.info["gates"] == 0).any()) == (name != "full")
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found.grads, wanted.grads)
 
 
@@ -412,8 +419,9 @@ def test_wrong_input_is_one_line_and_status_2(arguments, monkeypatch, tmp_path, 
     assert leftovers(tmp_path) == []
 
 
-def test_cores_cannot_be_chosen_once_jax_computes(tmp_path, capsys):
+def test_cores_cannot_be_chosen_once_jax_computes(tmp_path, capsys, monkeypatch):
     jax.block_until_ready(jnp.zeros(()))
+    monkeypatch.setattr(cli, "_available_cores", lambda: 4)
     cores = next(n for n in range(1, 3) if n != jax.config.jax_num_cpu_devices)
     assert cli.main(["report", "--out", str(tmp_path / "out"), "--cores", str(cores)]) == 2
     assert "cores must be chosen before" in capsys.readouterr().err and leftovers(tmp_path) == []

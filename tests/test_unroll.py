@@ -136,6 +136,36 @@ def test_second_derivatives(gates):
         assert_close(curvature, sum(seconds))
 
 
+@pytest.mark.parametrize("w", [0.0, 0.1])
+def test_second_derivatives_at_a_carry_of_zero(w):
+    """At w = 0 every carry is exactly 0; the gates written out with `stop_gradient` are the reference."""
+    gates, xs = jnp.array([1.0, 2.0, 3.0]), jnp.array([1.0, 2.0, 3.0])
+
+    def step(w, h, x):
+        h = jnp.sin(h) + jnp.cos(h) * w * x
+        return h, h**2 + h + w * h
+
+    def total(w):
+        return jnp.sum(unroll(step, w, jnp.zeros(()), xs, gates=gates)[1])
+
+    def reference(w):
+        h, value = jnp.zeros(()), 0.0
+        for gate, x in zip(gates, xs, strict=True):
+            h, y = step(w, jax.lax.stop_gradient(h) + gate * (h - jax.lax.stop_gradient(h)), x)
+            value += y
+        return value
+
+    expected = jax.hessian(reference)(w)
+    for nested in (jax.hessian, lambda f: jax.grad(jax.grad(f)), lambda f: jax.jacfwd(jax.jacfwd(f))):
+        assert_close(nested(total)(w), expected)
+
+
+@pytest.mark.parametrize("gates", [[1.0, np.inf, 1.0], [1.0, np.nan, 1.0]])
+def test_a_gate_that_is_not_finite_stays_visible(gates):
+    slope = jax.grad(lambda w: unroll(lambda w, h, x: (w * h + x,) * 2, w, 1.0, jnp.ones(3), gates=np.array(gates))[0])
+    assert np.array_equal(slope(0.5), gates[1], equal_nan=True)
+
+
 def test_vmap_equals_loop_over_gates_and_params():
     gates = jnp.stack([truncation.fixed(NUM_STEPS, w) for w in range(1, 5)])
     grad = jax.grad(scalar_total)

@@ -75,13 +75,12 @@ def measure_cost(
         raise ValueError("estimators must not be empty, got {}; pass {name: estimator}")
     key = jax.random.key(0) if key is None else key
     states = {name: e.init(params, carry, batch, key=key) for name, e in estimators.items()}
-
-    def compiled(name):
-        update = jax.jit(lambda params, state, batch: estimators[name].update(params, state, batch)[0])
-        return update.lower(params, states[name], batch).compile()
-
+    lowered = [  # here, not in the pool: JAX's configuration contexts belong to a thread
+        jax.jit(lambda p, s, b, e=e: e.update(p, s, b)[0]).lower(params, states[name], batch)
+        for name, e in estimators.items()
+    ]
     with ThreadPoolExecutor() as pool:
-        updates = dict(zip(estimators, pool.map(compiled, estimators), strict=True))
+        updates = dict(zip(estimators, pool.map(lambda program: program.compile(), lowered), strict=True))
     seconds = np.zeros((len(updates), num_repeats + 1))
     for repeat in range(num_repeats + 1):
         for i, (name, update) in enumerate(updates.items()):

@@ -178,6 +178,7 @@ def diagnose(
     """
     num_steps, batch_shape = validation.check_problem(step, loss, params, carry, batch, gates)
     validation.check_carry_batch(carry, batch_shape, "the gradient is measured per example")
+    gates = None if gates is None else jnp.asarray(gates)
     num_repeats = validation.check_positive_integer("num_repeats", num_repeats)
     if measure and any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((params, carry, batch, gates))):
         raise ValueError("measure=True needs arrays, got traced values; pass measure=False under jit and vmap")
@@ -250,6 +251,8 @@ def _page(found: Diagnosis) -> str:
     halves = f"{half_life:.3g} steps" if np.isfinite(half_life) else "none (it does not shrink)"
     if found.rate > 0:
         halves = f"none (it doubles every {np.log(2) / float(found.rate):.3g} steps back)"
+    if largest == 1:
+        halves = "not measured (one lag)"
     reach = f"{int(found.reach)} steps" if found.reach < largest else f"all {largest} steps measured"
     lines = [
         f"Gradient over {found.num_steps} step{'s' * (found.num_steps > 1)}: {found.verdict}",

@@ -118,9 +118,11 @@ def run_report(settings: Any, *, out: Path, cores: int | None = None, command: s
 
 def _use_cores(cores: int | None) -> None:
     """Splits the CPU into `cores` devices, which JAX allows until it has computed something."""
-    available = os.cpu_count() or 1
+    available = _available_cores()
     if cores is not None and not 1 <= cores <= available:
-        raise ValueError(f"cores must be in [1, {available}], got {cores}; this machine has {available}")
+        raise ValueError(f"cores must be in [1, {available}], got {cores}; this process may use {available}")
+    if cores is None and "JAX_NUM_CPU_DEVICES" in os.environ:
+        return
     import jax
 
     try:
@@ -130,6 +132,11 @@ def _use_cores(cores: int | None) -> None:
             raise ValueError(
                 f"cores must be chosen before JAX computes anything, got {cores}; start a new process"
             ) from None
+
+
+def _available_cores() -> int:
+    """The cores that this process may use, fewer than the machine's under a scheduler or in a container."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _device_errors() -> tuple[type[Exception], ...]:

@@ -131,8 +131,9 @@ def _start(model: Model, adam: optax.GradientTransformation, task: tasks.Text, s
         state = estimator_of(model, window, keep_prob).init(params, model.carry, first(task.train), key=key)
         return Run(window, keep_prob, params, state, adam.init(params))
 
+    key = jax.random.fold_in(jax.random.key(seed), 1)  # `build` draws from another
     starts = [
-        (jnp.array(window), jnp.array(keep_prob), params, jax.random.fold_in(jax.random.key(seed), i))
+        (jnp.array(window), jnp.array(keep_prob), params, jax.random.fold_in(key, i))
         for window, keep_prob, _ in chosen.values()
         for i, params in enumerate(model.seeds)
     ]

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -74,12 +74,14 @@ def in_parallel(progress: Progress, jobs: list[Callable[[], Any]]) -> list[Any]:
     with ThreadPoolExecutor(2) as pool:
         futures = [pool.submit(job) for job in jobs]
         try:
-            return [future.result() for future in futures]
+            for future in as_completed(futures):  # the first that fails, not the first in order
+                future.result()
         except BaseException:
             progress.stop.set()
             for future in futures:
                 future.cancel()
             raise
+        return [future.result() for future in futures]
 
 
 _drawing = threading.Lock()
@@ -96,7 +98,7 @@ class Model(NamedTuple):
 
 def build(name: str, settings: Any, task: tasks.Text, plan: Plan) -> Model:
     """Draws one model at a time: QR decompositions side by side can deadlock XLA's threads."""
-    size, key = len(task.vocabulary), jax.random.key(settings.seed)
+    size, key = len(task.vocabulary), jax.random.fold_in(jax.random.key(settings.seed), 0)
     make = getattr(cells, name)
     cell = tasks.on_tokens(cells.with_linear_readout(make(size, settings.hidden_size), size), size)
     init = jax.jit(cell.init).lower(key).compile()
