@@ -7,25 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import problems
 import pytest
+from contract import ESTIMATORS
 from oracles import brute_force
 from problems import EXAMPLES, assert_close, assert_same_bits, cut, one_update
 
-from jbptt import Batch, cells, full_bptt, gated_bptt, randomized_bptt, truncated_bptt, truncation, unroll
+from jbptt import Batch, cells, full_bptt, truncated_bptt, unroll
 
 NUM_STEPS = 6
-ESTIMATORS = {
-    "full": (full_bptt, lambda n: np.tri(n)),
-    "segments": (functools.partial(full_bptt, segment=2), lambda n: np.tri(n)),
-    "blocks": (functools.partial(truncated_bptt, window=3), lambda n: truncation.window_coverage(n, 3, 3)),
-    "ragged blocks": (functools.partial(truncated_bptt, window=4), lambda n: truncation.window_coverage(n, 4, 4)),
-    "strides": (functools.partial(truncated_bptt, window=4, stride=2), lambda n: truncation.window_coverage(n, 4, 2)),
-    "sliding": (functools.partial(truncated_bptt, window=3, stride=1), lambda n: truncation.window_coverage(n, 3, 1)),
-    "gated": (
-        functools.partial(gated_bptt, gates_fn=lambda key, n: truncation.fixed(n, 4, phase=1)),
-        lambda n: truncation.coverage(truncation.fixed(n, 4, phase=1)),
-    ),
-}
-DRAWN = {"randomized": (functools.partial(randomized_bptt, keep_prob=0.5), None)}
+NAMES = ["full", "segments", "blocks", "ragged blocks", "strides", "sliding", "gated", "randomized"]
 
 
 def per_example_mask():
@@ -39,7 +28,7 @@ MASKS = {"[T]": np.array([True, True, False, False, True, False]), "[T, B]": per
 
 
 COMBINATIONS = [(name, "[T]") for name in ("full", "blocks", "strides")]
-COMBINATIONS += [(name, "[T, B]") for name in (*ESTIMATORS, *DRAWN)]
+COMBINATIONS += [(name, "[T, B]") for name in NAMES]
 
 
 def embedded_problem():
@@ -76,7 +65,7 @@ GARBAGE = [(0.0, 0), (np.nan, 10**9), (np.inf, -(10**9)), (-1e308, 2**62)]
 @pytest.mark.parametrize(("name", "kind"), COMBINATIONS)
 def test_garbage_in_padding_changes_no_bit_of_an_estimate(name, kind):
     step, loss, params, carry, batch = embedded_problem()
-    estimator = {**ESTIMATORS, **DRAWN}[name][0](step, loss)
+    estimator = ESTIMATORS[name].make(step, loss)
     mask = MASKS[kind]
 
     @jax.jit
@@ -136,14 +125,14 @@ def test_masks_and_weights_follow_the_contract(name, kind):
     rng = np.random.default_rng(9)
     weights = rng.random(NUM_STEPS) if kind == "[T, B]" else rng.random((NUM_STEPS, EXAMPLES))
     batch = batch._replace(mask=jnp.asarray(MASKS[kind]), weights=jnp.asarray(weights))
-    make, coverage = ESTIMATORS[name]
-    estimate = jax.jit(functools.partial(one_update, make(step, loss)))(params, carry, batch)
+    entry = ESTIMATORS[name]
+    estimate = jax.jit(functools.partial(one_update, entry.make(step, loss)))(params, carry, batch)
     pairs, losses, _ = brute_force.pair_gradients(step, loss, params, carry, batch, (EXAMPLES,))
     total = np.sum(
         brute_force.per_example(batch.mask, (EXAMPLES,), NUM_STEPS, True)
         * brute_force.per_example(weights, (EXAMPLES,), NUM_STEPS, 1.0)
     )
-    grad = brute_force.covered(pairs, coverage(NUM_STEPS), params)
+    grad = brute_force.covered(pairs, entry.coverage(NUM_STEPS, None), params)
     assert_close((estimate.loss_sum, estimate.grad_sum, estimate.weight_sum), (losses.sum(), grad, total))
     assert_close((estimate.loss, estimate.grads), jax.tree.map(lambda v: v / total, (losses.sum(), grad)))
 
@@ -168,7 +157,7 @@ def test_ragged_rows_equal_their_own_sequences(name):
     step, loss, params, carry, batch = problems.make("tanh+readout", NUM_STEPS)
     lengths = [6, 4, 1]
     mask = np.arange(NUM_STEPS)[:, None] < np.array(lengths)
-    run = jax.jit(functools.partial(one_update, ESTIMATORS[name][0](step, loss)))
+    run = jax.jit(functools.partial(one_update, ESTIMATORS[name].make(step, loss)))
     together = run(params, carry, batch._replace(mask=mask))
     rows = []
     for e, n in enumerate(lengths):
@@ -184,7 +173,7 @@ def test_ragged_rows_equal_their_own_sequences(name):
 @pytest.mark.parametrize("name", ["full", "ragged blocks", "sliding", "randomized"])
 def test_a_total_weight_of_zero(name):
     step, loss, params, carry, batch = embedded_problem()
-    estimator = {**ESTIMATORS, **DRAWN}[name][0](step, loss)
+    estimator = ESTIMATORS[name].make(step, loss)
     run = jax.jit(lambda batch: one_update(estimator, params, carry, batch, jax.random.key(0)))
     nan = fill(batch, np.zeros(NUM_STEPS, bool), np.nan, 7)
     estimate = run(nan._replace(mask=np.zeros(NUM_STEPS, bool)))
@@ -201,7 +190,7 @@ def test_means_are_over_steps(name):
     """Losses 0 … T−1: the last target is not dropped, and a ragged tail is not weighted as a full window."""
     for num_steps in (NUM_STEPS, NUM_STEPS + 1):
         step = lambda w, h, x: (h, w * x)
-        estimator = ESTIMATORS[name][0](step, lambda y, target: (y + target, 2 * target))
+        estimator = ESTIMATORS[name].make(step, lambda y, target: (y + target, 2 * target))
         batch = Batch(jnp.arange(num_steps) * 1.0, jnp.arange(num_steps) ** 2.0)
         estimate = jax.jit(functools.partial(one_update, estimator))(2.0, jnp.zeros(()), batch)
         t = np.arange(num_steps)
