@@ -12,8 +12,8 @@ from problems import assert_close, assert_same_bits
 from jbptt.clipping import clip_by_global_norm
 
 
-def clip(grads, max_norm=1.0):
-    transformation = clip_by_global_norm(max_norm)
+def clip(grads, max_norm=1.0, **options):
+    transformation = clip_by_global_norm(max_norm, **options)
     return jax.jit(transformation.update)(grads, transformation.init(grads))
 
 
@@ -83,6 +83,63 @@ def test_what_is_not_finite_passes_unchanged_and_is_seen(bad):
     assert not bool(state.finite)
     assert float(state.scale) == 1.0
     assert np.isnan(state.norm) if np.isnan(bad) else np.isinf(state.norm)
+
+
+DTYPES = ["float16", "bfloat16", "float32", "float64"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("policy", ["propagate", "zero", "skip"])
+def test_policies_for_what_is_not_finite(policy, bad, dtype):
+    grads = {"w": jnp.array([3.0, bad], dtype), "b": jnp.array(4.0, dtype)}
+    updates, state = clip(grads, nonfinite=policy)
+    assert not bool(state.finite) and int(state.num_nonfinite) == 1
+    wanted = {"propagate": [3.0, bad, 4.0], "zero": [0.6, 0.0, 0.8], "skip": [0.0, 0.0, 0.0]}[policy]
+    found = np.append(np.asarray(updates["w"], float), float(updates["b"]))
+    np.testing.assert_allclose(found, wanted, rtol=float(jnp.finfo(dtype).eps))
+    assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
+    if policy == "zero":
+        np.testing.assert_allclose(float(state.norm), 5.0, rtol=1e-6)
+    if policy == "skip":
+        assert float(state.norm) == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("policy", ["propagate", "zero", "skip", "raise"])
+def test_policies_leave_finite_gradients_alone(policy, dtype):
+    """Squares that overflow or underflow the dtype are no reason to act; a zero gradient stays zero."""
+    largest, smallest = float(jnp.finfo(dtype).max) / 4, float(jnp.finfo(dtype).tiny)
+    for entries, wanted in (([largest, -largest], [0.5**0.5, -(0.5**0.5)]), ([smallest, 0.0], [smallest, 0.0])):
+        updates, state = clip({"w": jnp.array(entries, dtype)}, nonfinite=policy)
+        jax.effects_barrier()
+        np.testing.assert_allclose(np.asarray(updates["w"], float), wanted, rtol=2 * float(jnp.finfo(dtype).eps))
+        assert bool(state.finite) and int(state.num_nonfinite) == 0
+
+
+def test_raise_raises_where_the_result_is_waited_for():
+    grads = {"w": jnp.array([1.0, np.nan])}
+    with pytest.raises((FloatingPointError, jax.errors.JaxRuntimeError), match="NaN or inf"):
+        jax.block_until_ready(clip(grads, nonfinite="raise"))
+        jax.effects_barrier()
+
+
+def test_non_finite_updates_are_counted_in_a_scan():
+    transformation = clip_by_global_norm(1.0, nonfinite="skip")
+    grads = jnp.array([1.0, np.nan, 2.0, np.inf])
+
+    def body(state, g):
+        update, state = transformation.update(g, state)
+        return state, update
+
+    state, updates = jax.jit(lambda: jax.lax.scan(body, transformation.init(grads[0]), grads))()
+    assert int(state.num_nonfinite) == 2 and bool(state.finite) is False
+    np.testing.assert_array_equal(updates, [1.0, 0.0, 1.0, 0.0])
+
+
+def test_an_unknown_policy_is_refused():
+    with pytest.raises(ValueError, match="nonfinite must be one of propagate, zero, skip, raise, got 'ignore'"):
+        clip_by_global_norm(1.0, nonfinite="ignore")
 
 
 @pytest.mark.parametrize("grads", [{}, {"w": jnp.zeros((0, 3))}, {"w": jnp.zeros(3), "e": jnp.zeros(0)}])

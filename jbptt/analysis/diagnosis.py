@@ -259,9 +259,8 @@ def _page(found: Diagnosis) -> str:
         f"  loss {float(found.loss):.4g}, gradient norm {float(found.gradient_norm):.3g}",
     ]
     if found.verdict == "non-finite":
-        return "\n".join(
-            [*lines, "  a loss, an adjoint or the gradient is NaN or infinite: no window can be recommended"]
-        )
+        lines.append("  a loss, an adjoint or the gradient is NaN or infinite: no window can be recommended;")
+        return "\n".join([*lines, "  jbptt.find_nonfinite says where that begins"])
     if norms.max() == 0:
         return "\n".join([*lines, "  no gradient flows back through the carry: every window is exact"])
     if found.num_steps == 1:
