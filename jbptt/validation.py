@@ -3,6 +3,7 @@
 import math
 import numbers
 import operator
+import warnings
 from typing import Any
 
 import jax
@@ -204,12 +205,28 @@ def check_loss(loss: Any, y: Any, targets: Any) -> tuple[tuple[int, ...], Any]:
     return value.shape, aux
 
 
+def warn_of_float64(trees: dict[str, Any]) -> None:
+    """A warning where JAX is about to round float64 to float32, which it does without a word."""
+    if jax.dtypes.canonicalize_dtype(np.float64) == np.float64:
+        return
+    for name, tree in trees.items():
+        for path, leaf in tree_flatten_with_path(tree)[0]:
+            if isinstance(leaf, (np.ndarray, np.generic)) and leaf.dtype in (np.float64, np.complex128):
+                warnings.warn(
+                    f"{name}{keystr(path)} is {leaf.dtype}, which is computed in single precision while x64 is off; "
+                    "cast it to float32, or jax.config.update('jax_enable_x64', True) before anything else",
+                    stacklevel=4,
+                )
+                return
+
+
 def check_problem(step: Any, loss: Any, params: Any, carry: Any, batch: Batch, gates: Any = None) -> tuple[int, tuple]:
     """Everything that an estimator or an analysis needs to hold; returns T and the batch shape."""
     if not isinstance(batch, Batch):
         raise ValueError(f"batch must be a jbptt.Batch, got {type(batch).__name__}; write Batch(xs, targets)")
     num_steps = count_steps(batch._asdict())
     check_params(params)
+    warn_of_float64({"params": params, "carry": carry, "batch": batch})
     y = check_step(step, params, carry, batch.xs)
     batch_shape, _ = check_loss(loss, y, batch.targets)
     for name, array in {"mask": batch.mask, "weights": batch.weights}.items():

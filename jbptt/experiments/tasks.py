@@ -145,8 +145,9 @@ def adding(key: chex.PRNGKey, *, num_steps: int, batch_size: int) -> Batch:
 
 
 def cross_entropy(logits: jax.Array, target: jax.Array) -> jax.Array:
-    """`−ln p(target)` in nats, logits `[*batch, classes]`, integer targets `[*batch]`."""
-    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, target)
+    """`−ln p(target)` in nats, logits `[*batch, classes]`, integer targets `[*batch]`; NaN for one out of range."""
+    loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, target)
+    return jnp.where((target >= 0) & (target < logits.shape[-1]), loss, jnp.nan)
 
 
 def squared_error(y: jax.Array, target: jax.Array) -> jax.Array:
@@ -155,10 +156,15 @@ def squared_error(y: jax.Array, target: jax.Array) -> jax.Array:
 
 
 def on_tokens(cell: Cell, vocabulary_size: int) -> Cell:
-    """A cell of input size `vocabulary_size` that reads integer tokens `[*batch]` (as one-hot vectors)."""
+    """A cell of input size `vocabulary_size` that reads integer tokens `[*batch]` (as one-hot vectors).
+
+    A token out of range reads as NaN: a vector of zeros would go unseen.
+    """
     core, readout = split_readout(cell.step)
 
     def step(params, carry, token):
-        return core(params, carry, jax.nn.one_hot(token, vocabulary_size, dtype=params["w_x"].dtype))
+        known = jnp.expand_dims((token >= 0) & (token < vocabulary_size), -1)
+        one_hot = jax.nn.one_hot(token, vocabulary_size, dtype=params["w_x"].dtype)
+        return core(params, carry, jnp.where(known, one_hot, jnp.nan))
 
     return cell._replace(step=ReadoutStep(step, readout))

@@ -1,0 +1,309 @@
+"""What a user gets for what is wrong. `python tests/test_faults.py` prints the table from the tests themselves."""
+
+import re
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jbptt import Batch, cells, full_bptt, gated_bptt, randomized_bptt, tasks, train, truncated_bptt, truncation, unroll
+from jbptt.clipping import clip_by_global_norm
+
+T, B, H = 6, 3, 2
+CELL = cells.rnn(2, H, dtype=jnp.float32)
+PARAMS = {
+    "w_x": 0.5 * jnp.ones((2, H), jnp.float32),
+    "w_h": 0.4 * jnp.eye(H, dtype=jnp.float32),
+    "b": jnp.zeros(H, jnp.float32),
+}
+CARRY = jnp.zeros((B, H), jnp.float32)
+XS = jnp.asarray(np.random.default_rng(0).normal(size=(T, B, 2)), jnp.float32)
+BATCH = Batch(XS, jnp.ones((T, B, H), jnp.float32))
+
+
+def update(make: Callable = full_bptt, params: Any = PARAMS, carry: Any = CARRY, step: Any = CELL.step, **batch: Any):
+    """One update with something changed."""
+    estimator = make(step, tasks.squared_error)
+    batch = BATCH._replace(**batch)
+    return estimator.update(params, estimator.init(params, carry, batch, jax.random.key(0)), batch)[0]
+
+
+class Fault(NamedTuple):
+    """A wrong call.
+
+    Attributes:
+      name: what is wrong.
+      call: what the user writes.
+      words: what the ValueError says; None: no error, see `check`.
+      check: what must hold for the result.
+      meaning: what the user gets, where it is no error.
+    """
+
+    name: str
+    call: Callable[[], Any]
+    words: str | None = None
+    check: Callable[[Any], bool] | None = None
+    meaning: str = ""
+
+
+def finite(estimate: Any) -> bool:
+    return all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves((estimate.grads, estimate.loss)))
+
+
+def same(one: Any, two: Any, rtol: float = 1e-5) -> bool:
+    pairs = zip(jax.tree.leaves(one.grads), jax.tree.leaves(two.grads), strict=True)
+    return all(np.allclose(a, b, rtol=rtol, atol=1e-7) for a, b in pairs)
+
+
+def zero(estimate: Any) -> bool:
+    return all(bool(jnp.all(leaf == 0)) for leaf in jax.tree.leaves((estimate.grads, estimate.loss)))
+
+
+def drifting(change: Callable) -> Callable:
+    """A step whose new carry is changed."""
+
+    def step(params, h, x):
+        h, y = CELL.step(params, h, x)
+        return change(h), y
+
+    return step
+
+
+def with_nan(array: Any, *index: Any) -> Any:
+    return jnp.asarray(array).at[index].set(jnp.nan)
+
+
+MASK = np.ones((T, B), bool)
+MASK[4:, 1] = False
+ROW = np.ones((T, B), bool)
+ROW[:, 2] = False
+
+FAULTS = [
+    Fault("T = 0", lambda: update(xs=XS[:0], targets=BATCH.targets[:0]), "T must be >= 1, got 0"),
+    Fault("window 0", lambda: update(partial(truncated_bptt, window=0)), "window must be an integer >= 1, got 0"),
+    Fault("window −1", lambda: update(partial(truncated_bptt, window=-1)), "window must be an integer >= 1, got -1"),
+    Fault("window 2.5", lambda: update(partial(truncated_bptt, window=2.5)), "window must be an integer >= 1, got 2.5"),
+    Fault(
+        "stride and window swapped", lambda: update(partial(truncated_bptt, window=2, stride=4)), "stride must be <="
+    ),
+    Fault(
+        "window > T",
+        lambda: update(partial(truncated_bptt, window=50)),
+        None,
+        lambda e: same(e, update()),
+        "the exact gradient of a first update; the window goes on into the next",
+    ),
+    Fault(
+        "T mod window ≠ 0",
+        lambda: update(partial(truncated_bptt, window=4)),
+        None,
+        lambda e: float(e.weight_sum) == T * B,
+        "every loss counts, the ragged rest too",
+    ),
+    Fault("xs and targets disagree on T", lambda: update(targets=BATCH.targets[:4]), "leaves disagree on T"),
+    Fault("mask of another T", lambda: update(mask=jnp.ones(T + 1, bool)), "leaves disagree on T"),
+    Fault("carry changes its shape", lambda: update(step=drifting(lambda h: h[:1])), "step changes carry"),
+    Fault(
+        "carry changes its dtype", lambda: update(step=drifting(lambda h: h.astype(jnp.float16))), "step changes carry"
+    ),
+    Fault("carry changes its structure", lambda: update(step=drifting(lambda h: (h,))), "structure of the carry"),
+    Fault(
+        "carry of a weak type",
+        lambda: unroll(lambda w, h, x: (w * h + x,) * 2, 0.5, 0.0, jnp.ones(3, jnp.float32)),
+        "step changes carry",
+    ),
+    Fault(
+        "integer parameters", lambda: update(params={**PARAMS, "b": jnp.zeros(H, int)}), "wanted a floating-point array"
+    ),
+    Fault(
+        "boolean parameters", lambda: update(params={**PARAMS, "b": np.zeros(H, bool)}), "wanted a floating-point array"
+    ),
+    Fault("float0 leaves", lambda: update(params={**PARAMS, "b": np.zeros(H, jax.dtypes.float0)}), "wanted a floating"),
+    Fault("mask of the wrong rank", lambda: update(mask=jnp.ones((T, B, 1), bool)), "mask has shape (6, 3, 1)"),
+    Fault("mask aligned on the wrong axis", lambda: update(mask=jnp.ones((T, T), bool)), "mask has shape (6, 6)"),
+    Fault("weights of the wrong rank", lambda: update(weights=jnp.ones((T, B, H))), "weights has shape (6, 3, 2)"),
+    Fault("a mask of 0 and 1", lambda: update(mask=jnp.ones((T, B))), "mask must be bool"),
+    Fault(
+        "NaN at one input element",
+        lambda: update(xs=with_nan(XS, 2, 1, 0)),
+        None,
+        lambda e: not finite(e),
+        "a NaN gradient; find_nonfinite names step and leaf",
+    ),
+    Fault(
+        "NaN in masked padding",
+        lambda: update(xs=with_nan(XS, slice(4, None), 1), mask=MASK),
+        None,
+        lambda e: finite(e) and same(e, update(mask=MASK)),
+        "no effect",
+    ),
+    Fault("a row that is all padding", lambda: update(mask=ROW), None, finite, "the other rows' gradient"),
+    Fault("a batch that is all padding", lambda: update(mask=np.zeros(T, bool)), None, zero, "loss 0, gradient 0"),
+    Fault("weights that sum to zero", lambda: update(weights=jnp.zeros(T)), None, zero, "loss 0, gradient 0"),
+    Fault(
+        "negative weights",
+        lambda: update(weights=-jnp.ones(T)),
+        None,
+        lambda e: same(e, update()),
+        "a weighted mean like any other: all −1 is all 1",
+    ),
+    Fault("padding between real steps", lambda: update(mask=np.arange(T) != 3), None, finite, "the carry is held"),
+    Fault("keep_prob 0", lambda: update(partial(randomized_bptt, keep_prob=0.0)), "keep_prob must lie in (0, 1]"),
+    Fault("keep_prob 1.5", lambda: update(partial(randomized_bptt, keep_prob=1.5)), "keep_prob must lie in (0, 1]"),
+    Fault("keep_prob NaN", lambda: update(partial(randomized_bptt, keep_prob=np.nan)), "keep_prob must lie in (0, 1]"),
+    Fault(
+        "mean_length 1",
+        lambda: update(partial(randomized_bptt, mean_length=1.0)),
+        "mean_length must be a finite number > 1",
+    ),
+    Fault(
+        "keep_prob and mean_length",
+        lambda: update(partial(randomized_bptt, keep_prob=0.5, mean_length=4.0)),
+        "exactly one",
+    ),
+    Fault(
+        "no key for a random estimator",
+        lambda: randomized_bptt(CELL.step, tasks.squared_error, keep_prob=0.5).init(PARAMS, CARRY, BATCH),
+        "needs a key",
+    ),
+    Fault("max_norm 0", lambda: clip_by_global_norm(0.0), "max_norm must be a finite number > 0"),
+    Fault("max_norm NaN", lambda: clip_by_global_norm(np.nan), "max_norm must be a finite number > 0"),
+    Fault(
+        "a norm that overflows",
+        lambda: clip(jnp.array([3e38, -3e38], jnp.float32)),
+        None,
+        lambda out: np.allclose(np.abs(out[0]), 0.5**0.5) and bool(out[1].finite),
+        "clipped like any other",
+    ),
+    Fault(
+        "a norm of zero",
+        lambda: clip(jnp.zeros(2)),
+        None,
+        lambda out: bool(jnp.all(out[0] == 0)) and bool(out[1].finite),
+        "zero, no NaN",
+    ),
+    Fault(
+        "a target out of range",
+        lambda: tasks.cross_entropy(jnp.zeros((2, 5)), jnp.array([4, 5])),
+        None,
+        lambda out: np.array_equal(np.isnan(out), [False, True]),
+        "a NaN loss, never the nearest class",
+    ),
+    Fault(
+        "a negative target",
+        lambda: tasks.cross_entropy(jnp.zeros((1, 5)), jnp.array([-1])),
+        None,
+        lambda out: bool(jnp.isnan(out[0])),
+        "a NaN loss, never the last class",
+    ),
+    Fault(
+        "a token out of range",
+        lambda: tasks.on_tokens(CELL, 2).step(PARAMS, CARRY, jnp.array([0, 1, 2]))[1],
+        None,
+        lambda y: np.array_equal(np.isnan(y).any(-1), [False, False, True]),
+        "a NaN output",
+    ),
+    Fault(
+        "a loss over the batch",
+        lambda: train_with(lambda y, target: jnp.sum(y, -1) > 0),
+        "loss must return a real floating",
+    ),
+    Fault("step returns only y", lambda: update(step=lambda p, h, x: h), "step must return (carry, y)"),
+    Fault(
+        "a tuple instead of a Batch",
+        lambda: full_bptt(CELL.step, tasks.squared_error).init(PARAMS, CARRY, (XS, XS)),
+        "batch must be a jbptt.Batch",
+    ),
+    Fault(
+        "gates of another length",
+        lambda: update(partial(gated_bptt, gates_fn=lambda key, n: jnp.ones(n - 1))),
+        "gates disagree on T",
+    ),
+    Fault(
+        "gates as a list",
+        lambda: update(partial(gated_bptt, gates_fn=lambda key, n: [1.0] * n)),
+        "gates must be an array",
+    ),
+    Fault("a Python number for T", lambda: truncation.fixed(2.5, 1), "num_steps must be an integer"),
+    Fault(
+        "a loss that ignores y",
+        lambda: train_with(lambda y, target: jnp.sum(target, -1)),
+        None,
+        lambda e: all(bool(jnp.all(leaf == 0)) for leaf in jax.tree.leaves(e.grads)),
+        "a gradient that is exactly 0",
+    ),
+]
+
+
+def clip(grads: Any) -> Any:
+    transformation = clip_by_global_norm(1.0)
+    return transformation.update(grads, transformation.init(grads))
+
+
+def train_with(loss: Callable) -> Any:
+    estimator = full_bptt(CELL.step, loss)
+    return estimator.update(PARAMS, estimator.init(PARAMS, CARRY, BATCH), BATCH)[0]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_fault(fault):
+    if fault.words is None:
+        assert fault.check(fault.call())
+        return
+    with pytest.raises(ValueError, match=re.escape(fault.words)):
+        fault.call()
+
+
+def test_float64_with_x64_off_is_warned_of():
+    batch = Batch(np.asarray(XS, np.float64), BATCH.targets)
+    with jax.enable_x64(False), pytest.warns(UserWarning, match=r"batch.xs is float64.*x64 is off"):
+        full_bptt(CELL.step, tasks.squared_error).init(PARAMS, CARRY, batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with jax.enable_x64(False):
+            full_bptt(CELL.step, tasks.squared_error).init(PARAMS, CARRY, BATCH)
+
+
+def test_a_leaked_tracer_is_named_by_jax():
+    kept = []
+
+    def step(params, h, x):
+        kept.append(h)
+        return CELL.step(params, h, x + (kept[0] if len(kept) > 3 else 0))
+
+    with pytest.raises(jax.errors.UnexpectedTracerError):
+        for _ in range(3):
+            update(step=step)
+
+
+def test_half_precision_sums_over_many_steps():
+    """Adding 4096 ones in bfloat16 stops at 256."""
+    step = lambda w, h, x: (h, w * x)
+    estimator = full_bptt(step, lambda y, target: y)
+    batch = Batch(jnp.ones(4096, jnp.bfloat16))
+    one, carry = jnp.ones((), jnp.bfloat16), jnp.zeros((), jnp.bfloat16)
+    estimate = estimator.update(one, estimator.init(one, carry, batch), batch)[0]
+    assert float(estimate.grad_sum) == float(estimate.loss_sum) == 4096
+
+
+def test_train_takes_these_checks_over():
+    import optax
+
+    stacked = jax.tree.map(lambda a: a[None], BATCH._replace(mask=jnp.ones((T, B, 1), bool)))
+    with pytest.raises(ValueError, match="mask has shape"):
+        train(full_bptt(CELL.step, tasks.squared_error), optax.sgd(0.1), PARAMS, CARRY, stacked)
+
+
+if __name__ == "__main__":
+    for fault in FAULTS:
+        try:
+            fault.call()
+            outcome = fault.meaning
+        except ValueError as error:
+            outcome = f"ValueError: {error}"
+        print(f"| {fault.name} | {outcome} |")
