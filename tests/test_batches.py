@@ -132,7 +132,7 @@ def test_masks_and_weights_follow_the_contract(name, kind):
         brute_force.per_example(batch.mask, (EXAMPLES,), NUM_STEPS, True)
         * brute_force.per_example(weights, (EXAMPLES,), NUM_STEPS, 1.0)
     )
-    grad = brute_force.covered(pairs, entry.coverage(NUM_STEPS, None), params)
+    grad = brute_force.covered(pairs, entry.coverage(NUM_STEPS, jax.random.key(0)), params)
     assert_close((estimate.loss_sum, estimate.grad_sum, estimate.weight_sum), (losses.sum(), grad, total))
     assert_close((estimate.loss, estimate.grads), jax.tree.map(lambda v: v / total, (losses.sum(), grad)))
 

@@ -1,0 +1,547 @@
+"""Wrong edits to the gradient code, each of which some test must notice: see `tests/mutants.py`.
+
+The list is drawn from the design and the source, not from what the tests happen to check.
+"""
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """One wrong edit: in `file`, `old`, which occurs once, is replaced by `new`."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+
+
+TYPES = "jbptt/types.py"
+VALIDATION = "jbptt/validation.py"
+CELLS = "jbptt/cells.py"
+RECURRENCE = "jbptt/recurrence.py"
+TRUNCATION = "jbptt/truncation.py"
+ADJOINT = "jbptt/adjoint.py"
+WINDOWS = "jbptt/windows.py"
+ESTIMATORS = "jbptt/estimators.py"
+CLIPPING = "jbptt/clipping.py"
+NORMS = "jbptt/norms.py"
+FLOW = "jbptt/analysis/flow.py"
+LAGS = "jbptt/analysis/lags.py"
+DIAGNOSIS = "jbptt/analysis/diagnosis.py"
+TRAINING = "jbptt/experiments/training.py"
+TASKS = "jbptt/experiments/tasks.py"
+
+MUTANTS = (
+    # types: alignment, means, sums
+    Mutant(
+        "align_on_trailing_axes",
+        TYPES,
+        "jnp.shape(array) + (1,) * (ndim - jnp.ndim(array))",
+        "(1,) * (ndim - jnp.ndim(array)) + jnp.shape(array)",
+    ),
+    Mutant(
+        "zero_weight_divides",
+        TYPES,
+        "jnp.where(weight == 0, jnp.zeros_like(total), total / safe)",
+        "total / weight",
+    ),
+    Mutant("sum_keeps_one_weight", TYPES, "self.weight_sum + other.weight_sum", "self.weight_sum"),
+    Mutant(
+        "sum_adds_mean_gradients",
+        TYPES,
+        "jax.tree.map(jnp.add, self.grad_sum, other.grad_sum)",
+        "jax.tree.map(jnp.add, self.grads, other.grads)",
+    ),
+    Mutant(
+        "sum_weighs_aux_wrongly",
+        TYPES,
+        "b * align_leading(other.weight_sum, jnp.ndim(b))",
+        "b * align_leading(self.weight_sum, jnp.ndim(b))",
+    ),
+    Mutant("default_stride_slides", VALIDATION, "stride = window if stride is None", "stride = 1 if stride is None"),
+    # cells
+    Mutant(
+        "rnn_transposes_weights",
+        CELLS,
+        'x @ params["w_x"] + h @ params["w_h"] + params["b"])\n        return h, h',
+        'x @ params["w_x"] + h @ params["w_h"].T + params["b"])\n        return h, h',
+    ),
+    Mutant("gru_swaps_r_and_z", CELLS, "r, z = jax.nn.sigmoid", "z, r = jax.nn.sigmoid"),
+    Mutant("gru_mixes_the_wrong_way", CELLS, "h = (1 - z) * n + z * h", "h = z * n + (1 - z) * h"),
+    Mutant("gru_resets_the_input_too", CELLS, "jnp.tanh(n_x + r * n_h)", "jnp.tanh(r * (n_x + n_h))"),
+    Mutant("lstm_swaps_g_and_o", CELLS, "i, f, g, o = jnp.split", "i, f, o, g = jnp.split"),
+    Mutant("lstm_output_without_tanh", CELLS, "jax.nn.sigmoid(o) * jnp.tanh(c)", "jax.nn.sigmoid(o) * c"),
+    Mutant("lstm_bias_on_the_input_gate", CELLS, ".at[hidden_size : 2 * hidden_size]", ".at[:hidden_size]"),
+    Mutant("readout_without_bias", CELLS, 'return h @ params["w_y"] + params["b_y"]', 'return h @ params["w_y"]'),
+    Mutant("nested_readout_runs_once", CELLS, "step.readout(params, readout(params, h))", "step.readout(params, h)"),
+    Mutant(
+        "reset_after_the_step",
+        CELLS,
+        "        return step(params, select_leading(~reset, carry, start), x)",
+        "        carry, y = step(params, carry, x)\n        return select_leading(~reset, carry, start), y",
+    ),
+    # recurrence: gates, masks, segments
+    Mutant(
+        "gate_multiplies_without_select",
+        RECURRENCE,
+        "return jnp.where(gate == 0, jnp.zeros_like(product), product)",
+        "return product",
+    ),
+    Mutant("gate_rounded_to_the_carry", RECURRENCE, ".astype(jnp.finfo(wide).dtype)", ".astype(cotangent.dtype)"),
+    Mutant(
+        "engine_gate_dropped",
+        RECURRENCE,
+        "return first_order_gate(value, gate), times_gate(tangents[0], gate)",
+        "return first_order_gate(value, gate), tangents[0]",
+    ),
+    Mutant(
+        "gate_of_first_order_at_a_zero_carry",
+        RECURRENCE,
+        "jnp.isfinite(size)) | zero",
+        "jnp.isfinite(size))",
+    ),
+    Mutant("unroll_takes_the_gate_of_first_order", RECURRENCE, ", gate_fn=gate_cotangent)", ")"),
+    Mutant(
+        "gate_clipped_to_one",
+        RECURRENCE,
+        "gated = constant - times_gate(difference, jnp.where(finite, jnp.abs(gate), 1))",
+        "gated = constant - times_gate(difference, jnp.where(finite, jnp.minimum(jnp.abs(gate), 1), 1))",
+    ),
+    Mutant(
+        "gate_loses_its_sign",
+        RECURRENCE,
+        "difference = jnp.where(shape > 0, constant - value, value - constant)",
+        "difference = constant - value",
+    ),
+    Mutant(
+        "gate_makes_infinite_carries_nan",
+        RECURRENCE,
+        ".tiny) & jnp.isfinite(size)) | zero",
+        ".tiny)) | zero",
+    ),
+    Mutant(
+        "gate_flushes_denormal_carries",
+        RECURRENCE,
+        "(size >= jnp.finfo(size.dtype).tiny) & jnp.isfinite(size)",
+        "jnp.isfinite(size)",
+    ),
+    Mutant(
+        "gate_on_the_first_leaf_only",
+        RECURRENCE,
+        "    return jax.tree.map(lambda leaf: gate_fn(jnp.asarray(leaf), gate) if is_inexact(leaf) else leaf, carry)",
+        "    leaves, structure = jax.tree.flatten(carry)\n"
+        "    first = [is_inexact(leaf) for leaf in leaves].index(True)\n"
+        "    leaves[first] = gate_fn(jnp.asarray(leaves[first]), gate)\n"
+        "    return structure.unflatten(leaves)",
+    ),
+    Mutant(
+        "gate_one_step_late",
+        RECURRENCE,
+        "        return step(params, gated(carry_t, gate_t, gate_fn), (x_t, mask_t))",
+        "        carry_next, y_t = step(params, carry_t, (x_t, mask_t))\n"
+        "        return gated(carry_next, gate_t, gate_fn), y_t",
+    ),
+    Mutant(
+        "gate_open_where_a_scan_starts",
+        RECURRENCE,
+        "lax.scan(body, carry, (xs, gates, mask), length=length)",
+        "lax.scan(body, carry, (xs, None if gates is None else jnp.asarray(gates).at[0].set(1), mask), length=length)",
+    ),
+    Mutant(
+        "select_on_trailing_axes",
+        RECURRENCE,
+        "return jnp.where(align_leading(mask, jnp.ndim(new)), new, old)",
+        "return jnp.where(mask, new, old)",
+    ),
+    Mutant("shared_leaf_waits_for_all", RECURRENCE, "jnp.where(jnp.any(mask), new", "jnp.where(jnp.all(mask), new"),
+    Mutant(
+        "masked_inputs_reach_the_step",
+        RECURRENCE,
+        "step(params, carry, zero_masked(mask, x))",
+        "step(params, carry, x)",
+    ),
+    Mutant(
+        "masked_step_moves_the_carry",
+        RECURRENCE,
+        "return select_leading(mask, new_carry, carry), y",
+        "return new_carry, y",
+    ),
+    Mutant(
+        "masked_outputs_stay",
+        RECURRENCE,
+        "return carry, ys if mask is None else jax.vmap(zero_masked)(mask, ys)",
+        "return carry, ys",
+    ),
+    Mutant(
+        "ragged_segment_without_gates",
+        RECURRENCE,
+        "run_through(carry, tail, length=rest)",
+        "run_through(carry, (tail[0], None, tail[2]), length=rest)",
+    ),
+    Mutant(
+        "segments_are_not_recomputed",
+        RECURRENCE,
+        "jax.checkpoint(partial(run_through, length=segment))",
+        "partial(run_through, length=segment)",
+    ),
+    Mutant(
+        "engine_keeps_every_state",
+        RECURRENCE,
+        "return num_steps if num_steps <= 128 else max(64, math.isqrt(num_steps))",
+        "return num_steps",
+    ),
+    # truncation: schedules and coverage
+    Mutant("fixed_cut_one_early", TRUNCATION, "((t + phase) % window == 0)", "((t + phase + 1) % window == 0)"),
+    Mutant("fixed_phase_backwards", TRUNCATION, "((t + phase) % window == 0)", "((t - phase) % window == 0)"),
+    Mutant("fixed_cuts_the_initial_carry", TRUNCATION, "% window == 0) & (t > 0), 0.0", "% window == 0), 0.0"),
+    Mutant("randomized_forgets_its_weight", TRUNCATION, "1 / keep_prob if reweight else 1.0", "1.0"),
+    Mutant(
+        "randomized_draws_once_for_all_steps",
+        TRUNCATION,
+        "kept = jax.random.bernoulli(key, keep_prob, (num_steps,))",
+        "kept = jnp.broadcast_to(jax.random.bernoulli(key, keep_prob.mean()), (num_steps,))",
+    ),
+    Mutant("artbp_hazard_one_step_on", TRUNCATION, "* mean_length + delta)", "* mean_length + delta + 1)"),
+    Mutant(
+        "artbp_counts_from_zero_after_a_cut", TRUNCATION, "jnp.where(cut, 1, delta + 1)", "jnp.where(cut, 0, delta + 1)"
+    ),
+    Mutant("artbp_never_starts_anew", TRUNCATION, "jnp.where(cut, 1, delta + 1), gate", "delta + 1, gate"),
+    Mutant("artbp_forgets_its_weight", TRUNCATION, "1 / (1 - hazard) if reweight else 1.0", "1.0"),
+    Mutant(
+        "coverage_counts_the_source_gate",
+        TRUNCATION,
+        "row = jnp.where(steps == t, 1.0, row)",
+        "row = jnp.where(steps == t, gate, row)",
+    ),
+    Mutant("window_coverage_one_short", TRUNCATION, "* stride - window <= i)", "* stride - window < i)"),
+    # adjoint: the engine
+    Mutant(
+        "sums_in_the_narrow_dtype",
+        ADJOINT,
+        "return jnp.asarray(array, jnp.promote_types(jnp.result_type(array), jnp.float32))",
+        "return jnp.asarray(array)",
+    ),
+    Mutant(
+        "weight_gradient_adds_up_narrow",
+        ADJOINT,
+        "return wide_core, wide_readout, jax.tree.map(at_least_float32, params)",
+        "return wide_core, wide_readout, params",
+    ),
+    Mutant(
+        "readout_sees_the_whole_segment",
+        ADJOINT,
+        "return jax.vmap(run)(outputs) if jax.tree.leaves(outputs) else run(outputs)",
+        "return run(outputs)",
+    ),
+    Mutant(
+        "weight_zero_leaks",
+        ADJOINT,
+        "nonzero = None if batch.weights is None else jnp.asarray(batch.weights) != 0",
+        "nonzero = None",
+    ),
+    Mutant(
+        "masked_targets_and_outputs_leak",
+        ADJOINT,
+        "loss(zero_masked(counted, y), zero_masked(counted, target))",
+        "loss(y, target)",
+    ),
+    Mutant(
+        "masked_outputs_reach_the_loss",
+        ADJOINT,
+        "loss(zero_masked(counted, y), zero_masked(counted, target))",
+        "loss(y, zero_masked(counted, target))",
+    ),
+    Mutant(
+        "weights_on_trailing_axes",
+        ADJOINT,
+        "align_leading(jnp.asarray(batch.weights), losses.ndim)",
+        "jnp.asarray(batch.weights)",
+    ),
+    Mutant(
+        "weight_sum_forgets_the_mask",
+        ADJOINT,
+        "weights = jnp.where(align_leading(batch.mask, losses.ndim), weights, 0)",
+        "pass",
+    ),
+    Mutant(
+        "segment_hands_nothing_on",
+        ADJOINT,
+        "grad, cotangent = pull((jnp.ones_like(value), cotangent))",
+        "grad, cotangent = pull((jnp.ones_like(value), [jnp.zeros_like(c) for c in cotangent]))",
+    ),
+    Mutant(
+        "segments_start_one_segment_late",
+        ADJOINT,
+        "        return scan_steps(core, params, carry, batch.xs, None, batch.mask, batch_steps(batch))[0], carry",
+        "        carry, _ = scan_steps(core, params, carry, batch.xs, None, batch.mask, batch_steps(batch))\n"
+        "        return carry, carry",
+    ),
+    Mutant(
+        "first_pass_ignores_the_mask", ADJOINT, "carry, batch.xs, None, batch.mask,", "carry, batch.xs, None, None,"
+    ),
+    Mutant("segments_go_back_in_order", ADJOINT, "starts), reverse=True)[0]", "starts))[0]"),
+    Mutant(
+        "last_segment_without_gates",
+        ADJOINT,
+        "cotangent, sums, carry = segment_sums(step, loss, params, carry, last, last_gates, None)",
+        "cotangent, sums, carry = segment_sums(step, loss, params, carry, last, None, None)",
+    ),
+    Mutant(
+        "last_segment_is_not_counted",
+        ADJOINT,
+        "segment_at, num_whole, cotangent, sums)\n",
+        "segment_at, num_whole, cotangent, jax.tree.map(jnp.zeros_like, sums))\n",
+    ),
+    # windows: overlapping backward passes
+    Mutant("chunk_ends_one_late", WINDOWS, "jnp.arange(1, num_chunks + 1) - 1", "jnp.arange(1, num_chunks + 1)"),
+    Mutant("chunk_phase_backwards", WINDOWS, "return num_history - phase +", "return num_history + phase +"),
+    Mutant("ragged_chunk_dropped", WINDOWS, "-(-(num_steps + overhang) // stride)", "(num_steps + overhang) // stride"),
+    Mutant("older_losses_injected_again", WINDOWS, "keep & (q < stride)", "keep"),
+    Mutant("overlapping_chunks_overwrite", WINDOWS, "m.at[i].add(", "m.at[i].set("),
+    Mutant(
+        "window_one_step_too_long",
+        WINDOWS,
+        "(start, zeros), jnp.arange(window))",
+        "(start, zeros), jnp.arange(window + 1))",
+    ),
+    Mutant(
+        "window_one_step_too_short",
+        WINDOWS,
+        "(start, zeros), jnp.arange(window))",
+        "(start, zeros), jnp.arange(window - 1))",
+    ),
+    Mutant(
+        "window_reaches_before_the_start",
+        WINDOWS,
+        "jnp.concatenate([steps.exists, jnp.zeros(stride, bool)])",
+        "jnp.concatenate([jnp.ones_like(steps.exists), jnp.zeros(stride, bool)])",
+    ),
+    Mutant(
+        "history_linearised_one_step_off",
+        WINDOWS,
+        "at = jax.tree.map(lambda a: a[i], steps)",
+        "at = jax.tree.map(lambda a: a[jnp.maximum(i - 1, 0)], steps)",
+    ),
+    Mutant(
+        "empty_history_meets_the_step",
+        WINDOWS,
+        "real = with_stand_ins(steps, history.mask.shape[0])",
+        "real = steps",
+    ),
+    Mutant(
+        "history_forgets_the_mask",
+        WINDOWS,
+        "mask = jnp.ones(shape, bool) if batch.mask is None else batch.mask",
+        "mask = jnp.ones(shape, bool)",
+    ),
+    Mutant(
+        "sliding_loses_the_readout_gradient",
+        WINDOWS,
+        "sums._replace(grad=jax.tree.map(jnp.add, sums.grad, grad))",
+        "sums._replace(grad=jax.tree.map(lambda a, b: b, sums.grad, grad))",
+    ),
+    # estimators: streams, keys, means
+    Mutant(
+        "full_resets_the_carry",
+        ESTIMATORS,
+        "_estimate(sums), CarryState(carry)",
+        "_estimate(sums), CarryState(state.carry)",
+    ),
+    Mutant(
+        "truncated_resets_the_carry",
+        ESTIMATORS,
+        "WindowState(carry, history, phase)",
+        "WindowState(state.carry, history, phase)",
+    ),
+    Mutant(
+        "block_resets_the_carry",
+        ESTIMATORS,
+        "        carry, _ = state\n        sums, after = gradient_sums(step, loss, params, carry, piece)\n"
+        "        return sums, (after, carry)",
+        "        sums, after = gradient_sums(step, loss, params, carry, piece)\n        return sums, (after, state[0])",
+    ),
+    Mutant(
+        "unfinished_block_remembered_wrongly", ESTIMATORS, "return sums, (after, carry)", "return sums, (after, after)"
+    ),
+    Mutant(
+        "mean_of_block_means",
+        ESTIMATORS,
+        "        return sums, (after, carry)",
+        "        sums = jax.tree.map(lambda a: a / jnp.maximum(sums.weight, 1), sums)\n"
+        "        return sums, (after, carry)",
+    ),
+    Mutant("ragged_tail_dropped", ESTIMATORS, "return add(total, tail) if rest else total", "return total"),
+    Mutant("phase_stands_still", ESTIMATORS, "phase = (phase + num_steps) % stride", "phase = phase % stride"),
+    Mutant(
+        "phase_lost_after_a_ragged_update",
+        ESTIMATORS,
+        "phase = jnp.asarray(num_steps % stride)",
+        "phase = jnp.zeros((), int)",
+    ),
+    Mutant(
+        "history_too_short_for_the_phase",
+        ESTIMATORS,
+        "reach = window - stride if aligned else window - 1",
+        "reach = window - stride",
+    ),
+    Mutant(
+        "history_never_moves_on",
+        ESTIMATORS,
+        "return sums, (carry, latest(steps, length))",
+        "return sums, (carry, history)",
+    ),
+    Mutant(
+        "key_reused_by_every_update",
+        ESTIMATORS,
+        "KeyState(carry, key)\n\n    return Estimator(init, update)",
+        "KeyState(carry, state.key)\n\n    return Estimator(init, update)",
+    ),
+    Mutant(
+        "gates_never_reach_the_engine",
+        ESTIMATORS,
+        "state.carry, batch, gates, segment)",
+        "state.carry, batch, None, segment)",
+    ),
+    Mutant(
+        "aux_is_a_sum",
+        ESTIMATORS,
+        "jax.tree.map(lambda a: weighted_mean(a, sums.weight), sums.aux)",
+        "sums.aux",
+    ),
+    # clipping and norms
+    Mutant(
+        "clip_compares_the_largest_entry",
+        CLIPPING,
+        "(largest * jnp.maximum(ratio, 1) > max_norm)",
+        "(largest > max_norm)",
+    ),
+    Mutant(
+        "clip_scales_small_gradients_up",
+        CLIPPING,
+        "jnp.where(clipped, unit(wide, largest) * limit, wide).astype",
+        "(unit(wide, largest) * limit).astype",
+    ),
+    Mutant(
+        "clip_to_the_largest_entry",
+        CLIPPING,
+        "limit = max_norm / jnp.where(ratio == 0, 1, ratio)",
+        "limit = jnp.asarray(max_norm, ratio.dtype)",
+    ),
+    Mutant(
+        "clip_gives_up_where_the_norm_overflows",
+        CLIPPING,
+        "usable = jnp.isfinite(largest)",
+        "usable = jnp.isfinite(largest * ratio)",
+    ),
+    Mutant(
+        "norm_squares_overflow",
+        NORMS,
+        "    return jnp.where(jnp.isinf(largest), largest, largest * ratio)",
+        "    del largest, ratio\n"
+        "    rest = [tuple(range(num_leading, jnp.ndim(a))) for a in jax.tree.leaves(tree)]\n"
+        "    return jnp.sqrt(sum(jnp.sum(jnp.abs(a) ** 2, axis=r) for a, r in zip(jax.tree.leaves(tree), rest)))",
+    ),
+    Mutant("norm_has_no_gradient_at_zero", NORMS, "jnp.sqrt(jnp.where(total == 0, 1, total))", "jnp.sqrt(total)"),
+    Mutant("cosine_of_no_unit_vector", NORMS, "jnp.zeros((), size.dtype)) / spread", "jnp.zeros((), size.dtype))"),
+    # analysis
+    Mutant("adjoints_of_the_sum", FLOW, "return weighted_mean(value, weight), carries", "return value, carries"),
+    Mutant(
+        "adjoints_without_gates",
+        FLOW,
+        "rebuild(leaves), xs, gates, None, num_steps)",
+        "rebuild(leaves), xs, None, None, num_steps)",
+    ),
+    Mutant("adjoints_ignore_the_mask", FLOW, "held(core)(wide, carry, (x, mask))", "core(wide, carry, x)"),
+    Mutant("flow_is_weighted", FLOW, "plain = batch._replace(weights=None)", "plain = batch"),
+    Mutant(
+        "flow_is_no_root_mean_square", FLOW, "total / jnp.sqrt(jnp.maximum(count, 1))", "total / jnp.maximum(count, 1)"
+    ),
+    Mutant("flow_counts_the_source_examples", FLOW, "count = jnp.roll(counted, -lag)", "count = counted"),
+    Mutant("flow_reads_the_wrong_step", FLOW, "by_lag[jnp.maximum(t - s, 0), s]", "by_lag[jnp.maximum(t - s, 0), t]"),
+    Mutant("lag_gate_one_step_off", LAGS, "times_gate(c, gates)", "times_gate(c, jnp.roll(gates, -1, axis=0))"),
+    Mutant("lag_gate_open_at_the_start", LAGS, "times_gate(c, gates)", "times_gate(c, gates.at[0].set(1))"),
+    Mutant(
+        "lags_wrap_around_the_end",
+        LAGS,
+        "jnp.concatenate([c[1:], jnp.zeros_like(c[:1])])",
+        "jnp.roll(c, -1, axis=0)",
+    ),
+    Mutant(
+        "lags_go_forward",
+        LAGS,
+        "jnp.concatenate([c[1:], jnp.zeros_like(c[:1])])",
+        "jnp.concatenate([jnp.zeros_like(c[:1]), c[:-1]])",
+    ),
+    Mutant(
+        "losses_enter_at_every_lag",
+        LAGS,
+        "return (one_on, *jax.tree.map(jnp.zeros_like, (outputs_bar, readout_grad)), state), row",
+        "return (one_on, outputs_bar, readout_grad, state), row",
+    ),
+    Mutant("profile_one_lag_off", LAGS, "read(state, lag, cotangents, jax.tree", "read(state, lag, one_on, jax.tree"),
+    Mutant("curve_without_readout_gradient", LAGS, "jax.tree.map(jnp.add, grad, readout_grad)", "grad"),
+    Mutant(
+        "profile_weighs_by_the_source",
+        LAGS,
+        "jnp.where(valid, jnp.roll(weights, -lag, axis=0), 0)",
+        "jnp.where(valid, weights, 0)",
+    ),
+    Mutant(
+        "profile_counts_pairs_past_the_end",
+        LAGS,
+        "jnp.where(valid, jnp.roll(weights, -lag, axis=0), 0)",
+        "jnp.roll(weights, -lag, axis=0)",
+    ),
+    Mutant("profile_of_the_gradient_sum", LAGS, "weighted_mean(norm(grad), total)", "norm(grad)"),
+    Mutant("curve_blocks_without_one_over_n", LAGS, "jnp.stack([s, b / (lag + 1)])", "jnp.stack([s, b])"),
+    Mutant("diagnosis_forgets_the_gates", DIAGNOSIS, "jnp.where(cuts == 0, 0, gates)", "cuts"),
+    Mutant("diagnosis_bisects_for_one_tolerance", DIAGNOSIS, "(error <= levels[k])", "(error <= levels[0])"),
+    Mutant(
+        "diagnosis_takes_the_lower_bound",
+        DIAGNOSIS,
+        "(jnp.arange(len(levels)) == k), high, found)",
+        "(jnp.arange(len(levels)) == k), low, found)",
+    ),
+    Mutant("diagnosis_window_one_short", DIAGNOSIS, "jnp.argmax(good) + 1", "jnp.argmax(good)"),
+    Mutant(
+        "diagnosis_half_life_in_e_folds", DIAGNOSIS, "jnp.log(2.0) / jnp.where(rate < 0", "1.0 / jnp.where(rate < 0"
+    ),
+    Mutant("diagnosis_verdict_per_step", DIAGNOSIS, "rate * (len(norms) - 1), -jnp.inf", "rate, -jnp.inf"),
+    Mutant("diagnosis_norm_of_the_sum", DIAGNOSIS, "weighted_mean(norm(sums.grad), sums.weight)", "norm(sums.grad)"),
+    # experiments
+    Mutant(
+        "training_resets_the_state",
+        TRAINING,
+        "estimate, state = estimator.update(params, state, batch)",
+        "estimate, _ = estimator.update(params, state, batch)",
+    ),
+    Mutant(
+        "training_follows_the_sum", TRAINING, "optimizer.update(estimate.grads,", "optimizer.update(estimate.grad_sum,"
+    ),
+    Mutant(
+        "training_resets_the_optimizer",
+        TRAINING,
+        "updates, opt_state = optimizer.update",
+        "updates, _ = optimizer.update",
+    ),
+    Mutant("evaluation_resets_the_carry", TRAINING, "carry, ys = scan_steps", "_, ys = scan_steps"),
+    Mutant(
+        "evaluation_averages_batches",
+        TRAINING,
+        "return weighted_mean(values.sum(), weights.sum())",
+        "return weighted_mean(values, weights).mean()",
+    ),
+    Mutant(
+        "text_rows_do_not_go_on",
+        TASKS,
+        "a.reshape(batch_size, num_batches, num_steps).transpose(1, 2, 0)",
+        "a.reshape(num_batches, batch_size, num_steps).transpose(0, 2, 1)",
+    ),
+    Mutant(
+        "cross_entropy_in_bits",
+        TASKS,
+        "integer_labels(logits, target)",
+        "integer_labels(logits, target) / jnp.log(2.0)",
+    ),
+    Mutant("squared_error_without_half", TASKS, "optax.losses.l2_loss(y, target)", "jnp.square(y - target)"),
+)
