@@ -201,6 +201,9 @@ def truncated_bptt(step: Step, loss: Loss, *, window: int, stride: int | None = 
     Initialise with the shape of the batches to come: where T is a multiple of the stride, blocks need
     no history. A state's structure changes when an update of another kind breaks that pattern.
 
+    `info["reach"]` is the most steps that a loss of the update can see: less than the window where the
+    stream, or an update whose blocks keep no history, is shorter (a window > T alone means full BPTT).
+
     Args:
       step: `(params, carry, x) -> (carry, y)`.
       loss: `(y, target) -> [*batch]`, or that and aux.
@@ -231,7 +234,8 @@ def truncated_bptt(step: Step, loss: Loss, *, window: int, stride: int | None = 
             phase = (phase + num_steps) % stride
         elif num_steps % stride:
             phase = jnp.asarray(num_steps % stride)
-        return _estimate(sums), WindowState(carry, history, phase)
+        steps = num_steps if state.history is None else num_steps + jnp.sum(state.history.exists)
+        return _estimate(sums, reach=jnp.minimum(window, steps)), WindowState(carry, history, phase)
 
     return Estimator(init, update)
 

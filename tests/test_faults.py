@@ -95,8 +95,8 @@ FAULTS = [
         "window > T",
         lambda: update(partial(truncated_bptt, window=50)),
         None,
-        lambda e: same(e, update()),
-        "the exact gradient of a first update; the window goes on into the next",
+        lambda e: same(e, update()) and int(e.info["reach"]) == T,
+        'the exact gradient of a first update, info["reach"] = T; the window goes on into the next',
     ),
     Fault(
         "T mod window ≠ 0",

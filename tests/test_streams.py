@@ -53,6 +53,16 @@ def test_splits_do_not_matter(window, stride):
         assert_close(live, last)
 
 
+def test_reach_grows_with_the_stream_up_to_the_window():
+    step, loss, params, carry, batch = masked_problem("tanh+readout")
+    init, update = truncated_bptt(step, loss, window=7, stride=2)
+    state, reached = init(params, carry, cut(batch, 0, 3)), []
+    for start in (0, 3, 6):
+        estimate, state = update(params, state, cut(batch, start, start + 3))
+        reached.append(int(estimate.info["reach"]))
+    assert reached == [3, 6, 7]
+
+
 @pytest.mark.parametrize("make", [full_bptt, functools.partial(gated_bptt, gates_fn=lambda key, t: jnp.ones(t))])
 def test_full_and_gated_estimators_cut_at_the_edge_of_an_update(make):
     step, loss, params, carry, batch = masked_problem("lstm")
