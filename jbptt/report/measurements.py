@@ -29,6 +29,7 @@ class Plan(NamedTuple):
       num_evaluations: of held-out perplexity, spread over them.
       num_seeds: runs of each strategy.
       cost_windows: timed beside the recommended ones.
+      cost_tolerances: how many of the recommended windows are timed, beginning with 10 % of error.
       windows_of_all_cells: or of the last one only.
       num_repeats: timed updates of each.
     """
@@ -37,6 +38,7 @@ class Plan(NamedTuple):
     num_evaluations: int
     num_seeds: int
     cost_windows: tuple[int, ...]
+    cost_tolerances: int
     windows_of_all_cells: bool
     num_repeats: int
 
@@ -49,8 +51,8 @@ class Plan(NamedTuple):
         )
 
 
-FULL = Plan(600, 12, 4, (4, 16, 64), True, 7)
-QUICK = Plan(60, 3, 2, (), False, 3)
+FULL = Plan(600, 12, 4, (4, 16, 64), 2, True, 7)
+QUICK = Plan(60, 3, 2, (), 1, False, 3)
 
 
 class Progress:
@@ -204,9 +206,9 @@ def _costs(trained: Trained, found: Diagnosis, plan: Plan) -> list[dict[str, Any
     step, loss = trained.model.cell.step, tasks.cross_entropy
     sizes = [w for w in plan.cost_windows if w < found.num_steps]
     estimators = {("full", found.num_steps): full_bptt(step, loss)}
-    for window in sorted({*sizes, *map(int, found.block_window)} - {0, found.num_steps}):
+    for window in sorted({*sizes, *map(int, found.block_window[: plan.cost_tolerances])} - {0, found.num_steps}):
         estimators["block", window] = fresh_blocks(truncated_bptt(step, loss, window=window), window)
-    for window in sorted({*sizes, *map(int, found.sliding_window)} - {0}):
+    for window in sorted({*sizes, *map(int, found.sliding_window[: plan.cost_tolerances])} - {0}):
         estimators["sliding", window] = truncated_bptt(step, loss, window=window, stride=1)
     # On one device, whatever --cores says: the numbers of two reports stay comparable.
     where = jax.device_put((trained.params, trained.carry, trained.batch), jax.devices()[0])
