@@ -24,8 +24,8 @@ from jbptt.types import Batch, Carry, Estimator, Loss, Params, Step
 def _direction(key: chex.PRNGKey, params: Params) -> Params:
     """A random direction of unit length."""
     flat, back = ravel_pytree(params)
-    normal = jax.random.normal(key, flat.shape, flat.dtype)
-    return back(normal / jnp.linalg.norm(normal))
+    drawn = jax.random.normal(key, flat.shape, flat.dtype)
+    return back(drawn / jnp.linalg.norm(drawn))
 
 
 def _dot(a: Params, b: Params) -> jax.Array:
@@ -51,7 +51,8 @@ def check_truncated_gradient(
       estimator: any whose coverage is made of cuts.
       step, loss, params, carry, batch, coverage: as in `frozen_loss`.
       key: for the directions and the estimator; None: `jax.random.key(0)`.
-      num_directions: how many; an error in one of P parameters escapes none of them, almost surely.
+      num_directions: how many; an error e of the gradient shows as about ‖e‖ / √P along each, P the number of
+        parameters, and is caught from `rtol · ‖gradient‖` on.
       rtol: of the largest slope possible, ‖gradient‖; None: 2·10³ ε^{2/3} (7e-8 in float64).
 
     Raises:

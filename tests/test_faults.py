@@ -209,8 +209,8 @@ FAULTS = [
         "a NaN output",
     ),
     Fault(
-        "a loss over the batch",
-        lambda: train_with(lambda y, target: jnp.sum(y, -1) > 0),
+        "a boolean loss",
+        lambda: with_loss(lambda y, target: jnp.sum(y, -1) > 0),
         "loss must return a real floating",
     ),
     Fault("step returns only y", lambda: update(step=lambda p, h, x: h), "step must return (carry, y)"),
@@ -229,10 +229,10 @@ FAULTS = [
         lambda: update(partial(gated_bptt, gates_fn=lambda key, n: [1.0] * n)),
         "gates must be an array",
     ),
-    Fault("a Python number for T", lambda: truncation.fixed(2.5, 1), "num_steps must be an integer"),
+    Fault("half a step for T", lambda: truncation.fixed(2.5, 1), "num_steps must be an integer"),
     Fault(
         "a loss that ignores y",
-        lambda: train_with(lambda y, target: jnp.sum(target, -1)),
+        lambda: with_loss(lambda y, target: jnp.sum(target, -1)),
         None,
         lambda e: all(bool(jnp.all(leaf == 0)) for leaf in jax.tree.leaves(e.grads)),
         "a gradient that is exactly 0",
@@ -245,7 +245,7 @@ def clip(grads: Any) -> Any:
     return transformation.update(grads, transformation.init(grads))
 
 
-def train_with(loss: Callable) -> Any:
+def with_loss(loss: Callable) -> Any:
     estimator = full_bptt(CELL.step, loss)
     return estimator.update(PARAMS, estimator.init(PARAMS, CARRY, BATCH), BATCH)[0]
 

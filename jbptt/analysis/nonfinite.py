@@ -81,8 +81,8 @@ def find_nonfinite(
 
     In the order of computation: parameters and initial carry; then step by step inputs, the new carry,
     the output, the target, the loss; then back step by step the adjoint of the carry received and the
-    step's part of the parameter gradient. Padding and losses of weight 0 do not count. One forward and
-    one backward pass, and every step's derivative once more, one after another; memory O(T) carries.
+    step's part of the parameter gradient. Padding and losses of weight 0 do not count. Two forward
+    passes and one backward, and every step's derivative once more, one after another; memory O(T) carries.
     Works under jit and vmap (all fields are data but the names).
 
     Args:

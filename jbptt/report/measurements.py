@@ -122,7 +122,7 @@ def take(batches: Any, start: int, count: int) -> Any:
 
 
 def first(batches: Any) -> Any:
-    """The first batch."""
+    """The first of what is stacked along the leading axis: a batch, or a run."""
     return jax.tree.map(lambda a: a[0], batches)
 
 
