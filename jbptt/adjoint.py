@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jbptt.cells import split_readout
-from jbptt.recurrence import default_segment, is_inexact, scan_steps, steps_from, zero_masked
-from jbptt.types import Batch, Carry, Loss, Params, PyTree, Step, align_leading
+from jbptt.recurrence import default_segment, scan_steps, steps_from, zero_masked
+from jbptt.types import Batch, Carry, Loss, Params, PyTree, Step, align_leading, split_inexact
 
 
 class Sums(NamedTuple):
@@ -32,18 +32,6 @@ class Sums(NamedTuple):
 def at_least_float32(array: jax.Array) -> jax.Array:
     """Sums are held in float32 at least: a long sum of bfloat16 loses all but its first digits."""
     return jnp.asarray(array, jnp.promote_types(jnp.result_type(array), jnp.float32))
-
-
-def split_inexact(tree: PyTree) -> tuple[list[jax.Array], Callable[[list[jax.Array]], PyTree]]:
-    """The leaves that gradients flow through, and the way back to the whole tree."""
-    leaves, structure = jax.tree.flatten(tree)
-    inexact = [is_inexact(leaf) for leaf in leaves]
-
-    def rebuild(parts):
-        parts = iter(parts)
-        return structure.unflatten([next(parts) if i else leaf for i, leaf in zip(inexact, leaves, strict=True)])
-
-    return [jnp.asarray(leaf) for i, leaf in zip(inexact, leaves, strict=True) if i], rebuild
 
 
 def wide_parts(step: Step, params: Params) -> tuple[Step, Any, Params]:

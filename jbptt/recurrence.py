@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jbptt import validation
-from jbptt.types import Carry, Params, PyTree, Step, align_leading
+from jbptt.types import Carry, Params, PyTree, Step, align_leading, is_inexact
 
 
 def times_gate(cotangent: jax.Array, gate: jax.Array) -> jax.Array:
@@ -61,11 +61,6 @@ def gate_cotangent(value: jax.Array, gate: jax.Array) -> jax.Array:
     plain = _keeps_bits(jnp.abs(constant)) & align_leading(finite, value.ndim)
     gated = jnp.where(plain, gated, first_order_gate(value, gate))
     return jnp.where(shape == 0, constant, gated)
-
-
-def is_inexact(leaf: Any) -> bool:
-    """Whether a leaf is floating (or complex): what a gradient can flow through."""
-    return jnp.issubdtype(jax.dtypes.result_type(leaf), jnp.inexact)
 
 
 def gated(carry: Carry, gate: jax.Array | None, gate_fn: Callable) -> Carry:

@@ -34,6 +34,23 @@ class Batch(NamedTuple):
     weights: jax.Array | None = None
 
 
+def is_inexact(leaf: Any) -> bool:
+    """Whether a leaf is floating (or complex): what a gradient can flow through."""
+    return jnp.issubdtype(jax.dtypes.result_type(leaf), jnp.inexact)
+
+
+def split_inexact(tree: PyTree) -> tuple[list[jax.Array], Callable[[list[jax.Array]], PyTree]]:
+    """The leaves that gradients flow through, and the way back to the whole tree."""
+    leaves, structure = jax.tree.flatten(tree)
+    inexact = [is_inexact(leaf) for leaf in leaves]
+
+    def rebuild(parts):
+        parts = iter(parts)
+        return structure.unflatten([next(parts) if i else leaf for i, leaf in zip(inexact, leaves, strict=True)])
+
+    return [jnp.asarray(leaf) for i, leaf in zip(inexact, leaves, strict=True) if i], rebuild
+
+
 def align_leading(array: jax.Array, ndim: int) -> jax.Array:
     """Appends axes of size 1, so that `array` broadcasts along leading axes, never trailing ones."""
     return jnp.reshape(array, jnp.shape(array) + (1,) * (ndim - jnp.ndim(array)))

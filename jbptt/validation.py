@@ -12,6 +12,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.tree_util import keystr, tree_flatten_with_path
 
+from jbptt.dependence import missing_path
 from jbptt.types import Batch
 
 
@@ -220,6 +221,17 @@ def warn_of_float64(trees: dict[str, Any]) -> None:
                 return
 
 
+def warn_of_missing_path(step: Any, loss: Any, params: Any, carry: Any, batch: Batch) -> None:
+    """A warning where every gradient is exactly zero because nothing that the loss reads depends on params."""
+    x, target = jax.eval_shape(lambda tree: jax.tree.map(lambda a: a[0], tree), (batch.xs, batch.targets))
+    if jax.tree.leaves(params) and (reason := missing_path(step, loss, params, carry, x, target)):
+        warnings.warn(
+            f"the gradient is exactly zero: {reason}; look for stop_gradient, rounding, an integer or an output that "
+            "is not returned",
+            stacklevel=4,
+        )
+
+
 def check_problem(step: Any, loss: Any, params: Any, carry: Any, batch: Batch, gates: Any = None) -> tuple[int, tuple]:
     """Everything that an estimator or an analysis needs to hold; returns T and the batch shape."""
     if not isinstance(batch, Batch):
@@ -240,4 +252,5 @@ def check_problem(step: Any, loss: Any, params: Any, carry: Any, batch: Batch, g
     check_gates_and_mask(None, batch.mask, carry)
     if gates is not None:
         check_gates(gates, num_steps, batch_shape, carry)
+    warn_of_missing_path(step, loss, params, carry, batch)
     return num_steps, batch_shape

@@ -19,12 +19,11 @@ from jbptt.adjoint import (
     at_least_float32,
     batch_steps,
     parallel_pullback,
-    split_inexact,
     weighted_losses,
     wide_parts,
 )
 from jbptt.recurrence import held, trajectory
-from jbptt.types import Batch, Carry, Loss, Params, PyTree, Step, align_leading
+from jbptt.types import Batch, Carry, Loss, Params, PyTree, Step, align_leading, split_inexact
 
 
 class History(NamedTuple):

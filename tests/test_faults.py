@@ -42,6 +42,7 @@ class Fault(NamedTuple):
       words: what the ValueError says; None: no error, see `check`.
       check: what must hold for the result.
       meaning: what the user gets, where it is no error.
+      warning: what a UserWarning says beside it.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Fault(NamedTuple):
     words: str | None = None
     check: Callable[[Any], bool] | None = None
     meaning: str = ""
+    warning: str | None = None
 
 
 def finite(estimate: Any) -> bool:
@@ -234,10 +236,32 @@ FAULTS = [
         "a loss that ignores y",
         lambda: with_loss(lambda y, target: jnp.sum(target, -1)),
         None,
-        lambda e: all(bool(jnp.all(leaf == 0)) for leaf in jax.tree.leaves(e.grads)),
+        lambda e: without_gradient(e),
         "a gradient that is exactly 0",
+        "the gradient is exactly zero: the loss does not depend on y",
+    ),
+    Fault(
+        "a step without a gradient path",
+        lambda: update(step=lambda p, h, x: CELL.step(jax.lax.stop_gradient(p), h, x)),
+        None,
+        lambda e: without_gradient(e),
+        "a gradient that is exactly 0",
+        "the gradient is exactly zero: no path leads from params to the loss",
+    ),
+    Fault(
+        "a parameter that only a later loss reads",
+        lambda: update(
+            step=lambda p, carry, x: ((CELL.step(p, carry[0], x)[0], carry[0]), carry[1]), carry=(CARRY, CARRY)
+        ),
+        None,
+        lambda e: finite(e) and not without_gradient(e),
+        "its gradient, two steps back; no warning",
     ),
 ]
+
+
+def without_gradient(estimate: Any) -> bool:
+    return all(bool(jnp.all(leaf == 0)) for leaf in jax.tree.leaves(estimate.grads))
 
 
 def clip(grads: Any) -> Any:
@@ -253,7 +277,12 @@ def with_loss(loss: Callable) -> Any:
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_fault(fault):
     if fault.words is None:
-        assert fault.check(fault.call())
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            assert fault.check(fault.call())
+        words = [str(one.message) for one in seen]
+        assert bool(words) == bool(fault.warning)
+        assert all(fault.warning in word for word in words)
         return
     with pytest.raises(ValueError, match=re.escape(fault.words)):
         fault.call()
@@ -303,7 +332,7 @@ if __name__ == "__main__":
     for fault in FAULTS:
         try:
             fault.call()
-            outcome = fault.meaning
+            outcome = fault.meaning + (f" and a UserWarning: {fault.warning}" if fault.warning else "")
         except ValueError as error:
             outcome = f"ValueError: {error}"
         print(f"| {fault.name} | {outcome} |")

@@ -10,10 +10,10 @@ import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
 
 from jbptt import validation
-from jbptt.adjoint import counted_steps, loss_weights, split_inexact, step_losses, weighted_losses
+from jbptt.adjoint import counted_steps, loss_weights, step_losses, weighted_losses
 from jbptt.analysis.flow import adjoints
 from jbptt.recurrence import held, times_gate, trajectory, zero_masked
-from jbptt.types import Batch, Carry, Loss, Params, Step
+from jbptt.types import Batch, Carry, Loss, Params, Step, split_inexact
 
 PHASES = ("given", "forward", "backward")
 
