@@ -3,7 +3,7 @@
 from jbptt import cells, clipping, testing, truncation
 from jbptt.analysis.comparison import Cost, measure_cost
 from jbptt.analysis.diagnosis import Diagnosis, diagnose
-from jbptt.analysis.flow import Adjoints, adjoints, gradient_flow
+from jbptt.analysis.flow import Adjoints, GradientSources, adjoints, gradient_flow, gradient_sources
 from jbptt.analysis.lags import LagProfile, TruncationCurve, lag_profile, truncation_curve
 from jbptt.analysis.nonfinite import NonFinite, find_nonfinite
 from jbptt.estimators import full_bptt, gated_bptt, randomized_bptt, truncated_bptt

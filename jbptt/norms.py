@@ -1,6 +1,7 @@
 """Euclidean norms that neither overflow nor underflow on the way."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,15 @@ def norm(tree: PyTree, num_leading: int = 0) -> jax.Array:
     return jnp.where(jnp.isinf(largest), largest, largest * ratio)
 
 
+def leafwise(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of a tree (and more) on every leaf alone; a tree of results."""
+
+    def run(tree, *more):
+        return jax.tree.map(lambda leaf: function(leaf, *more), tree)
+
+    return run
+
+
 def compared_with(exact: PyTree) -> Callable[[PyTree], tuple[jax.Array, jax.Array]]:
     """Compares estimates with `exact`: `estimate -> (‖estimate − exact‖ / ‖exact‖, cosine)`.
 
@@ -66,5 +76,18 @@ def compared_with(exact: PyTree) -> Callable[[PyTree], tuple[jax.Array, jax.Arra
         angle = sum(jax.tree.leaves(dots), jnp.zeros((), size.dtype)) / spread
         undefined = jnp.where(size == 0, 0.0, jnp.inf)
         return jnp.where(largest == 0, undefined, error), jnp.where(largest == 0, jnp.nan, angle)
+
+    return compare
+
+
+def compared_leafwise(exact: PyTree) -> Callable[[PyTree], tuple[PyTree, PyTree]]:
+    """As `compared_with`, every leaf with its own: `estimate -> (tree of errors, tree of cosines)`."""
+    structure = jax.tree.structure(exact)
+    compare_fns = [compared_with(leaf) for leaf in jax.tree.leaves(exact)]
+
+    def compare(estimate):
+        pairs = [fn(leaf) for fn, leaf in zip(compare_fns, jax.tree.leaves(estimate), strict=True)]
+        errors, cosines = zip(*pairs, strict=True) if pairs else ((), ())
+        return structure.unflatten(errors), structure.unflatten(cosines)
 
     return compare

@@ -14,7 +14,17 @@ from oracles import brute_force
 from oracles.brute_force import hold, per_example
 from problems import EXAMPLES, assert_close
 
-from jbptt import Batch, adjoints, cells, gradient_flow, lag_profile, truncation, truncation_curve, unroll
+from jbptt import (
+    Batch,
+    adjoints,
+    cells,
+    gradient_flow,
+    gradient_sources,
+    lag_profile,
+    truncation,
+    truncation_curve,
+    unroll,
+)
 
 NUM_STEPS = 6
 BATCH = (EXAMPLES,)
@@ -126,6 +136,10 @@ def analyses(name):
             gradient_flow(*common, gates=case.gates),
             lag_profile(*common, max_lag=case.num_steps, gates=case.gates),
             truncation_curve(*common, max_window=case.num_steps + 2, gates=case.gates),
+            gradient_sources(*common, gates=case.gates),
+            gradient_flow(*common, gates=case.gates, per_leaf=True),
+            lag_profile(*common, max_lag=case.num_steps, gates=case.gates, per_leaf=True),
+            truncation_curve(*common, max_window=case.num_steps + 2, gates=case.gates, per_leaf=True),
         )
 
     return run(params, carry, spoil_padding(batch))
@@ -210,6 +224,54 @@ def test_curve(name):
     assert_close(found.block_cosine, cosines)
     np.testing.assert_allclose(found.block_relative_error, errors, rtol=1e-12, atol=1e-14)
     assert np.all(found.relative_error[num_steps - 1 :] < 1e-14)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_sources(name):
+    """Summed over losses, split by source: Σ_t w_t G[t, i]."""
+    found, weight = analyses(name)[4], counted(CASES[name])[1].sum()
+    sources = pairs(name).sum(0) / weight
+    exact = sources.sum(0)
+    np.testing.assert_allclose(found.norms, np.linalg.norm(sources, axis=1), rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(found.shares, sources @ exact / (exact @ exact), rtol=1e-11, atol=1e-13)
+    np.testing.assert_allclose(found.shares.sum(), 1, rtol=1e-12)
+    for norms, leaf in by_leaf(name, sources, found.leaf_norms):
+        np.testing.assert_allclose(norms, np.linalg.norm(leaf, axis=1), rtol=1e-12, atol=1e-14)
+
+
+def by_leaf(name, rows, *trees):
+    """Each tree's leaves beside the part of `rows [..., P]` that belongs to the leaf."""
+    params = problem_of(CASES[name]).params
+    edges = np.cumsum([np.size(leaf) for leaf in jax.tree.leaves(params)])[:-1]
+    assert all(jax.tree.structure(tree) == jax.tree.structure(params) for tree in trees)
+    return zip(*(jax.tree.leaves(tree) for tree in trees), np.split(rows, edges, axis=-1), strict=True)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_leaf_by_leaf(name):
+    """Each leaf of carry and parameters as if it were alone."""
+    case, (mask, weights), sums = CASES[name], counted(CASES[name]), pairs(name)
+    flow, profile, curve = analyses(name)[5:]
+    derivatives = [np.asarray(d) for d in jax.tree.leaves(by_hand(name)[1])]
+    assert len(flow) == len(profile.cotangent_norms) == len(derivatives)
+    for matrix, norms, d in zip(flow, profile.cotangent_norms, derivatives, strict=True):
+        size = np.linalg.norm(d, axis=-1)
+        squares = np.sum(size[:, :-1] ** 2, axis=-1)
+        assert_close(matrix, np.tril(np.sqrt(squares / np.maximum(mask.sum(1), 1)[:, None])))
+        for k in range(case.num_steps):
+            steps = range(k, case.num_steps)
+            weight = sum(weights[t].sum() for t in steps)
+            mean = sum(weights[t] @ size[t, t - k] for t in steps) / weight if weight else 0.0
+            np.testing.assert_allclose(norms[k], mean, rtol=1e-12, atol=1e-15)
+    lags = np.stack([sum(sums[t, t - k] for t in range(k, case.num_steps)) for k in range(case.num_steps)])
+    for norms, errors, cosines, lag in by_leaf(name, lags, profile.grad_norms, curve.relative_error, curve.cosine):
+        np.testing.assert_allclose(norms, np.linalg.norm(lag, axis=1) / weights.sum(), rtol=1e-12, atol=1e-15)
+        kept, exact = np.cumsum(lag, axis=0), lag.sum(0)
+        size = np.linalg.norm(exact)
+        wanted = np.linalg.norm(kept - exact, axis=1) / size
+        np.testing.assert_allclose(errors[: case.num_steps], wanted, rtol=1e-11, atol=1e-13)
+        angle = kept @ exact / size / np.linalg.norm(kept, axis=1)
+        np.testing.assert_allclose(cosines[: case.num_steps], angle, rtol=1e-11, atol=1e-13)
 
 
 def test_lag_zero_is_the_carry_that_enters_the_step():

@@ -1,16 +1,16 @@
 """Adjoints, and how much each loss depends on each earlier state."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jbptt import validation
-from jbptt.adjoint import batch_steps, split_inexact, weighted_losses, wide_parts
+from jbptt.adjoint import batch_steps, gradient_sums, segment_sums, weighted_losses, wide_parts
 from jbptt.analysis.lags import linearise, scan_lags
-from jbptt.norms import norm
-from jbptt.recurrence import held, is_inexact, scan_steps
-from jbptt.types import Batch, Carry, Loss, Params, Step, weighted_mean
+from jbptt.norms import leafwise, norm, scaled_norm, unit
+from jbptt.recurrence import held, scan_steps, steps_from
+from jbptt.types import Batch, Carry, Loss, Params, Step, is_inexact, split_inexact, weighted_mean
 
 
 class Adjoints(NamedTuple):
@@ -62,14 +62,22 @@ def adjoints(
 
 
 def gradient_flow(
-    step: Step, loss: Loss, params: Params, carry: Carry, batch: Batch, *, gates: jax.Array | None = None
-) -> jax.Array:
+    step: Step,
+    loss: Loss,
+    params: Params,
+    carry: Carry,
+    batch: Batch,
+    *,
+    gates: jax.Array | None = None,
+    per_leaf: bool = False,
+) -> Any:
     """How much the loss of each step depends on each earlier carry.
 
         F[t, s] = RMS over examples of ‖∂ℓ_t/∂carries[s]‖,   s ≤ t,   0 above the diagonal
 
     ℓ_t is unweighted; examples masked at t do not count. All T adjoints advance side by side, one lag at
-    a time: T rounds of T step derivatives; memory O(T) carries and the `[T, T]` result.
+    a time: T rounds of T step derivatives; memory O(T) carries and the `[T, T]` result. With `per_leaf`, a
+    list of such matrices, one for each inexact leaf of the carry (in the order of `jax.tree.leaves`).
 
     Raises:
       ValueError: carries that do not begin with the batch shape; what `full_bptt` raises.
@@ -80,13 +88,76 @@ def gradient_flow(
     problem = linearise(step, loss, params, carry, plain, batch_shape)
     counted = problem.weights.reshape(num_steps, -1).sum(1)
 
+    norm_fn = leafwise(norm) if per_leaf else norm
+
     def read(state, lag, cotangents, _):
-        norms = jnp.broadcast_to(norm(cotangents, 1 + len(batch_shape)), (num_steps, *batch_shape))
-        total = norm(norms.reshape(num_steps, -1), 1)
         count = jnp.roll(counted, -lag)  # the examples of loss t = s + lag
-        return state, jnp.where(count > 0, total / jnp.sqrt(jnp.maximum(count, 1)), 0)
+
+        def mean_square_root(norms):
+            norms = jnp.broadcast_to(norms, (num_steps, *batch_shape)).reshape(num_steps, -1)
+            return jnp.where(count > 0, norm(norms, 1) / jnp.sqrt(jnp.maximum(count, 1)), 0)
+
+        return state, jax.tree.map(mean_square_root, norm_fn(cotangents, 1 + len(batch_shape)))
 
     gates = None if gates is None else jnp.asarray(gates)
     by_lag = scan_lags(problem, gates, num_steps, read, None)
     t, s = jnp.arange(num_steps)[:, None], jnp.arange(num_steps)[None, :]
-    return jnp.where(s <= t, by_lag[jnp.maximum(t - s, 0), s], 0)
+    return jax.tree.map(lambda rows: jnp.where(s <= t, rows[jnp.maximum(t - s, 0), s], 0), by_lag)
+
+
+class GradientSources(NamedTuple):
+    """The gradient of the weighted mean loss split by source: `S_i = Σ_t w_t G[t, i] / Σ w`, `Σ_i S_i = g`.
+
+    Attributes:
+      norms: `‖S_i‖`, `[T]`.
+      leaf_norms: the same for every leaf of the parameters alone, a tree of `[T]`.
+      shares: `⟨S_i, g⟩ / ‖g‖²`, `[T]`: how much of the gradient comes from step i. They add up to 1; a
+        negative share pulls the other way. Zeros where the gradient is zero.
+    """
+
+    norms: jax.Array
+    leaf_norms: Params
+    shares: jax.Array
+
+
+def gradient_sources(
+    step: Step, loss: Loss, params: Params, carry: Carry, batch: Batch, *, gates: jax.Array | None = None
+) -> GradientSources:
+    """Which steps' inputs the gradient comes from: its part that enters at step i, whatever loss it flows from.
+
+        S_i = (∂⁺(h_{i+1}, ℓ_i)/∂w)ᵀ (λ_{i+1}, w_i) / Σ w
+
+    Three forward and three backward passes, one step at a time; memory O(T) carries, one gradient at a time.
+
+    Args:
+      step: `(params, carry, x) -> (carry, y)`.
+      loss: `(y, target) -> [*batch]`.
+      params: the parameters.
+      carry: what enters step 0.
+      batch: masked steps are no source.
+      gates: `[T]` or `[T, *batch]`; the sources of the gated gradient.
+
+    Raises:
+      ValueError: what `full_bptt` raises.
+    """
+    num_steps, _ = validation.check_problem(step, loss, params, carry, batch, gates)
+    batch, gates = jax.tree.map(jnp.asarray, (batch, gates))
+    path = adjoints(step, loss, params, carry, batch, gates=gates)
+    exact, _ = gradient_sums(step, loss, params, carry, batch, gates)
+    largest, ratio = scaled_norm(exact.grad)
+
+    def one(inputs):
+        i, entering, emitted = inputs
+        piece, gate = steps_from((batch, gates), i, 1)
+        cotangent = [c * exact.weight.astype(c.dtype) for c in split_inexact(emitted)[0]]
+        source = segment_sums(step, loss, params, entering, piece, gate, cotangent)[1].grad
+        dots = jax.tree.map(
+            lambda a, b: jnp.sum(jnp.real(jnp.conj(unit(a, largest)) * unit(b, largest))), source, exact.grad
+        )
+        share = sum(jax.tree.leaves(dots), jnp.zeros(())) / jnp.where(ratio == 0, 1, ratio) ** 2
+        mean = jax.tree.map(lambda a: weighted_mean(a, exact.weight), source)
+        return norm(mean), leafwise(norm)(mean), share
+
+    entering = jax.tree.map(lambda a: a[:-1], path.carries)
+    emitted = jax.tree.map(lambda a: a[1:], path.cotangents)
+    return GradientSources(*jax.lax.map(one, (jnp.arange(num_steps), entering, emitted)))

@@ -9,16 +9,17 @@ D_k is the gradient at lag k, and what a window leaves is a weighted sum of D_k.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jbptt import validation
-from jbptt.adjoint import batch_steps, gradient_sums, loss_weights, parallel_pullback, split_inexact, wide_parts
-from jbptt.norms import compared_with, norm
+from jbptt.adjoint import batch_steps, gradient_sums, loss_weights, parallel_pullback, wide_parts
+from jbptt.norms import compared_leafwise, compared_with, leafwise, norm
 from jbptt.recurrence import held, times_gate, trajectory
-from jbptt.types import Batch, Carry, Loss, Params, Step, align_leading, weighted_mean
+from jbptt.types import Batch, Carry, Loss, Params, Step, align_leading, split_inexact, weighted_mean
 from jbptt.windows import output_cotangents
 
 
@@ -27,12 +28,12 @@ class LagProfile(NamedTuple):
 
     Attributes:
       cotangent_norms: weighted mean over pairs (t, t−k) and examples of `‖∂ℓ_t/∂carries[t−k]‖`; lag 0 is
-        the carry that enters step t.
-      grad_norms: `‖Σ_t w_t G[t, t−k]‖ / Σ w`.
+        the carry that enters step t. By leaf: a list over the carry's inexact leaves.
+      grad_norms: `‖Σ_t w_t G[t, t−k]‖ / Σ w`. By leaf: a tree like the parameters.
     """
 
-    cotangent_norms: jax.Array
-    grad_norms: jax.Array
+    cotangent_norms: Any
+    grad_norms: Any
 
 
 class TruncationCurve(NamedTuple):
@@ -44,13 +45,15 @@ class TruncationCurve(NamedTuple):
       cosine: between ĝ and g, sliding.
       block_relative_error: the same for blocks, ĝ averaged over where the first cut falls.
       block_cosine: as `cosine`, for blocks.
+
+    By leaf, all but `windows` are trees like the parameters: each leaf against its own exact gradient.
     """
 
     windows: jax.Array
-    relative_error: jax.Array
-    cosine: jax.Array
-    block_relative_error: jax.Array
-    block_cosine: jax.Array
+    relative_error: Any
+    cosine: Any
+    block_relative_error: Any
+    block_cosine: Any
 
 
 class Linearised(NamedTuple):
@@ -107,6 +110,7 @@ def lag_profile(
     *,
     max_lag: int,
     gates: jax.Array | None = None,
+    per_leaf: bool = False,
 ) -> LagProfile:
     """How large the gradient still is after 0, 1, … max_lag − 1 steps back.
 
@@ -120,6 +124,7 @@ def lag_profile(
       batch: masked losses and losses of weight 0 do not count.
       max_lag: number of lags, at most T.
       gates: `[T]` or `[T, *batch]`; the profile of the gated gradient.
+      per_leaf: a profile for every leaf of the carry and of the parameters instead of one over all.
 
     Raises:
       ValueError: max_lag < 1 or > T; carries without the batch shape; what `full_bptt` raises.
@@ -131,19 +136,24 @@ def lag_profile(
         raise ValueError(f"max_lag must be <= T = {num_steps}, got {max_lag}; there are no pairs further apart")
     gates = None if gates is None else jnp.asarray(gates)
     problem = linearise(step, loss, params, carry, batch, batch_shape)
-    return LagProfile(*scan_lags(problem, gates, max_lag, profile_reader(problem), None))
+    return LagProfile(*scan_lags(problem, gates, max_lag, profile_reader(problem, per_leaf), None))
 
 
-def profile_reader(problem: Linearised) -> Callable:
+def profile_reader(problem: Linearised, per_leaf: bool = False) -> Callable:
     """Reads one lag of a `LagProfile`, for `scan_lags`."""
     weights, total = problem.weights, jnp.sum(problem.weights)
+    norm_fn = leafwise(norm) if per_leaf else norm
 
     def read(state, lag, cotangents, grad):
         # The adjoints carry their loss's weight: ‖w ∂ℓ‖ = |w| ‖∂ℓ‖, and w's sign is put back.
         valid = align_leading(jnp.arange(len(weights)) < len(weights) - lag, weights.ndim)
         weight = jnp.where(valid, jnp.roll(weights, -lag, axis=0), 0)
-        norms = jnp.where(weight == 0, 0, jnp.sign(weight) * norm(cotangents, weights.ndim))
-        return state, (weighted_mean(jnp.sum(norms), jnp.sum(weight)), weighted_mean(norm(grad), total))
+
+        def mean(norms):
+            return weighted_mean(jnp.sum(jnp.where(weight == 0, 0, jnp.sign(weight) * norms)), jnp.sum(weight))
+
+        by_carry = jax.tree.map(mean, norm_fn(cotangents, weights.ndim))
+        return state, (by_carry, jax.tree.map(partial(weighted_mean, weight=total), norm_fn(grad)))
 
     return read
 
@@ -157,6 +167,7 @@ def truncation_curve(
     *,
     max_window: int,
     gates: jax.Array | None = None,
+    per_leaf: bool = False,
 ) -> TruncationCurve:
     """The error of every window 1 … max_window against the exact gradient, in one pass over lags.
 
@@ -173,6 +184,7 @@ def truncation_curve(
       batch: the batch whose exact gradient is the reference.
       max_window: the largest window, in steps; may exceed T (blocks of a longer stream).
       gates: `[T]` or `[T, *batch]`; reference and windows are then those of the gated gradient.
+      per_leaf: a curve for every leaf of the parameters instead of one over all.
 
     Returns:
       A `TruncationCurve`. Where the exact gradient is 0 the error is 0 if the estimate is 0 too, else
@@ -187,7 +199,7 @@ def truncation_curve(
     exact = gradient_sums(step, loss, params, carry, batch, gates)[0].grad
 
     problem = linearise(step, loss, params, carry, batch, batch_shape)
-    rows = scan_lags(problem, gates, max_window, curve_reader(exact), curve_start(exact))
+    rows = scan_lags(problem, gates, max_window, curve_reader(exact, per_leaf), curve_start(exact))
     return TruncationCurve(jnp.arange(1, max_window + 1), *rows)
 
 
@@ -197,17 +209,18 @@ def curve_start(exact: Params) -> Any:
     return zeros, zeros
 
 
-def curve_reader(exact: Params) -> Callable:
+def curve_reader(exact: Params, per_leaf: bool = False) -> Callable:
     """Reads one window of a `TruncationCurve` against the exact gradient, for `scan_lags`."""
 
-    compare = compared_with(exact)
+    compare = compared_leafwise(exact) if per_leaf else compared_with(exact)
 
     def read(state, lag, _, grad):
         sliding, blocks = state
         sliding = jax.tree.map(jnp.add, sliding, grad)
         blocks = jax.tree.map(jnp.add, blocks, sliding)  # Σ_{k<n} (n − k) D_k = Σ_{m≤n} ĝ_m
         both = jax.tree.map(lambda s, b: jnp.stack([s, b / (lag + 1)]), sliding, blocks)
-        error, angle = jax.vmap(compare)(both)
-        return (sliding, blocks), (error[0], angle[0], error[1], angle[1])
+        compared = jax.vmap(compare)(both)
+        (error, cosine), (block_error, block_cosine) = (jax.tree.map(lambda a, i=i: a[i], compared) for i in (0, 1))
+        return (sliding, blocks), (error, cosine, block_error, block_cosine)
 
     return read
