@@ -1,9 +1,17 @@
-"""Float64 everywhere, and no compiled program outlives its module."""
+"""Float64 everywhere, no compiled program outlives its module, and the whole suite runs in two processes."""
 
 import jax
 import pytest
 
 jax.config.update("jax_enable_x64", True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Most of the time is compilation, on one core: `pytest` alone takes two where pytest-xdist is installed."""
+    whole = config.args_source == config.ArgsSource.TESTPATHS
+    if whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
+        config.option.numprocesses, config.option.dist = 2, "worksteal"
 
 
 @pytest.fixture(autouse=True, scope="module")
