@@ -453,11 +453,17 @@ MUTANTS = (
     ),
     Mutant("adjoints_ignore_the_mask", FLOW, "held(core)(wide, carry, (x, mask))", "core(wide, carry, x)"),
     Mutant("flow_is_weighted", FLOW, "plain = batch._replace(weights=None)", "plain = batch"),
-    Mutant(
-        "flow_is_no_root_mean_square", FLOW, "total / jnp.sqrt(jnp.maximum(count, 1))", "total / jnp.maximum(count, 1)"
-    ),
+    Mutant("flow_is_no_root_mean_square", FLOW, "/ jnp.sqrt(jnp.maximum(count, 1))", "/ jnp.maximum(count, 1)"),
     Mutant("flow_counts_the_source_examples", FLOW, "count = jnp.roll(counted, -lag)", "count = counted"),
-    Mutant("flow_reads_the_wrong_step", FLOW, "by_lag[jnp.maximum(t - s, 0), s]", "by_lag[jnp.maximum(t - s, 0), t]"),
+    Mutant("flow_reads_the_wrong_step", FLOW, "rows[jnp.maximum(t - s, 0), s]", "rows[jnp.maximum(t - s, 0), t]"),
+    Mutant("sources_read_the_carry_received", FLOW, "a[1:], path.cotangents", "a[:-1], path.cotangents"),
+    Mutant("sources_forget_the_weight", FLOW, "c * exact.weight.astype(c.dtype)", "c"),
+    Mutant(
+        "sources_of_the_ungated_gradient",
+        FLOW,
+        "gradient_sums(step, loss, params, carry, batch, gates)",
+        "gradient_sums(step, loss, params, carry, batch)",
+    ),
     Mutant("lag_gate_one_step_off", LAGS, "times_gate(c, gates)", "times_gate(c, jnp.roll(gates, -1, axis=0))"),
     Mutant("lag_gate_open_at_the_start", LAGS, "times_gate(c, gates)", "times_gate(c, gates.at[0].set(1))"),
     Mutant(
@@ -492,7 +498,13 @@ MUTANTS = (
         "jnp.where(valid, jnp.roll(weights, -lag, axis=0), 0)",
         "jnp.roll(weights, -lag, axis=0)",
     ),
-    Mutant("profile_of_the_gradient_sum", LAGS, "weighted_mean(norm(grad), total)", "norm(grad)"),
+    Mutant("profile_of_the_gradient_sum", LAGS, "partial(weighted_mean, weight=total)", "lambda total: total"),
+    Mutant(
+        "leafwise_curve_of_the_whole",
+        LAGS,
+        "compared_leafwise(exact) if per_leaf",
+        "(lambda e: (lambda x: (jax.tree.map(lambda _: compared_with(e)(x)[0], e), jax.tree.map(lambda _: compared_with(e)(x)[1], e))))(exact) if per_leaf",
+    ),
     Mutant("curve_blocks_without_one_over_n", LAGS, "jnp.stack([s, b / (lag + 1)])", "jnp.stack([s, b])"),
     Mutant("diagnosis_forgets_the_gates", DIAGNOSIS, "jnp.where(cuts == 0, 0, gates)", "cuts"),
     Mutant("diagnosis_bisects_for_one_tolerance", DIAGNOSIS, "(error <= levels[k])", "(error <= levels[0])"),

@@ -146,11 +146,11 @@ def gradient_sources(
     exact, _ = gradient_sums(step, loss, params, carry, batch, gates)
     largest, ratio = scaled_norm(exact.grad)
 
-    def one(inputs):
+    def one(inputs):  # the gates are in the cotangents already
         i, entering, emitted = inputs
-        piece, gate = steps_from((batch, gates), i, 1)
+        piece = steps_from(batch, i, 1)
         cotangent = [c * exact.weight.astype(c.dtype) for c in split_inexact(emitted)[0]]
-        source = segment_sums(step, loss, params, entering, piece, gate, cotangent)[1].grad
+        source = segment_sums(step, loss, params, entering, piece, None, cotangent)[1].grad
         dots = jax.tree.map(
             lambda a, b: jnp.sum(jnp.real(jnp.conj(unit(a, largest)) * unit(b, largest))), source, exact.grad
         )
