@@ -499,12 +499,6 @@ MUTANTS = (
         "jnp.roll(weights, -lag, axis=0)",
     ),
     Mutant("profile_of_the_gradient_sum", LAGS, "partial(weighted_mean, weight=total)", "lambda total: total"),
-    Mutant(
-        "leafwise_curve_of_the_whole",
-        LAGS,
-        "compared_leafwise(exact) if per_leaf",
-        "(lambda e: (lambda x: (jax.tree.map(lambda _: compared_with(e)(x)[0], e), jax.tree.map(lambda _: compared_with(e)(x)[1], e))))(exact) if per_leaf",
-    ),
     Mutant("curve_blocks_without_one_over_n", LAGS, "jnp.stack([s, b / (lag + 1)])", "jnp.stack([s, b])"),
     Mutant("diagnosis_forgets_the_gates", DIAGNOSIS, "jnp.where(cuts == 0, 0, gates)", "cuts"),
     Mutant("diagnosis_bisects_for_one_tolerance", DIAGNOSIS, "(error <= levels[k])", "(error <= levels[0])"),
