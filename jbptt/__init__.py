@@ -1,11 +1,16 @@
 """How far back does the gradient of your recurrent model reach, and what does each truncation cost?"""
 
 from jbptt import cells, clipping, testing, truncation
+from jbptt.analysis.alignment import AdjointAlignment, adjoint_alignment
 from jbptt.analysis.comparison import Cost, measure_cost
 from jbptt.analysis.diagnosis import Diagnosis, diagnose
 from jbptt.analysis.flow import Adjoints, GradientSources, adjoints, gradient_flow, gradient_sources
+from jbptt.analysis.gating import GatePaths, gate_paths
+from jbptt.analysis.jacobians import step_jacobians
 from jbptt.analysis.lags import LagProfile, TruncationCurve, lag_profile, truncation_curve
+from jbptt.analysis.lyapunov import LyapunovSpectrum, lyapunov_spectrum
 from jbptt.analysis.nonfinite import NonFinite, find_nonfinite
+from jbptt.analysis.products import JacobianProducts, jacobian_products
 from jbptt.estimators import full_bptt, gated_bptt, randomized_bptt, truncated_bptt
 from jbptt.experiments import tasks
 from jbptt.experiments.training import History, train

@@ -1,0 +1,232 @@
+"""How fast the adjoints of a network turn into one direction: the second exercise, seen in a trained RNN."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jbptt import validation
+from jbptt.adjoint import at_least_float32, loss_weights, parallel_pullback, split_inexact, wide_parts
+from jbptt.analysis.jacobians import check_differentiable
+from jbptt.norms import norm, scaled_norm, unit
+from jbptt.recurrence import held, is_inexact, times_gate, trajectory
+from jbptt.types import Batch, Carry, Loss, Params, Step, align_leading
+from jbptt.windows import output_cotangents
+
+
+class AdjointAlignment(NamedTuple):
+    """How near `∂ℓ_{s+k}/∂carries[s]` is to the direction v[s] to which all adjoints turn, by lag k.
+
+    Attributes:
+      cosine: weighted mean of |cos| of the angle between the two, `[max_lag]`, lags 0 … max_lag − 1.
+      misalignment: weighted mean of the sine of that angle, `[max_lag]`, accurate down to rounding.
+      rate: by how much ln sine changes per lag, a scalar, natural logarithm, per step; negative where the
+        adjoints align.
+      directions: v[s], leaves `[T, *batch, ...]` like the carry's, norm 1 per example; zeros for leaves
+        that are not inexact.
+    """
+
+    cosine: jax.Array
+    misalignment: jax.Array
+    rate: jax.Array
+    directions: Carry
+
+
+def normalised(leaves: list, num_leading: int) -> tuple[list, jax.Array]:
+    """Each example's leaves divided by their norm, float32 at least, and where that norm is not 0."""
+    leaves = [at_least_float32(a) for a in leaves]
+    largest, ratio = scaled_norm(leaves, num_leading)
+    ratio = jnp.where(ratio == 0, 1, ratio)
+    return [unit(a, largest) / align_leading(ratio, a.ndim) for a in leaves], largest != 0
+
+
+def random_directions(leaves: list, key: chex.PRNGKey, num_leading: int) -> list:
+    """A random unit vector for each example, in the shapes of the leaves."""
+    drawn = [
+        jax.random.normal(k, leaf.shape, at_least_float32(leaf).dtype)
+        for k, leaf in zip(jax.random.split(key, len(leaves)), leaves, strict=True)
+    ]
+    return normalised(drawn, num_leading)[0]
+
+
+def check_max_lag(max_lag: Any, num_steps: int) -> int:
+    """max_lag as an int with 2 ≤ max_lag ≤ T/2."""
+    max_lag = validation.check_positive_integer("max_lag", max_lag, smallest=2)
+    if 2 * max_lag > num_steps:
+        raise ValueError(
+            f"max_lag must be <= T/2 = {num_steps / 2:g}, got {max_lag}; v[s] needs 2·max_lag steps beyond s to "
+            "converge: measure fewer lags, or pass a longer sequence"
+        )
+    return max_lag
+
+
+def angle(vectors: list, directions: list, num_leading: int) -> tuple[jax.Array, jax.Array]:
+    """|cos| and sine of the angle between unit vectors, example by example; the sine is accurate down to ε."""
+    dots = [jnp.real(jnp.conj(d) * a) for a, d in zip(vectors, directions, strict=True)]
+    along = jnp.sum(jnp.stack([jnp.sum(dot, axis=tuple(range(num_leading, dot.ndim))) for dot in dots]), axis=0)
+    across = [a - align_leading(along, a.ndim) * d for a, d in zip(vectors, directions, strict=True)]
+    return jnp.abs(along), norm(across, num_leading)
+
+
+def far_directions(pull_one: Callable, start: list, steps: Any, live: jax.Array) -> tuple[list, jax.Array]:
+    """The directions v, leaves `[T, ...]`, and how far each has come, in live steps, `[T, *batch]`.
+
+        v[s] = J_sᵀ v[s+1] / ‖J_sᵀ v[s+1]‖,   v[T] = start
+
+    Where `J_sᵀ v[s+1]` is 0, v begins anew from `start`.
+    """
+
+    def body(state, inputs):
+        direction, age = state
+        step_s, live_s = inputs
+        pulled, alive = normalised(pull_one(step_s, direction), live_s.ndim)
+        age = jnp.where(alive, age + live_s, 0)
+        direction = [jnp.where(align_leading(alive, p.ndim), p, s) for p, s in zip(pulled, start, strict=True)]
+        return (direction, age), (direction, age)
+
+    ages = jnp.zeros(live.shape[1:], int)
+    return lax.scan(body, (start, ages), (steps, live), reverse=True)[1]
+
+
+class LagMeans(NamedTuple):
+    """What `scan_angles` reads at each lag, `[max_lag]`: means of |cos| and sine, and Σ w·fall and Σ w of pairs."""
+
+    cosine: jax.Array
+    sine: jax.Array
+    fall: jax.Array
+    fall_weight: jax.Array
+
+
+def smallest_sine(eps: float) -> float:
+    """Below this sine an adjoint counts as aligned: 1000 ε, of which rounding is a thousandth (half precision: √ε)."""
+    return min(1000 * eps, eps**0.5)
+
+
+def scan_angles(pull_all, outputs_bar, directions, counted, weights, max_lag, eps) -> LagMeans:
+    """The angles of all adjoints with the directions, lag by lag, weighted by the `[T, *batch]` of the losses.
+
+    As `lags.scan_lags`, but the adjoints are normalised on their way, so that they can go any way back. An
+    adjoint's fall is how much ln sine has changed since its lag before, if the sine was not near rounding there.
+    """
+
+    def body(state, lag):
+        one_on, outputs_bar, before = state
+        vectors, alive = normalised(pull_all(one_on, outputs_bar), weights.ndim)
+        weight = jnp.where(alive & counted, jnp.roll(weights, -lag, axis=0), 0)
+        cosine, sine = angle(vectors, directions, weights.ndim)
+
+        def total(values, weight):
+            return jnp.sum(jnp.where(weight == 0, 0, weight * values))
+
+        size = jnp.sum(weight)
+        size = jnp.where(size == 0, jnp.nan, size)
+        followed = jnp.where((before >= smallest_sine(eps)) & (lag > 0), weight, 0)
+        fall = total(jnp.log(jnp.maximum(sine, eps)) - jnp.log(jnp.maximum(before, eps)), followed)
+        row = LagMeans(total(cosine, weight) / size, total(sine, weight) / size, fall, jnp.sum(followed))
+        one_on, before = ([jnp.concatenate([v[1:], jnp.zeros_like(v[:1])]) for v in a] for a in (vectors, [sine]))
+        return (one_on, jax.tree.map(jnp.zeros_like, outputs_bar), before[0]), row
+
+    start = [jnp.zeros_like(d) for d in directions], outputs_bar, jnp.zeros(weights.shape, directions[0].real.dtype)
+    return lax.scan(body, start, jnp.arange(max_lag))[1]
+
+
+def fall_rate(means: LagMeans, eps: float) -> jax.Array:
+    """The mean fall of ln sine per lag, over the second half of the lags before the mean sine nears rounding.
+
+    The first half is left to what dies out faster. −inf where fewer than two lags are above.
+    """
+    count = jnp.sum(jnp.cumprod(~(means.sine <= smallest_sine(eps))))  # NaN is not below it
+    lags = jnp.arange(len(means.sine))
+    used = lags > jnp.minimum(count // 2, len(lags) - 2)
+    fall, weight = (jnp.sum(jnp.where(used, a, 0)) for a in (means.fall, means.fall_weight))
+    return jnp.where(count < 2, -jnp.inf, fall / jnp.where(weight == 0, jnp.nan, weight))
+
+
+def adjoint_alignment(
+    step: Step,
+    loss: Loss,
+    params: Params,
+    carry: Carry,
+    batch: Batch,
+    *,
+    max_lag: int,
+    key: chex.PRNGKey | None = None,
+    gates: jax.Array | None = None,
+) -> AdjointAlignment:
+    """How fast adjoints forget which loss they came from and turn into one direction.
+
+        V^k[s] = ∂ℓ_{s+k}/∂carries[s],    v[s] ∝ J_sᵀ J_{s+1}ᵀ … J_{T−1}ᵀ v[T],  v[T] random
+        cosine[k] = mean |cos ∠(V^k[s], v[s])|,    misalignment[k] = mean sin ∠(V^k[s], v[s])
+
+    As powers of a matrix turn every vector into the dominant eigenvector, so products of Jacobians turn
+    every cotangent into one direction, per example and step. For a constant J it is the dominant left
+    eigenvector, and `rate` is ln|λ₂/λ₁|; for a driven network it is the gap λ₂ − λ₁ of its Lyapunov
+    exponents. A rate near 0 (equal exponents, a complex pair): no single direction.
+
+    Only those s count from which v has been pulled back through at least 2·max_lag steps, so that v's own
+    misalignment is the square of the one that it measures: s + 2·max_lag ≤ T. Masked steps, which turn
+    nothing, do not count as such steps, and where v itself dies (a reset of the carry) it starts anew.
+    Adjoints that are exactly 0, and losses masked or of weight 0, have no direction and do not count;
+    otherwise pairs are weighted by the size of their loss's weight. A gate scales an adjoint and turns it
+    nowhere; a gate of 0 leaves the pairs across it out. Adjoints are normalised lag by lag: none under- or
+    overflows.
+
+    One forward pass, T step derivatives one after another, and max_lag rounds of T side by side; memory O(T)
+    carries. jit- and vmap-able.
+
+    Args:
+      step: `(params, carry, x) -> (carry, y)`; every inexact carry leaf begins with the batch shape.
+      loss: `(y, target) -> [*batch]`.
+      params: the parameters.
+      carry: what enters step 0.
+      batch: T ≥ 2·max_lag steps.
+      max_lag: number of lags, ≥ 2.
+      key: of v[T]; None: a fixed one.
+      gates: `[T]` or `[T, *batch]`.
+
+    Returns:
+      An `AdjointAlignment`. Lags without any pair that counts are NaN. The rate is the weighted mean, over
+      the second half of the lags before the misalignment comes near rounding (1000 ε), of the slope of each
+      adjoint's own ln sine: misalignments of different losses scatter by factors, those of one do not.
+      −inf where fewer than two lags are left (aligned at once), NaN where no adjoint can be followed.
+
+    Raises:
+      ValueError: max_lag < 2 or > T/2; no inexact carry leaf; carries without the batch shape; what
+        `full_bptt` raises.
+    """
+    num_steps, batch_shape = validation.check_problem(step, loss, params, carry, batch, gates)
+    validation.check_carry_batch(carry, batch_shape, "the alignment is measured per example")
+    check_differentiable(carry)
+    max_lag = check_max_lag(max_lag, num_steps)
+    core, readout, wide = wide_parts(step, params)
+    _, (carries, outputs) = trajectory(core, wide, carry, batch.xs, batch.mask, num_steps)
+    _, outputs_bar = output_cotangents(readout, loss, wide, outputs, batch)
+    steps = carries, (batch.xs, batch.mask)
+    like, _ = split_inexact(carries)
+
+    def narrow(vectors):
+        return [v.astype(leaf.dtype) for v, leaf in zip(vectors, like, strict=True)]
+
+    def pull_one(step_s, direction):
+        one = parallel_pullback(held(core), wide, *jax.tree.map(lambda a: a[None], step_s))
+        silent = [jnp.zeros_like(a[:1]) for a in outputs_bar]
+        return [c[0] for c in one(([d[None] for d in narrow(direction)], silent))[1]]
+
+    pull = parallel_pullback(held(core), wide, *steps)
+
+    def pull_all(one_on, outputs_bar):
+        cotangents = pull((narrow(one_on), outputs_bar))[1]
+        return cotangents if gates is None else [times_gate(c, jnp.asarray(gates)) for c in cotangents]
+
+    start = random_directions(split_inexact(carry)[0], jax.random.key(0) if key is None else key, len(batch_shape))
+    weights = jnp.abs(loss_weights(batch, jnp.zeros((num_steps, *batch_shape))))
+    live = loss_weights(batch._replace(weights=None), weights) != 0
+    directions, ages = far_directions(pull_one, start, steps, live)
+    eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in like)
+    means = scan_angles(pull_all, outputs_bar, directions, ages >= 2 * max_lag, weights, max_lag, eps)
+    filled = iter(directions)
+    whole = jax.tree.map(lambda a: next(filled) if is_inexact(a) else jnp.zeros(a.shape), carries)
+    return AdjointAlignment(means.cosine, means.sine, fall_rate(means, eps), whole)

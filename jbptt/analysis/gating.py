@@ -1,0 +1,121 @@
+"""The step Jacobian of the gated cells, split by the path that the derivative takes through the cell."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from jbptt import cells
+from jbptt.adjoint import at_least_float32
+from jbptt.analysis.jacobians import check_system
+from jbptt.norms import norm
+from jbptt.recurrence import trajectory
+from jbptt.types import Carry, Params, PyTree, Step
+
+GATES = {"lstm": ("input", "forget", "candidate", "output"), "gru": ("reset", "update", "candidate")}
+STRAIGHT = {"lstm": "cell", "gru": "leak"}
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class GatePaths:
+    """Every step's Jacobian as a sum over paths, `J_t = Σ_path jacobians[path][t]`.
+
+    Attributes:
+      names: the P paths, the straight one first, then the gates in the order of the cell's weights.
+      jacobians: for each name `[T, n, n]`; lstm: n = 2H, the carry (h, c) flattened in that order.
+      norms: Frobenius norms of the paths' Jacobians, `[T, P]` in the order of `names`.
+      shares: `norms` relative to their sum over paths, `[T, P]`; 0 where all of them are 0.
+    """
+
+    names: tuple[str, ...] = field(metadata={"static": True})
+    jacobians: dict[str, jax.Array]
+    norms: jax.Array
+    shares: jax.Array
+
+
+def check_gated_cell(params: Any, carry: Any) -> tuple[str, Step]:
+    """`"gru"` or `"lstm"` and its step, told by the parameters and the carry; a ValueError for anything else."""
+    shapes = {name: np.shape(leaf) for name, leaf in params.items()} if isinstance(params, Mapping) else {}
+    if not {"w_x", "w_h", "b"} <= set(shapes) or len(shapes["w_h"]) != 2:
+        raise ValueError(
+            f"params must be those of cells.gru or cells.lstm, with w_x, w_h and b, got {jax.tree.structure(params)}; "
+            "of a model that wraps a cell pass the cell's own parameters"
+        )
+    kind = "gru" if "b_h" in shapes else "lstm"
+    hidden, width = shapes["w_h"]
+    num_gates = len(GATES[kind])
+    if width != num_gates * hidden:
+        raise ValueError(
+            f"params have w_h of shape {shapes['w_h']}, wanted [H, {num_gates}·H], as a {kind} has it (told by "
+            "b_h: with it a gru, without it an lstm); only cells.gru and cells.lstm have gate paths"
+        )
+    wanted = (hidden,) if kind == "gru" else ((hidden,), (hidden,))
+    if jax.tree.map(np.shape, carry, is_leaf=lambda c: not isinstance(c, tuple)) != wanted:
+        raise ValueError(
+            f"carry must be that of one example of a {kind}, of shape {wanted}, got {jax.tree.map(np.shape, carry)}; "
+            "use jax.vmap for a batch"
+        )
+    return kind, getattr(cells, kind)(1, hidden).step
+
+
+def gate_paths(params: Params, carry: Carry, xs: PyTree) -> GatePaths:
+    """How much of `∂carries[t+1]/∂carries[t]` passes through each gate of a gru or an lstm, at every step.
+
+    One path is open at a time, all else is held where the forward pass has it. The straight path leads
+    past the gates' pre-activations, every other one from h_{t−1} into those of one gate:
+
+        lstm   cell: ∂(o ⊙ tanh(f ⊙ c + i ⊙ g), f ⊙ c + i ⊙ g)/∂c at constant i, f, g, o
+               input, forget, candidate, output: through i, f, g, o
+        gru    leak: diag(z), from h ← (1 − z) ⊙ n + z ⊙ h at constant z and n
+               reset, update, candidate: through r, z, and the h U_n + b_hn inside n
+
+    The paths sum to the step's Jacobian exactly; their norms do not, where paths cancel. One forward pass
+    and P·n tangents of T steps side by side; memory O(P T n²). jit- and vmap-able.
+
+    Args:
+      params: of `cells.gru` (told by its `"b_h"`) or `cells.lstm`; further entries, like a linear
+        readout's, do not matter.
+      carry: what enters step 0, unbatched: `[H]`, or for the lstm `([H], [H])`; vmap for batches.
+      xs: `[T, input]`.
+
+    Raises:
+      ValueError: parameters or a carry of anything else; what `step_jacobians` raises.
+    """
+    kind, step = check_gated_cell(params, carry)
+    num_steps = check_system(step, params, carry, xs, None, None)
+    names = (STRAIGHT[kind], *GATES[kind])
+    _, (carries, _) = trajectory(step, params, carry, xs, None, num_steps)
+
+    # The gates see h only as h @ w_h + bias. A nudge of the bias by (nudge of h) @ w_h, in the columns of one
+    # gate, opens that gate alone; a nudge of the carry, taken back in the bias, opens what is left.
+    hidden = params["w_h"].shape[0]
+    open_carry = jnp.arange(len(names)) == 0
+    into_bias = jnp.concatenate([-jnp.ones((1, len(names) - 1)), jnp.eye(len(names) - 1)])
+    jacobians = jax.vmap(
+        lambda straight, gates: jax.vmap(
+            lambda c, x: path_jacobian(step, params, c, x, straight, jnp.repeat(gates, hidden))
+        )(carries, xs)
+    )(open_carry, into_bias)
+
+    norms = norm(at_least_float32(jacobians), 2).T
+    total = jnp.sum(norms, axis=1, keepdims=True)
+    shares = norms / jnp.where(total == 0, 1, total)
+    return GatePaths(names, dict(zip(names, jacobians, strict=True)), norms, shares)
+
+
+def path_jacobian(step, params, carry, x, straight, columns) -> jax.Array:
+    """`[n, n]`: the derivative of one step's carry by a nudge of the carry received, along one path."""
+    flat, unravel = ravel_pytree(carry)
+    bias = "b_h" if "b_h" in params else "b"  # the gru's b_h stands inside the product with the reset gate
+
+    def run(nudge):
+        nudge_h, *_ = jax.tree.leaves(unravel(nudge))
+        nudged = {**params, bias: params[bias] + (nudge_h @ params["w_h"]) * columns.astype(nudge_h.dtype)}
+        return ravel_pytree(step(nudged, unravel(flat + straight * nudge), x)[0])[0]
+
+    return jax.jacfwd(run)(jnp.zeros_like(flat))

@@ -1,0 +1,267 @@
+"""Lyapunov exponents: how fast small changes of the carry grow or die out, direction by direction.
+
+A frame of k orthonormal tangent vectors is pushed through the steps and made orthonormal again:
+
+    V = J_{t+m} … J_{t+1} Q,     V = Q⁺ R,     λ_i = Σ ln |R_ii| / steps
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.flatten_util import ravel_pytree
+from jax.tree_util import keystr, tree_leaves_with_path
+
+from jbptt import validation
+from jbptt.adjoint import split_inexact
+from jbptt.norms import norm
+from jbptt.recurrence import default_segment, split_time, steps_from, unroll
+from jbptt.types import Carry, Params, PyTree, Step
+
+_SINGULAR = 2.0**-48
+"""Growth this far below an interval's largest is zero: float64's rounding, and in float32 only exact zeros."""
+
+
+class LyapunovSpectrum(NamedTuple):
+    """The k largest Lyapunov exponents of one trajectory, natural logarithm per step, descending.
+
+    Attributes:
+      exponents: `[k]`. −inf where the Jacobians are singular, or as good as singular in this precision.
+      standard_errors: `[k]`, by batch means over the kept steps: how far a trajectory of this length
+        scatters about an infinitely long one. NaN with fewer than two intervals; 0 for an exponent of −inf.
+      history: `[num_intervals, k]`, the estimate after each kept interval, its columns in the order of
+        `exponents`; the last row is `exponents`. `num_intervals = ⌈kept steps / qr_every⌉`.
+    """
+
+    exponents: jax.Array
+    standard_errors: jax.Array
+    history: jax.Array
+
+
+def lyapunov_spectrum(
+    step: Step,
+    params: Params,
+    carry: Carry,
+    xs: PyTree,
+    *,
+    length: int | None = None,
+    num_exponents: int | None = None,
+    qr_every: int = 1,
+    num_discarded: int = 0,
+    num_batches: int = 20,
+    key: jax.Array | None = None,
+) -> LyapunovSpectrum:
+    """The Lyapunov exponents of a driven or autonomous step, along the trajectory that starts at `carry`.
+
+        λ_1 + … + λ_i = lim 1/T · ln vol_i(J_T … J_1),     J_t = ∂carries[t] / ∂carries[t−1]
+
+    The carry may be any pytree; its n inexact numbers, flattened, are the dimensions, and integer and key
+    leaves are carried along. All of it is one system: a carry with a batch axis is a joint system of B·n
+    dimensions; for the spectrum of each example use `jax.vmap`. For exponents per unit of time divide by
+    the time that one step takes.
+
+    Costs one step and k tangents per step (forward mode; no Jacobian is formed) and O(n k²) per QR; memory
+    O(n k) and the history. Differentiable in `params` and `carry`, forward and in reverse (intervals are
+    then recomputed in segments); an exponent of −inf has derivative 0. In chaos the derivative of a
+    long-time average grows like exp(λ_1 T), here as in every such calculation.
+
+    −inf: exact, where R has a zero, or R_ii below the rounding of the largest entry of R: in float64 for
+    one interval (2⁻⁴⁸), in float32 on average (16 eps). A spread of more than that (33 and 13 nats) within
+    one interval cannot be resolved; lower `qr_every`. A carry that stops being finite makes all exponents
+    NaN, also where the derivative would not notice (a ReLU's at NaN is 0, a linear step's is its matrix).
+
+    Args:
+      step: `(params, carry, x) -> (carry, y)`; y is not used.
+      params: passed to the step as they are.
+      carry: what enters step 0, without a batch axis.
+      xs: leaves `[T, ...]`, or None with `length` for an autonomous system.
+      length: T, where `xs` has no leaves.
+      num_exponents: k; None: all n.
+      qr_every: steps between two orthonormalisations; a shorter interval takes what is left.
+      num_discarded: steps run first and left out, so that trajectory and frame settle.
+      num_batches: contiguous batches for the standard errors (fewer if there are fewer intervals). A batch
+        should be longer than the memory of the system, else the errors come out too small.
+      key: of the frame at the start, random, so that it lies in no invariant subspace. None: a fixed key.
+
+    Raises:
+      ValueError: an integer out of range; no inexact or a complex carry leaf; more exponents than
+        dimensions; nothing left after `num_discarded`; what `unroll` raises.
+
+    Benettin, Galgani, Giorgilli & Strelcyn (1980), Meccanica 15; for RNNs: Engelken, Wolf & Abbott (2023),
+    Physical Review Research 5.
+
+    >>> doubling = lambda params, carry, x: (params * carry, None)
+    >>> lyapunov_spectrum(doubling, 2.0, jnp.zeros(1), None, length=10).exponents
+    Array([0.6931472], dtype=float32)
+    """
+    num_steps, size, dtype = _check(step, params, carry, xs, length, num_discarded)
+    num_exponents = _check_num_exponents(num_exponents, size)
+    qr_every = validation.check_positive_integer("qr_every", qr_every)
+    num_batches = validation.check_positive_integer("num_batches", num_batches, smallest=2)
+
+    key = jax.random.key(0) if key is None else key
+    frame = safe_qr(jax.random.normal(key, (size, num_exponents), dtype))[0]
+    xs, num_kept = jax.tree.map(jnp.asarray, xs), num_steps - num_discarded
+    early, late = steps_from(xs, 0, num_discarded), steps_from(xs, num_discarded, num_kept)
+    state, _ = _evolve(step, params, (carry, frame), early, num_discarded, qr_every)
+    _, (growth, largest) = _evolve(step, params, state, late, num_kept, qr_every)
+
+    lengths = np.diff([*range(0, num_kept, qr_every), num_kept])
+    return _spectrum(growth, largest, lengths, num_batches)
+
+
+def _check(step, params, carry, xs, length, num_discarded) -> tuple[int, int, Any]:
+    """T, the number of dimensions and the dtype of the frame."""
+    num_steps = validation.count_steps({"xs": xs}, length)
+    validation.warn_of_float64({"params": params, "carry": carry, "xs": xs})
+    validation.check_step(step, params, carry, xs)
+    validation.check_positive_integer("num_discarded", num_discarded, smallest=0)
+    if num_discarded >= num_steps:
+        raise ValueError(
+            f"num_discarded must be < T = {num_steps}, got {num_discarded}; no step would be left: run more steps"
+        )
+    for path, leaf in tree_leaves_with_path(carry):
+        if jnp.issubdtype(jax.dtypes.result_type(leaf), jnp.complexfloating):
+            raise ValueError(
+                f"carry{keystr(path)} is complex, wanted real numbers; carry its real and imaginary part instead"
+            )
+    leaves, _ = split_inexact(carry)
+    size = sum(leaf.size for leaf in leaves)
+    if size == 0:
+        raise ValueError(
+            "carry has no floating-point numbers, so that nothing can be perturbed; pass a carry with at least one"
+        )
+    return num_steps, size, jnp.result_type(jnp.float32, *leaves)
+
+
+def _check_num_exponents(num_exponents: Any, size: int) -> int:
+    if num_exponents is None:
+        return size
+    num_exponents = validation.check_positive_integer("num_exponents", num_exponents)
+    if num_exponents > size:
+        raise ValueError(
+            f"num_exponents must be <= {size}, the number of floating-point numbers in the carry, got "
+            f"{num_exponents}; None takes all"
+        )
+    return num_exponents
+
+
+def push(step: Step, params: Params, carry: Carry, frame: jax.Array, x: PyTree) -> tuple[Carry, jax.Array]:
+    """One step of the carry and of tangent vectors: `frame ← J frame`, `[n, k]`.
+
+    A carry that is not finite makes the frame NaN, because its derivative need not be.
+    """
+    leaves, rebuild = split_inexact(carry)
+    flat, unravel = ravel_pytree(leaves)
+
+    def advance(flat):
+        after = step(params, rebuild(unravel(flat)), x)[0]
+        return ravel_pytree(split_inexact(after)[0])[0], after
+
+    def along(tangent):
+        return jax.jvp(advance, (flat,), (tangent,), has_aux=True)
+
+    pushed = jax.vmap(along, in_axes=-1, out_axes=(None, -1, None))(frame.astype(flat.dtype))
+    flat, tangents, after = pushed
+    return after, jnp.where(jnp.isfinite(flat).all(), tangents.astype(frame.dtype), jnp.nan)
+
+
+def _evolve(step, params, state, xs, num_steps, qr_every):
+    """Runs `(carry, frame)` over all steps; beside it `ln |R_ii|` `[intervals, k]` and `ln max |R|` `[intervals]`."""
+
+    def interval(params, state, xs, length):
+        def body(state, x):
+            carry, frame = state
+            return push(step, params, carry, frame, x), None
+
+        (carry, frame), _ = lax.scan(body, state, xs, length=length)
+        frame, growth, largest = orthonormalise(frame)
+        return (carry, frame), (growth, largest)
+
+    def whole_interval(params, state, xs):
+        return interval(params, state, xs, qr_every)
+
+    num_whole, rest = divmod(num_steps, qr_every)
+    main, tail = split_time(xs, qr_every, num_whole)
+    logs = []
+    if num_whole:
+        segment = default_segment(num_whole)
+        state, whole = unroll(whole_interval, params, state, main, segment=segment, length=num_whole)
+        logs.append(whole)
+    if rest:
+        state, last = interval(params, state, tail, rest)
+        logs.append(jax.tree.map(lambda a: a[None], last))
+    return state, jax.tree.map(lambda *parts: jnp.concatenate(parts), *logs) if logs else (None, None)
+
+
+def _singular(columns: jax.Array, upper: jax.Array) -> jax.Array:
+    """`[k]`: which diagonal entries of R are zero, exactly or to the rounding of float64."""
+    size = jnp.abs(jnp.diagonal(upper))
+    # k columns that are zero outside of r rows have rank r at most, while rounding hides the zero of R_ii, i > r.
+    num_rows = jnp.sum(jnp.any(columns != 0, axis=1))
+    return (size <= _SINGULAR * jnp.max(jnp.abs(upper))) | (jnp.arange(len(size)) >= num_rows)
+
+
+@jax.custom_jvp
+def safe_qr(columns: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`columns = Q R`, `[n, k]`, whose derivative stays finite where columns depend on those before them.
+
+    Such a column leaves its own in `Q` undetermined; the derivatives of those before it are exact.
+    """
+    q, r = jnp.linalg.qr(columns)
+    return q, r
+
+
+@safe_qr.defjvp
+def _safe_qr_jvp(primals, tangents):
+    (columns,), (d_columns,) = primals, tangents
+    q, r = safe_qr(columns)
+    singular = _singular(columns, r)
+    upper = jnp.where(singular, jnp.eye(len(r), dtype=r.dtype), r)
+    ratio = lax.linalg.triangular_solve(upper, d_columns)  # dV R⁻¹
+    inner = q.T @ ratio
+    lower = jnp.tril(inner, -1)
+    turn = lower - lower.T
+    return (q, r), (q @ (turn - inner) + ratio, (inner - turn) @ r)
+
+
+def orthonormalise(columns: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`Q` `[n, k]` of `columns = Q R`, `ln |R_ii|` `[k]` (−inf where singular) and `ln max |R|`, a scalar."""
+    frame, upper = safe_qr(columns)
+    singular = _singular(columns, upper)
+    size = jnp.abs(jnp.where(singular, 1, jnp.diagonal(upper)))
+    largest = lax.stop_gradient(jnp.max(jnp.abs(upper)))
+    return frame, jnp.where(singular, -jnp.inf, jnp.log(size)), jnp.log(jnp.where(largest == 0, 1, largest))
+
+
+def _spectrum(growth, largest, lengths: np.ndarray, num_batches: int) -> LyapunovSpectrum:
+    """Means per step, their order and their errors, from the growth of every interval."""
+    total = jnp.cumsum(jnp.column_stack([growth, largest]), axis=0)
+    total, largest = total[:, :-1], total[:, -1:]
+    # What stays at the level of rounding on average is rounding.
+    floor = np.arange(1, len(lengths) + 1) * math.log(16 * float(jnp.finfo(growth.dtype).eps))
+    noise = total <= largest + jnp.asarray(floor, growth.dtype)[:, None]
+    steps = jnp.asarray(np.cumsum(lengths), growth.dtype)
+    history = jnp.where(noise, -jnp.inf, total / steps[:, None])
+
+    order = jnp.argsort(history[-1], descending=True)
+    history, growth = history[:, order], growth[:, order]
+    errors = _batch_means_error(growth, history[-1], lengths, num_batches)
+    return LyapunovSpectrum(history[-1], errors, history)
+
+
+def _batch_means_error(growth, exponents, lengths: np.ndarray, num_batches: int) -> jax.Array:
+    """`sqrt(B / (B − 1) Σ_b w_b² (λ_b − λ)²)`, w_b the share of the steps that batch b holds (Schmeiser, 1982)."""
+    num_batches = min(num_batches, len(lengths))
+    if num_batches < 2:
+        return jnp.full_like(exponents, jnp.nan)
+    batch = np.arange(len(lengths)) * num_batches // len(lengths)
+    steps = np.bincount(batch, lengths, num_batches)
+    zero = exponents == -jnp.inf
+    growth = jnp.where(zero, 0, growth)
+    sums = jax.ops.segment_sum(growth, jnp.asarray(batch), num_batches)
+    deviations = (sums - jnp.asarray(steps, growth.dtype)[:, None] * jnp.where(zero, 0, exponents)) / steps.sum()
+    return norm(deviations.T, 1) * math.sqrt(num_batches / (num_batches - 1))

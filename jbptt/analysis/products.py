@@ -1,0 +1,154 @@
+"""Products of step Jacobians over spans of any length: how much they stretch, in every direction."""
+
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from jbptt import validation
+from jbptt.adjoint import at_least_float32
+from jbptt.analysis.graded import Graded, from_rows, log_singular_values, push
+from jbptt.analysis.jacobians import check_system, flat_carry, step_jacobian
+from jbptt.cells import split_readout
+from jbptt.recurrence import held, trajectory
+from jbptt.types import Carry, Params, PyTree, Step
+
+
+class JacobianProducts(NamedTuple):
+    """The singular values of `J_{s+span−1} … J_s`, the derivative of `carries[s + span]` by `carries[s]`.
+
+    Attributes:
+      spans: number of factors, `[S]`, in steps.
+      log_singular_values: natural logarithms, `[S, n]`, descending; −inf for 0.
+    """
+
+    spans: jax.Array
+    log_singular_values: jax.Array
+
+    @property
+    def singular_values(self) -> jax.Array:
+        """`[S, n]`; inf or 0 where a float cannot hold them, which their logarithms still can."""
+        return jnp.exp(self.log_singular_values)
+
+    @property
+    def log_norms(self) -> jax.Array:
+        """Natural logarithm of the spectral norm, `[S]`: by how much the product stretches at most."""
+        return self.log_singular_values[..., 0]
+
+    @property
+    def norms(self) -> jax.Array:
+        """The spectral norm, the largest singular value, `[S]`."""
+        return jnp.exp(self.log_norms)
+
+    @property
+    def log_condition_numbers(self) -> jax.Array:
+        """Natural logarithm of the largest over the smallest singular value, `[S]`; inf if singular."""
+        smallest = self.log_singular_values[..., -1]
+        singular = jnp.isneginf(smallest)
+        return jnp.where(singular, jnp.inf, self.log_norms - jnp.where(singular, 0, smallest))
+
+    @property
+    def condition_numbers(self) -> jax.Array:
+        """The largest over the smallest singular value, `[S]`; inf if the product is singular."""
+        return jnp.exp(self.log_condition_numbers)
+
+
+def check_spans(spans: Any, start: Any, num_steps: int) -> np.ndarray:
+    """The spans as integers `[S]`; a ValueError unless they are ≥ 1 and, from a static start, end by T."""
+    if isinstance(spans, Tracer) or not isinstance(spans, (Sequence, np.ndarray, jax.Array)) or np.ndim(spans) != 1:
+        raise ValueError(f"spans must be a static sequence of integers >= 1, got {spans!r}; write spans=(1, 10, 100)")
+    if len(spans) == 0:
+        raise ValueError("spans must name at least one span, got none; write spans=(1, 10, 100)")
+    numbers = np.array([validation.check_positive_integer("spans", span) for span in spans])
+    if jnp.shape(start) or not jnp.issubdtype(jnp.result_type(start), jnp.integer):
+        raise ValueError(f"start must be an integer, got {start!r}; use jax.vmap for several starts")
+    first = 0 if isinstance(start, Tracer) else operator.index(start)
+    if first < 0 or first + numbers.max() > num_steps:
+        raise ValueError(
+            f"start + span must lie within T = {num_steps} steps, got start = {first} and a span of {numbers.max()}; "
+            "shorten the span, start earlier (start >= 0), or pass a longer sequence"
+        )
+    return numbers
+
+
+def jacobian_products(
+    step: Step,
+    params: Params,
+    carry: Carry,
+    xs: PyTree,
+    *,
+    spans: Sequence[int],
+    start: int | jax.Array = 0,
+    length: int | None = None,
+    mask: jax.Array | None = None,
+) -> JacobianProducts:
+    """Singular values, norm and condition number of products of step Jacobians, for many spans in one pass.
+
+        P_span = J_{start+span−1} … J_{start+1} J_start = ∂carries[start + span] / ∂carries[start]
+
+    `P = Q W` is carried along with Q orthonormal and the rows of W scaled by integer powers of two, so that no
+    span overflows; Jacobi rotations in the scaled form then give every singular value to relative accuracy,
+    also those far below ε times the largest (a plain SVD of P loses them). What a Jacobian shrinks below the
+    rounding of its own entries (`4·sqrt(n)·ε`, relative to its rows and columns) counts as lost: −inf.
+
+    One forward pass and max(spans) steps, each with the step's Jacobian and two QR decompositions, O(n³);
+    then O(n³) per span and sweep of rotations. Memory O(T) carries and O(S n²). jit- and vmap-able; not
+    differentiable.
+
+    Args:
+      step: `(params, carry, x) -> (carry, y)`.
+      params: passed to the step as they are.
+      carry: what enters step 0, unbatched (vmap for batches), flattened as in `step_jacobians`.
+      xs: leaves `[T, ...]`, or None with `length`.
+      spans: numbers of factors, each ≥ 1, static, in any order.
+      start: the first step of the product; may be traced. Spans that a traced start carries beyond T, or
+        before step 0, have no product and give NaN.
+      length: T, where `xs` has no leaves.
+      mask: bool `[T]`; a masked step is the identity.
+
+    Returns:
+      A `JacobianProducts`. NaN where a Jacobian is not finite.
+
+    Raises:
+      ValueError: spans that are empty or < 1; a static start < 0 or with start + span > T; what
+        `step_jacobians` raises.
+    """
+    num_steps = check_system(step, params, carry, xs, mask, length)
+    numbers = check_spans(spans, start, num_steps)
+    unique, inverse = np.unique(numbers, return_inverse=True)
+    slots = np.full(unique[-1], len(unique))  # where the product after each step is kept; out of range: nowhere
+    slots[unique - 1] = np.arange(len(unique))
+
+    core, _ = split_readout(step)
+    inputs = jax.tree.map(jnp.asarray, (xs, mask))
+    _, (carries, _) = trajectory(core, params, carry, xs, mask, num_steps)
+
+    def body(state, k):
+        frame, matrix, kept = state
+        now = jax.tree.map(lambda a: a[jnp.clip(start + k, 0, num_steps - 1)], (carries, inputs))
+        jacobian = at_least_float32(step_jacobian(held(core), params, *now))
+        frame, matrix = push(jacobian, frame, matrix)
+        kept = jax.tree.map(lambda all, new: all.at[jnp.asarray(slots)[k]].set(new, mode="drop"), kept, matrix)
+        return (frame, matrix, kept), None
+
+    frame, matrix = first_frame(at_least_float32(flat_carry(carry)[0]))
+    kept = jax.tree.map(lambda a: jnp.zeros((len(unique), *a.shape), a.dtype), matrix)
+    (_, _, kept), _ = jax.lax.scan(body, (frame, matrix, kept), jnp.arange(unique[-1]))
+    logs = jax.vmap(log_singular_values)(kept)[inverse]
+    outside = (start < 0) | (start + numbers > num_steps)
+    return JacobianProducts(jnp.asarray(numbers), jnp.where(outside[:, None], jnp.nan, logs))
+
+
+def first_frame(flat: jax.Array) -> tuple[jax.Array, Graded]:
+    """An orthonormal frame and the identity: the product of no steps, but for a rotation.
+
+    The frame is drawn at random (always the same): one that is special to the system, like the unit vectors
+    for a triangular one, would need long to turn towards the directions of largest growth.
+    """
+    drawn = np.random.default_rng(0).normal(size=(flat.size, flat.size))
+    frame = jnp.asarray(np.linalg.qr(drawn)[0], flat.dtype)
+    return frame, from_rows(jnp.eye(flat.size, dtype=flat.dtype), jnp.zeros(flat.size, jnp.int32))
