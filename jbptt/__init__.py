@@ -1,6 +1,7 @@
 """How far back does the gradient of your recurrent model reach, and what does each truncation cost?"""
 
 from jbptt import cells, clipping, testing, truncation
+from jbptt.analysis import powers
 from jbptt.analysis.alignment import AdjointAlignment, adjoint_alignment
 from jbptt.analysis.comparison import Cost, measure_cost
 from jbptt.analysis.diagnosis import Diagnosis, diagnose
@@ -13,6 +14,8 @@ from jbptt.analysis.nonfinite import NonFinite, find_nonfinite
 from jbptt.analysis.products import JacobianProducts, jacobian_products
 from jbptt.estimators import full_bptt, gated_bptt, randomized_bptt, truncated_bptt
 from jbptt.experiments import tasks
+from jbptt.experiments.remedies import Remedies, compare_remedies
 from jbptt.experiments.training import History, train
 from jbptt.recurrence import unroll
+from jbptt.report import plots
 from jbptt.types import Batch, Carry, Estimate, Estimator, Loss, Params, Step

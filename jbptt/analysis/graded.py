@@ -96,10 +96,9 @@ def push(jacobian: jax.Array, frame: jax.Array, matrix: Graded) -> tuple[jax.Arr
 
         J = B R,   R frame = Q S,   J P = (B Q) (S matrix)
 
-    The frame stays orthonormal, and all that is large or small is in the rows of `matrix`. The first
-    decomposition, with pivots, makes R's rows fall off in size: what a singular J loses are rows of R that
-    are nothing but rounding, and they become exact zeros. The second keeps the frame's columns in the order
-    in which the product has grown along them.
+    The frame stays orthonormal, its columns in the order of growth, and all that is large or small is in the
+    rows of `matrix`. The first decomposition, with pivots, makes R's rows fall off in size: what a singular
+    J loses are rows of R that are nothing but rounding, and they become exact zeros.
     """
     shift = jnp.frexp(jnp.max(jnp.abs(jacobian)))[1]
     jacobian = times_power(jacobian, -shift)
@@ -107,8 +106,6 @@ def push(jacobian: jax.Array, frame: jax.Array, matrix: Graded) -> tuple[jax.Arr
     basis, rest = row_sorted_qr(jacobian[:, columns])
     rest = jnp.zeros_like(rest).at[:, columns].set(rest)
 
-    order = jnp.argsort(-matrix.exponents)
-    frame, matrix = frame[:, order], Graded(matrix.rows[order], matrix.exponents[order])
     moved = matrix_product(rest, frame)
     lost = jnp.abs(moved) <= rounding(len(frame), frame.dtype) * matrix_product(jnp.abs(rest), jnp.abs(frame))
     q, r = row_sorted_qr(jnp.where(lost | (matrix.exponents == ZERO), 0, moved))

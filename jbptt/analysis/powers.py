@@ -229,7 +229,7 @@ def _slope(sine: jax.Array, floor: jax.Array) -> jax.Array:
     """Least-squares slope of ln sine per step, of the steps before the sine is down to the floor, less the first 2/5.
 
     Those still hold eigenvectors that die out faster than the second. The weights fall off to both ends, which
-    averages out the turning of a complex λ₂.
+    averages out the turning of a complex λ₂, down to a percent or so in fifty steps.
     """
     step = jnp.arange(len(sine))
     above = sine > floor

@@ -94,6 +94,8 @@ def jacobian_products(
     span overflows; Jacobi rotations in the scaled form then give every singular value to relative accuracy,
     also those far below ε times the largest (a plain SVD of P loses them). What a Jacobian shrinks below the
     rounding of its own entries (`4·sqrt(n)·ε`, relative to its rows and columns) counts as lost: −inf.
+    The values are those of Jacobians changed by a few ε of their size. That is not close where parts of a
+    system are decoupled to less than ε, and one grows by more than 1/ε and then shrinks, another the reverse.
 
     One forward pass and max(spans) steps, each with the step's Jacobian and two QR decompositions, O(n³);
     then O(n³) per span and sweep of rotations. Memory O(T) carries and O(S n²). jit- and vmap-able; not

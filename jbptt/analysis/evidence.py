@@ -1,0 +1,248 @@
+"""What advice rests on: exponents, bounds, norms of parts, dead and saturated units, curvature. All data."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jbptt.adjoint import batch_steps, wide_parts
+from jbptt.analysis.advice import CHANGE
+from jbptt.norms import norm, scaled_norm, unit
+from jbptt.recurrence import held, trajectory
+from jbptt.types import Batch, Carry, Params, Step, align_leading, split_inexact
+
+NUM_PARTS = 16
+
+
+class Decay(NamedTuple):
+    """How the norms of a gradient change with the lag; the fields of the same names in `Diagnosis`."""
+
+    verdict_index: jax.Array
+    rate: jax.Array
+    rate_error: jax.Array
+    residual: jax.Array
+    half_life: jax.Array
+    half_life_interval: jax.Array
+    reach: jax.Array
+    zero_lag: jax.Array
+    underflow: jax.Array
+
+
+def fit_decay(norms: jax.Array, num_lags: jax.Array | None = None, smallest: float | None = None) -> Decay:
+    """Reads a profile's `cotangent_norms`.
+
+    The rate is the least-squares slope of `ln norms` against the lag, over the lags before 1 % of the
+    first is reached: two lags at least, however fast it falls. Its standard error is that of a slope with
+    independent residuals, `√(Σ r² / (n − 2) / Σ (k − k̄)²)`: how well one exponential describes these norms,
+    not how they vary between batches. An exact zero is an underflow if the norms before it, continued at
+    their last pace, would have come within a factor of 2¹⁰ of the smallest normal number.
+
+    Args:
+      norms: `[K]`.
+      num_lags: the lags at which there are pairs of a loss and a carry at all; None: K.
+      smallest: normal number of the dtype that the cotangents are computed in; None: of the norms' dtype.
+    """
+    tiny = float(jnp.finfo(norms.dtype).tiny)
+    lag = jnp.arange(len(norms), dtype=norms.dtype)
+    measured = lag < (len(norms) if num_lags is None else num_lags)
+    faded = jnp.min(jnp.where(norms < 1e-2 * norms[0], lag, jnp.inf))
+    used = (lag < jnp.maximum(faded, 2)) & measured
+    rate, error, residual = _slope(lag, jnp.log(jnp.maximum(norms, tiny)), used)
+
+    zero_lag = jnp.min(jnp.where((norms == 0) & measured, lag, len(norms))).astype(int)
+    vanished = zero_lag < len(norms)
+    before, earlier = norms[jnp.maximum(zero_lag - 1, 0)], norms[jnp.maximum(zero_lag - 2, 0)]
+    next_one = before * jnp.minimum(1, before / jnp.where(earlier > 0, earlier, 1))
+    underflow = vanished & (zero_lag > 0) & (next_one <= 2.0**10 * (smallest or tiny))
+
+    change = jnp.where(norms[0] > 0, rate * (jnp.sum(measured) - 1), -jnp.inf)  # no gradient at all has vanished
+    limit = math.log(CHANGE)
+    verdict = jnp.where(change >= limit, 2, jnp.where((change <= -limit) | vanished, 0, 1))
+    rates = jnp.stack([rate, rate - 2 * error, rate + 2 * error])
+    half_lives = jnp.where(rates < 0, math.log(2) / jnp.where(rates < 0, -rates, 1), jnp.inf)
+    half_lives = jnp.where(norms[0] == 0, 0.0, half_lives)
+    return Decay(
+        verdict_index=jnp.where(jnp.all(jnp.isfinite(norms)), verdict, 3),
+        rate=rate,
+        rate_error=error,
+        residual=residual,
+        half_life=half_lives[0],
+        half_life_interval=half_lives[1:],
+        reach=jnp.max(jnp.where((norms > 0) & (norms >= 0.01 * norms[0]), lag + 1, 0)).astype(int),
+        zero_lag=jnp.where(vanished, zero_lag, -1),
+        underflow=underflow,
+    )
+
+
+def _slope(x: jax.Array, y: jax.Array, used: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Slope of a line through the points used, its standard error and the root mean square residual."""
+    points = jnp.where(used, jnp.stack([jnp.ones_like(x), x, y - y[0]]), 0)
+    (count, sum_x, sum_y), (_, sum_xx, sum_xy), _ = jnp.matmul(points, points.T, precision=lax.Precision.HIGHEST)
+    spread = sum_xx - sum_x**2 / jnp.maximum(count, 1)
+    spread = jnp.where(count > 1, spread, jnp.inf)
+    slope = (sum_xy - sum_x * sum_y / jnp.maximum(count, 1)) / spread
+    offset = (sum_y - slope * sum_x) / jnp.maximum(count, 1)
+    squares = jnp.sum((points[2] - slope * points[1] - offset * points[0]) ** 2)
+    error = jnp.where(count > 2, jnp.sqrt(squares / (jnp.maximum(count - 2, 1) * spread)), jnp.inf)
+    return slope, error, jnp.sqrt(squares / jnp.maximum(count, 1))
+
+
+def leading_exponent(
+    step: Step, params: Params, carry: Carry, batch: Batch, *, batch_shape: tuple, carries: list
+) -> tuple[jax.Array, jax.Array]:
+    """The mean and the spread over examples of the leading Lyapunov exponent, in nats per step.
+
+        v ← J_tᵀ v / ‖J_tᵀ v‖ for t = T−1 … 0,   λ₁ = mean over t of ln ‖J_tᵀ v‖
+
+    from one random v on. One vector per example goes back alone, normalised at every step, so it neither
+    overflows nor underflows, and a step needs no derivative but the one its gradient needs. Masked steps
+    do not count, nor does the first quarter of the others, on which v turns. An exponent is −∞ where the state
+    is wiped out on the way (a reset, dead units), NaN where no example's derivatives are finite; the
+    spread is the standard deviation over examples. One backward pass; `carries` are the inexact leaves of
+    the carries that enter the steps (`Linearised.carries`).
+    """
+    core, _, wide = wide_parts(step, params)
+    num_steps, ndim = batch_steps(batch), len(batch_shape)
+    leaves, structure = jax.tree.flatten(carry)
+    if len(leaves) > len(carries):  # integers and keys have a path of their own
+        _, (path, _) = trajectory(core, wide, carry, batch.xs, batch.mask, num_steps)
+    else:
+        path = structure.unflatten(carries)
+    random = np.random.default_rng(0)
+
+    def back(cotangents, inputs):
+        carry_t, *more = inputs
+        leaves, rebuild = split_inexact(carry_t)
+        pull = jax.vjp(lambda leaves: split_inexact(held(core)(wide, rebuild(leaves), more)[0])[0], leaves)[1]
+        (cotangents,) = pull(cotangents)
+        growth = norm(cotangents, ndim)
+        return [unit(c, growth) for c in cotangents], growth
+
+    drawn = [random.normal(size=c.shape[ndim:]) for c in split_inexact(carry)[0]]
+    length = math.sqrt(sum(float(np.sum(d**2)) for d in drawn)) or 1.0
+    start = [
+        jnp.broadcast_to(d / length, c.shape).astype(c.dtype)
+        for d, c in zip(drawn, split_inexact(carry)[0], strict=True)
+    ]
+    growths = lax.scan(back, start, (path, batch.xs, batch.mask), reverse=True)[1]
+    mask = jnp.ones(num_steps, bool) if batch.mask is None else jnp.asarray(batch.mask)
+    number = jnp.cumsum(mask, axis=0)
+    counted = mask & (number <= number[-1] - number[-1] // 4)
+    counted = jnp.broadcast_to(align_leading(counted, 1 + ndim), (num_steps, *batch_shape))
+    logs = jnp.sum(jnp.where(counted, jnp.log(align_leading(growths, 1 + ndim)), 0), axis=0)
+    exponents = logs / jnp.sum(counted, axis=0)
+    valid = ~jnp.isnan(exponents)
+    mean = jnp.mean(exponents, where=valid)
+    deviations = jnp.where(exponents == mean, 0, exponents - mean)  # −∞ everywhere is no spread
+    return mean, jnp.sqrt(jnp.mean(deviations**2, where=valid))
+
+
+class BiasBound(NamedTuple):
+    """What the bound says; the fields of the same names in `Diagnosis`.
+
+    Attributes:
+      bias_bound: `[K]`, δ(K) for every sliding window.
+      bound_window: for each tolerance the smallest window whose bound keeps it; 0: none does.
+    """
+
+    bias_bound: jax.Array
+    bound_window: jax.Array
+
+
+def bound_bias(
+    norms: jax.Array,
+    grad_norms: jax.Array,
+    kept: jax.Array,
+    *,
+    rate: jax.Array,
+    num_lags: jax.Array,
+    tolerances: tuple[float, ...],
+) -> BiasBound:
+    """Bounds the relative bias of every sliding window K = 1 … (Aicher, Foti & Fox, 2019).
+
+        δ(K) = E(K) / (‖ĝ_K‖ − E(K)),   E(K) = M Σ_{k ≥ K−1} φ_k
+
+    φ_k are the adjoint norms, φ_{k+1} = β φ_k with β = e^rate beyond the lags measured. M, in the paper a
+    bound on ‖∂⁺h/∂w‖, is the smallest number that bounds what each lag measured adds to the gradient,
+    ‖D_k‖ ≤ M φ_{k−1}: a larger one would only weaken the bound. inf where there is no decay (β ≥ 1) or
+    E(K) ≥ ‖ĝ_K‖. Beyond the windows measured ĝ stays what it is and E(K) falls by β per step.
+
+    Args:
+      norms: φ, `[K]`, `LagProfile.cotangent_norms`.
+      grad_norms: ‖D_k‖, `[K]`, `LagProfile.grad_norms`.
+      kept: ‖ĝ_K‖, `[K]`, the norm of what each window leaves.
+      rate: change of ln φ per lag.
+      num_lags: lags at which there are pairs.
+      tolerances: of the windows.
+    """
+    decay, decays = jnp.exp(jnp.minimum(rate, 0)), rate < 0
+    lag = jnp.arange(len(norms))
+    last = norms[jnp.maximum(num_lags - 1, 0)]
+    phi = jnp.where(lag < num_lags, norms, last * jnp.exp(rate * (lag - num_lags + 1)))
+    slope = jnp.max(grad_norms[1:] / jnp.where(phi[:-1] > 0, phi[:-1], jnp.inf), initial=0)
+    beyond = jnp.where(decays, phi[-1] * decay / jnp.where(decays, 1 - decay, 1), jnp.inf)
+    error = slope * (jnp.sum(jnp.where(lag >= lag[:, None], phi, 0), axis=1) + beyond)
+    bound = jnp.where(kept > error, error / jnp.where(kept > error, kept - error, 1), jnp.inf)
+
+    levels = jnp.array(tolerances)
+    first = jnp.min(jnp.where(bound <= levels[:, None], lag + 1, jnp.iinfo(lag.dtype).max), axis=1)
+    ratio = error[-1] * (1 + 1 / levels) / kept[-1]
+    far = len(norms) + jnp.ceil(jnp.log(ratio) / jnp.abs(rate))
+    far = jnp.where(decays & (far < 1e9), far, 0).astype(lag.dtype)
+    return BiasBound(bound, jnp.where(first <= len(norms), first, far))
+
+
+def share_stuck(carries: list, mask: jax.Array | None, batch_shape: tuple) -> tuple[jax.Array, jax.Array]:
+    """The shares of the carry's entries that are saturated, and that are exactly zero, at every step and example.
+
+    Saturated: within 0.01 of ±1 (where tanh' < 0.02) at 95 % of the steps and examples at least. Carries
+    that a step emitted and the next one read, masked steps left out; 0 where there is none.
+
+    Args:
+      carries: the inexact leaves of the carries that enter the steps, `[T, *batch, ...]`.
+      mask: as in `Batch`.
+      batch_shape: of the loss.
+    """
+    axes = tuple(range(1 + len(batch_shape)))
+    saturated, zero, total = jnp.zeros(()), jnp.zeros(()), 0
+    for leaf in carries:
+        emitted = jnp.abs(leaf[1:])
+        counted = jnp.ones(emitted.shape[: len(axes)], bool)
+        if mask is not None:
+            counted = counted & align_leading(mask[:-1], len(axes))
+        count, counted = jnp.sum(counted), align_leading(counted, emitted.ndim)
+        near = jnp.sum(counted & (jnp.abs(emitted - 1) <= 0.01), axes) >= 0.95 * count
+        saturated += jnp.sum(near & (count > 0))
+        zero += jnp.sum(jnp.all(~counted | (emitted == 0), axes) & (count > 0))
+        total += near.size
+    return saturated / max(total, 1), zero / max(total, 1)
+
+
+def split_batch(num_steps: int, batch_shape: tuple) -> tuple[jax.Array, int]:
+    """Up to 16 parts of a batch's losses: `[T, *batch]`, the part of each, and their number.
+
+    Groups of examples, and where there are fewer than 16 examples, each group cut into equal times too.
+    """
+    num_examples = math.prod(batch_shape)
+    groups = min(num_examples, NUM_PARTS)
+    times = min(num_steps, NUM_PARTS // groups)
+    group = (jnp.arange(num_examples) * groups // num_examples).reshape(batch_shape)
+    time = jnp.arange(num_steps) * times // num_steps
+    return align_leading(time, 1 + len(batch_shape)) * groups + group, times * groups
+
+
+def curvature_along(
+    direction: jax.Array, gradient_fn: Callable[[jax.Array], jax.Array], params: jax.Array
+) -> jax.Array:
+    """The second derivative `vᵀ H v` along the unit vector v of `direction`; 0 where `direction` is.
+
+    Forward over reverse: one derivative of `gradient_fn`, about three gradients. All are flat vectors.
+    """
+    largest, ratio = scaled_norm(direction)
+    along = unit(direction, largest) / jnp.where(ratio == 0, 1, ratio)
+    change = jax.jvp(gradient_fn, (params,), (along.astype(params.dtype),))[1]
+    return jnp.sum(jnp.real(jnp.conj(along) * change))

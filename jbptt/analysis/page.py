@@ -1,0 +1,134 @@
+"""The page of a diagnosis, in plain text of at most 100 columns."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from jbptt.analysis.advice import TOLERANCES
+
+NO_PATH = (
+    "  no gradient path: every gradient is exactly zero; the loss ignores y or has no weight, all",
+    "  units are dead, or the output depends on neither parameters nor carry",
+)
+
+
+def write_page(found: Any) -> str:
+    """The page of one `Diagnosis`."""
+    lines = [f"  loss {float(found.loss):.4g}, gradient norm {float(found.gradient_norm):.3g}"]
+    norms = np.asarray(found.profile.cotangent_norms)
+    title = found.verdict
+    if found.verdict == "non-finite":
+        lines += _nonfinite(found)
+    elif norms.max() == 0 and found.gradient_norm == 0:
+        title = "no gradient path"
+        lines += NO_PATH
+    elif norms.max() == 0:
+        title = "no gradient path through the carry"
+        lines.append("  no gradient flows back through the carry: every window is exact")
+    elif found.num_steps == 1:
+        lines.append("  one step: there is nothing to go back through, and nothing to truncate")
+    else:
+        lines += [*_decay(found, norms), *_dynamics(found), "", *_windows(found)]
+    title = f"Gradient over {found.num_steps} step{'s' * (found.num_steps > 1)}: {title}"
+    return "\n".join([title, *lines, *_advice(found)])
+
+
+def _nonfinite(found: Any) -> list[str]:
+    lines = ["  a loss, an adjoint or the gradient is NaN or infinite: no window can be recommended"]
+    if found.nonfinite.found:
+        lines.append(f"  {found.nonfinite}")
+    return lines
+
+
+def _decay(found: Any, norms: np.ndarray) -> list[str]:
+    """Half-life, fit and reach."""
+    largest = len(norms)
+    rate, half_life = float(found.rate), float(found.half_life)
+    low, high = (float(h) for h in found.half_life_interval)
+    halves = "none (it does not shrink)"
+    if rate > 0:
+        halves = f"none (it doubles every {math.log(2) / rate:.3g} steps back)"
+    elif math.isfinite(half_life):
+        halves = f"{half_life:.3g} steps ({low:.3g} to {'∞' if math.isinf(high) else f'{high:.3g}'})"
+    if largest == 1:
+        halves = "not measured (one lag)"
+    elif found.zero_lag == 1:
+        halves = "under one step"
+    lines = [f"  half-life {halves}; norm {norms[0]:.3g} at lag 0, {norms[-1]:.3g} at lag {largest - 1}"]
+    if largest > 1 and found.zero_lag != 1:
+        error = float(found.rate_error)
+        spread = f"± {error:.2g}" if math.isfinite(error) else "(two lags)"
+        lines.append(f"  decay     {rate:+.3g} {spread} per step (ln norm; residual {float(found.residual):.2g})")
+    if found.zero_lag > 0 and found.underflow:
+        lag = int(found.zero_lag)
+        lines.append(f"  vanished below precision: exactly zero from lag {lag} on ({norms[lag - 1]:.2g} before)")
+    elif found.zero_lag > 0:
+        lines.append(f"  exactly zero from lag {int(found.zero_lag)} on: a cut, a reset, or dead or saturated units")
+    reach = f"{int(found.reach)} steps" if found.reach < largest else f"all {largest} steps measured"
+    return [*lines, f"  reach     {reach} (at least 1 % of lag 0)"]
+
+
+def _dynamics(found: Any) -> list[str]:
+    """Exponent, norms of parts, curvature."""
+    lines = []
+    exponent = float(found.exponent)
+    if exponent == -math.inf:
+        lines.append("  exponent  −∞: something on the way wipes out the carry (a reset, dead units)")
+    elif not math.isnan(exponent):
+        spread = float(found.exponent_spread)
+        lines.append(f"  exponent  {exponent:+.3g} ± {spread:.2g} per step (leading; mean ± spread over examples)")
+    median, high, largest = (float(q) for q in found.norm_quantiles)
+    num_parts = int(np.sum(np.isfinite(found.part_norms)))
+    if num_parts > 1:
+        lines.append(
+            f"  parts     gradient norm of {num_parts}: median {median:.3g}, 90 % {high:.3g}, largest {largest:.3g}"
+        )
+    if found.curvature is not None:
+        curvature = float(found.curvature)
+        stable = f"stable up to a learning rate of {2 / curvature:.3g}" if curvature > 0 else "not a valley"
+        lines.append(f"  curvature {curvature:.3g} along the gradient: {stable}")
+    return lines
+
+
+def _windows(found: Any) -> list[str]:
+    """The table of windows with their costs, and the bound beside them."""
+    lines = [f"  {'window for':<14}{'steps':>8}{'time':>12}{'memory':>12}{'vs full BPTT':>24}"]
+    costs = {}
+    if found.cost is not None:
+        columns = zip(found.cost.median_seconds, found.cost.temporary_bytes, strict=True)
+        costs = dict(zip(found.cost.names, columns, strict=True))
+    for kind, windows in (("sliding", found.sliding_window), ("block", found.block_window)):
+        for tolerance, window in zip(TOLERANCES, windows, strict=True):
+            steps = f"{int(window)}" if int(window) else f"> {len(found.curve.windows)}"
+            cells = _cost_cells(costs, f"{kind} {int(window)}")
+            lines.append(f"  {f'{tolerance:.0%} {kind}':<14}{steps:>8}{cells}")
+    lines.append(f"  {'full BPTT':<14}{found.num_steps:>8}{_cost_cells(costs, 'full')}")
+    lines.append("  error: ‖ĝ − g‖ / ‖g‖ on this batch; blocks cut at multiples of the window")
+    return [*lines, f"  bound on sliding windows (Aicher et al., 2019): {_bound(found)}"]
+
+
+def _bound(found: Any) -> str:
+    """The windows that the bound asks for."""
+    if not found.rate < 0:
+        return "none: decay ≥ 1"
+    windows = zip(TOLERANCES, found.bound_window, strict=True)
+    return ", ".join(f"{int(w)} for {tolerance:.0%}" if w else f"none for {tolerance:.0%}" for tolerance, w in windows)
+
+
+def _cost_cells(costs: dict, name: str) -> str:
+    if name not in costs:
+        return ""
+    (seconds, size), (full_seconds, full_size) = costs[name], costs["full"]
+    ratio = "" if name == "full" else f"{seconds / full_seconds:.2f}× time, {size / max(full_size, 1):.2f}× memory"
+    return f"{1e3 * seconds:>9.2f} ms{size / 2**20:>8.2f} MiB{ratio:>28}".rstrip()
+
+
+def _advice(found: Any) -> list[str]:
+    """One line each: topic, the number against its limit, what to do."""
+    lines = ["", "  advice"]
+    for advice in found.advice:
+        sign = "<" if advice.value < advice.threshold else ">"
+        number = f"{advice.evidence} {advice.value:.3g} {sign} {advice.threshold:.3g}"
+        lines.append(f"  {advice.topic}: {number}: {advice.remedy}")
+    return lines if found.advice else []

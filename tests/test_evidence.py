@@ -1,0 +1,188 @@
+"""The evidence behind a diagnosis, piece by piece: loops, NumPy's least squares, long sums, products of Jacobians."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import problems
+import pytest
+
+from jbptt import Batch
+from jbptt.analysis import evidence
+from jbptt.analysis.blocks import candidate_windows, choose_blocks
+from jbptt.analysis.lyapunov import lyapunov_spectrum
+
+
+@pytest.mark.parametrize(
+    ("norms", "verdict", "zero_lag", "underflow"),
+    [
+        ([1.0] * 9 + [1e-20, 1e-37, 0, 0], "vanishing", 11, True),  # flat, then gone
+        ([1.0] * 9 + [0, 0, 0, 0], "vanishing", 9, False),
+        ([0.5**k for k in range(125)] + [0.0], "vanishing", 125, True),
+        ([0.1**k for k in range(20)] + [0.0], "vanishing", 20, False),
+        ([2.0**k for k in range(20)] + [0.0], "exploding", 20, False),  # up to a reset
+        ([2e-38, 0.0], "vanishing", 1, True),
+        ([0.0, 0.0], "vanishing", 0, False),
+        ([1.0] * 9, "stable", -1, False),
+    ],
+)
+def test_exact_zeros(norms, verdict, zero_lag, underflow):
+    decay = jax.jit(evidence.fit_decay)(jnp.array(norms, jnp.float32))
+    assert ["vanishing", "stable", "exploding"][int(decay.verdict_index)] == verdict
+    assert (int(decay.zero_lag), bool(decay.underflow)) == (zero_lag, underflow)
+
+
+def test_uncertainty_of_the_fit():
+    """Against NumPy's least squares, over the lags before 1 % and among those that have pairs."""
+    rng = np.random.default_rng(1)
+    norms = np.exp(-0.2 * np.arange(60) + 0.1 * rng.normal(size=60))
+    n = np.argmax(norms < 0.01 * norms[0])
+    for num_lags in (60, 9):
+        used = min(n, num_lags)
+        (slope, _), covariance = np.polyfit(np.arange(used), np.log(norms[:used]), 1, cov=True)
+        error = np.sqrt(covariance[0, 0])
+        found = jax.jit(evidence.fit_decay)(norms, num_lags)
+        np.testing.assert_allclose([found.rate, found.rate_error], [slope, error], rtol=1e-9)
+        residuals = np.log(norms[:used]) - np.polyval(np.polyfit(np.arange(used), np.log(norms[:used]), 1), range(used))
+        np.testing.assert_allclose(found.residual, np.sqrt(np.mean(residuals**2)), rtol=1e-9)
+        interval = np.log(2) / -np.array([slope - 2 * error, slope + 2 * error])
+        np.testing.assert_allclose(found.half_life_interval, interval, rtol=1e-9)
+    two = jax.jit(evidence.fit_decay)(jnp.array([1.0, 0.5]))
+    assert np.isinf(two.rate_error) and two.half_life_interval.tolist() == [0, np.inf]
+    np.testing.assert_allclose(two.half_life, 1, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "batch_shape", "sizes"),
+    [(10, (5,), 15), (3, (), 3), (40, (2, 4), 16), (7, (40,), 16), (1, (3,), 3)],
+)
+def test_parts_of_a_batch(num_steps, batch_shape, sizes):
+    part_of, num_parts = evidence.split_batch(num_steps, batch_shape)
+    counts = np.bincount(np.ravel(np.broadcast_to(part_of, (num_steps, *batch_shape))))
+    assert len(counts) == num_parts == sizes and counts.min() > 0 and counts.max() <= 4 * counts.min()
+
+
+def test_leading_exponent_against_a_product_of_jacobians():
+    step, _, params, carry, batch = problems.make("gru", 9)
+    mask = np.random.default_rng(2).random((9, 3)) < 0.7
+    run = functools.partial(evidence.leading_exponent, step, params, batch_shape=(3,))
+
+    @jax.jit
+    def look(mask):
+        held = lambda h, inputs: (jnp.where(inputs[1][:, None], step(params, h, inputs[0])[0], h), h)
+        carries = jax.lax.scan(held, carry, (batch.xs, mask))[1]
+        one = jax.vmap(jax.jacrev(lambda h, x: step(params, h, x)[0]))
+        return carries, jax.vmap(one)(carries, batch.xs), run(carry, batch._replace(mask=mask), carries=[carries])
+
+    _, jacobians, (mean, spread) = look(jnp.asarray(mask))
+    exponents = []
+    for b in range(3):
+        v = np.random.default_rng(0).normal(size=3)
+        steps = [t for t in range(9) if mask[t, b]]
+        growths = []
+        for t in reversed(steps):
+            longer = np.asarray(jacobians[t, b]).T @ v
+            growths.append(np.log(np.linalg.norm(longer) / np.linalg.norm(v)))
+            v = longer
+        exponents.append(np.mean(growths[len(steps) // 4 :]))
+    np.testing.assert_allclose([mean, spread], [np.mean(exponents), np.std(exponents)], rtol=1e-10)
+
+
+def test_leading_exponent_is_the_first_of_the_spectrum():
+    """Backwards along one long trajectory, an integer in the carry beside the state."""
+    step, _, params, carry, batch = problems.make("tanh", 1500, examples=1)
+    counting = lambda params, carry, x: ((carry[0] + 1, step(params, carry[1], x)[0]), None)
+    start = jnp.zeros((), int), carry
+    run = lambda start: evidence.leading_exponent(counting, params, start, batch, batch_shape=(1,), carries=[None])
+    spectrum = lambda: lyapunov_spectrum(counting, params, start, batch.xs, num_exponents=1, num_discarded=400)
+    (exponent, spread), wanted = jax.jit(lambda: (run(start), spectrum()))()
+    assert float(spread) == 0
+    np.testing.assert_allclose(exponent, wanted.exponents[0], atol=3 * wanted.standard_errors[0] + 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("factors", "wanted"),
+    [
+        ([0.0, 0.0], (-np.inf, 0)),
+        ([0.5, 0.0], (-np.inf, np.inf)),
+        ([0.5, 2.0], (0, np.log(2))),
+        ([0.5, np.nan], (-np.log(2), 0)),
+        ([np.nan, np.nan], (np.nan, np.nan)),
+    ],
+)
+def test_exponents_of_minus_infinity_and_nan(factors, wanted):
+    product = lambda params, h, x: (h * x, None)
+
+    @jax.jit
+    def run(factors):
+        batch = Batch(jnp.broadcast_to(factors, (6, 2)))
+        return evidence.leading_exponent(product, (), jnp.ones(2), batch, batch_shape=(2,), carries=[jnp.ones((6, 2))])
+
+    np.testing.assert_allclose(run(jnp.array(factors)), wanted, atol=1e-12)
+
+
+def test_bound_against_long_sums():
+    rate, num_lags = np.log(0.8), 30
+    rng = np.random.default_rng(4)
+    phi = 0.8 ** np.arange(4000) * np.exp(0.1 * np.append(rng.normal(size=num_lags), np.zeros(4000 - num_lags)))
+    phi[num_lags:] = phi[num_lags - 1] * 0.8 ** np.arange(1, 4001 - num_lags)
+    grads = np.append(1.0, 0.3 * phi[: num_lags - 1] * rng.random(num_lags - 1))
+    kept = np.linspace(0.5, 0.6, num_lags)
+    slope = np.max(grads[1:] / phi[: num_lags - 1])
+    error = np.array([slope * phi[k - 1 :].sum() for k in range(1, 200)])
+    long_kept = np.append(kept, np.full(199 - num_lags, kept[-1]))
+    wanted = np.where(error < long_kept, error / np.where(error < long_kept, long_kept - error, 1), np.inf)
+    levels = (0.1, 0.01, 1e-6)
+    run = jax.jit(evidence.bound_bias, static_argnames="tolerances")
+    found = run(phi[:num_lags], grads, kept, rate=rate, num_lags=num_lags, tolerances=levels)
+    np.testing.assert_allclose(found.bias_bound, wanted[:num_lags], rtol=1e-9)
+    assert np.isinf(found.bias_bound[0])
+    windows = [int(np.argmax(wanted <= level)) + 1 for level in levels]
+    assert found.bound_window.tolist() == windows and windows[0] < num_lags < windows[2]
+    none = run(phi[:num_lags], grads, kept, rate=0.0, num_lags=num_lags, tolerances=levels)
+    assert none.bound_window.tolist() == [0, 0, 0] and np.all(np.isinf(none.bias_bound))
+    short = run(np.append(phi[:20], np.zeros(10)), grads, kept, rate=rate, num_lags=20, tolerances=levels)
+    assert np.all(np.diff(np.asarray(short.bias_bound)[10:]) < 0)  # where pairs end the decay goes on
+
+
+def test_shares_of_stuck_units():
+    rng = np.random.default_rng(5)
+    leaf, mask = rng.normal(size=(8, 3, 5)), np.ones((8, 3), bool)
+    leaf[:, :, 0], leaf[:, :, 1] = 0, np.sign(leaf[:, :, 1])
+    leaf[:, :, 2] = 0
+    leaf[3, 1, 2], mask[2, 1] = 7.0, False  # what a masked step emitted does not count
+    leaf[0] = 9.0  # nor does what was given
+    leaf[5, 0, 3] = 0
+    alone = rng.normal(size=(8, 3))
+    share = jax.jit(functools.partial(evidence.share_stuck, batch_shape=(3,)))
+    np.testing.assert_allclose(share([leaf, alone], mask), (1 / 6, 2 / 6))
+    np.testing.assert_allclose(share([leaf, alone], None), (1 / 6, 1 / 6))
+    np.testing.assert_allclose(share([leaf[:1]], None), (0, 0))
+
+
+@pytest.mark.parametrize("num_steps", [*range(1, 200), 1000, 4096])
+def test_windows_tried(num_steps):
+    """They are close together, few, and one of them keeps what its half does not."""
+    windows, tried = candidate_windows(num_steps)
+    assert {1, num_steps} <= set(windows) <= set(tried) and windows[-1] == tried[-1] == num_steps
+    assert {w // 2 for w in windows} - {0} <= set(tried)
+    assert all(b <= max(1.5 * a + 1, 2 * a * (b == num_steps)) for a, b in itertools.pairwise(windows))
+    assert len(tried) <= 5 * np.log2(num_steps) + 1
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5, 100])
+def test_the_choice_among_them(num_steps):
+    """Of those that keep the tolerance, while half of them do not, the one with the smallest error."""
+    windows, tried = candidate_windows(num_steps)
+    errors = np.random.default_rng(num_steps).random((20, len(tried)))
+    errors[:, -1] = 0
+    errors[-1] = np.nan
+    levels = (0.5, 0.1)
+    chosen = jax.jit(jax.vmap(lambda e: choose_blocks(e, tried, windows, levels)))(errors)
+    for row, found in zip(errors[:-1], chosen.tolist(), strict=False):
+        error = {0: np.inf, **dict(zip(tried, row, strict=True))}
+        for level, window in zip(levels, found, strict=True):
+            assert window == min((w for w in windows if error[w] <= level < error[w // 2]), key=error.get)
+    assert chosen[-1].tolist() == [num_steps] * 2
