@@ -14,7 +14,8 @@ def blocks(page, language):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_blocks_run(page, capsys):
+def test_python_blocks_run(page, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # for the files that they write
     namespace = {}
     for block in blocks(page, "python"):
         exec(compile(block, page.name, "exec"), namespace)

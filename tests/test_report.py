@@ -18,10 +18,11 @@ for module in ("tyro", "rich", "matplotlib", "jinja2"):
 
 from jbptt import Batch, full_bptt, randomized_bptt, truncated_bptt  # noqa: E402
 from jbptt.experiments import tasks  # noqa: E402
-from jbptt.report import cli, learning, measurements, output, plots, sentences, study, tables  # noqa: E402
+from jbptt.report import cli, learning, measurements, output, pictures, sections, sentences, study, tables  # noqa: E402
 from jbptt.report.html import render_page  # noqa: E402
 from jbptt.report.themes import DARK, LIGHT, repaint  # noqa: E402
 
+ALL = tuple(sections.SECTIONS)
 NASTY = "<script>alert(1)</script>$&\n\t\x00"
 
 
@@ -45,6 +46,32 @@ def cost(strategy, window, seconds=1e-3, size=1000):
 def strategy(name, mean, std):
     runs = [[9.0, 9.5], [mean, mean]]
     return {"name": name, "detail": f"{name} detail", "perplexity": runs, "final_mean": mean, "final_std": std}
+
+
+def anatomy_data():
+    """The second half of the page: what two cells and two networks look like inside."""
+    spectrum = {"num_steps": 9, "standard_errors": [0.01, 0.01], "spans": [1, 4]}
+    spectrum["log_singular_values"] = [[0.5, -1.0], [1.0, None]]
+    alignment = {"misalignment": [0.7, 0.35, 0.175], "rate": -0.7, "predicted_rate": -0.69, "sentence": "turns"}
+    measures = {"loss": [[[0.5, 0.6], [0.1, 0.2]], [[0.5, 0.6], [0.9, 1.0]]]}
+    measures |= {name: measures["loss"] for name in ("adjoint_ratio", "exponent", "gradient_error", "gradient_cosine")}
+    return {
+        "flow": {"cell": "rnn", "matrix": [[2.0, 0, 0], [1.0, 2.0, 0], [0.0, 1.0, 2.0]]},
+        "spectra": {"models": [
+            {"cell": "rnn", "stage": "before", "exponents": [-0.5, -0.6], **spectrum},
+            {"cell": "rnn", "stage": "after", "exponents": [0.2, -0.1], **spectrum},
+        ]},
+        "growth": {"radii": [0.5, 1.5], "lags": [0, 1, 2], "norms": [[1.0, 0.5, 0.25], [1.0, 1.5, 2.25]],
+                   "lengths": [2, 4], "gradient_norms": [[0.5, 0.5], [2.0, 30.0]],
+                   "clipped_norms": [[0.5, 0.5], [1.0, 1.0]], "max_norm": 1.0},
+        "powers": {"size": 2, "power": 3, "eigenvalues": [[0.5, 0.5], [0.5, -0.5]],
+                   "eigenvalues_of_power": [[-0.25, 0.25], [-0.25, -0.25]], "largest_difference": 1e-16,
+                   "alignments": [{"name": "symmetric", "case": "aligns", **alignment},
+                                  {"name": "turning", "case": "complex pair", **alignment, "rate": None}]},
+        "remedies": {"patients": ["vanishing", "exploding"], "remedies": ["nothing", "a remedy"], "radii": [0.5, 1.5],
+                     "num_updates": 7, "num_steps": 5, "before": measures, "after": measures,
+                     "diverged": [[0, 0], [0, 0]]},
+    }  # fmt: skip
 
 
 @pytest.fixture
@@ -92,6 +119,7 @@ def data():
             "characters_read": [0, 3200],
             "strategies": [strategy("full", 5.0, 0.1), strategy("fixed", 5.05, 0.1), strategy("randomized", 6.0, 0.1)],
         },
+        **anatomy_data(),
         "created": "2020-01-01T00:00:00+00:00",
         "command": "jbptt report",
     }  # fmt: skip
@@ -171,23 +199,47 @@ def test_one_seed_decides_nothing(data):
     assert "one seed cannot tell" in text and "±" not in text
 
 
+def test_what_the_second_half_says(data):
+    said = {name: plain(sentence) for name, sentence in sections.write_sentences(data).items()}
+    assert "norm of 2 on average, and on that of 2 steps before with 0 (0 %)" in said["flow"]
+    assert "goes from -0.5 to 0.2 ± 0.01 nats per step and is positive: gradients explode" in said["spectra"]
+    assert "reach a norm of 30; clipping leaves a norm of 1 at most" in said["growth"]
+    assert (
+        "-0.7 nats per step in the symmetric example" in said["powers"] and "turning (complex pair)" in said["powers"]
+    )
+    assert "vanishing network it is lower with a remedy; for the exploding network it is higher" in said["remedies"]
+
+
+def test_sentences_of_the_second_half_follow_the_numbers(data):
+    data["spectra"]["models"][1].update(exponents=[0.015, -0.1])
+    data["growth"].update(gradient_norms=[[0.5, 0.5], [0.2, 0.9]])
+    data["flow"]["matrix"][1][1] = None
+    data["remedies"]["after"] = {"loss": [[[0.5, 0.6], [0.5, 0.6]], [[0.5, 0.6], [None, 0.1]]]}
+    said = sections.SECTIONS
+    assert "cannot be told from 0" in said["spectra"].describe(data["spectra"])
+    assert "No gradient reaches the norm of 1" in said["growth"].describe(data["growth"])
+    assert "not finite" in said["flow"].describe(data["flow"])
+    words = said["remedies"].describe(data["remedies"])
+    assert "vanishing network it is the same with all" in words and "not finite in some run with a remedy" in words
+
+
 # Pictures and page
 
 
 def test_pictures_are_the_same_bytes_every_time_and_valid(data):
     data["coverage"]["characters"] = NASTY[-4:]
-    first, second = plots.draw_pictures(data, LIGHT), plots.draw_pictures(data, LIGHT)
-    assert tuple(first) == plots.PICTURES and first == second
+    first, second = sections.draw_pictures(data, LIGHT), sections.draw_pictures(data, LIGHT)
+    assert tuple(first) == ALL and first == second
     for svg in first.values():
         assert "<dc:date>" not in svg
         ElementTree.fromstring(svg)
-    assert first["reach"] != plots.draw_pictures(data, DARK)["reach"]
+    assert first["reach"] != sections.draw_pictures(data, DARK)["reach"]
 
 
-@pytest.mark.parametrize("name", ["reach", "windows", "learning"])
+@pytest.mark.parametrize("name", ["reach", "windows", "learning", "spectra", "powers", "remedies"])
 def test_a_repainted_picture_is_the_one_drawn_dark(data, name):
     """Apart from the ids of its parts, which are hashes of their styles."""
-    (light,), (dark,) = (plots.draw_pictures(data, theme, [name]).values() for theme in (LIGHT, DARK))
+    (light,), (dark,) = (sections.draw_pictures(data, theme, [name]).values() for theme in (LIGHT, DARK))
 
     def numbered(svg):
         ids = dict.fromkeys(re.findall(r'[#"]([mp][0-9a-f]{10})\b', svg))
@@ -207,19 +259,25 @@ def test_pictures_survive_numbers_that_no_log_axis_shows(data):
     model["costs"] = [cost("full", 8, 1e-3, 0)]
     for found in data["learning"]["strategies"]:
         found.update(perplexity=[[None, None], [None, None]], final_mean=None, final_std=None)
-    assert set(plots.draw_pictures(data)) == set(plots.PICTURES)
-    assert all(sentences.write_sentences(data).values())
-    assert all(table.rows for table in tables.make_tables(data).values())
+    data["flow"]["matrix"] = [[None, 0], [0.0, 0.0]]
+    data["growth"].update(norms=[[None] * 3, [0.0] * 3], gradient_norms=[[None] * 2] * 2, clipped_norms=[[0.0] * 2] * 2)
+    data["spectra"]["models"][1].update(exponents=[None, None], log_singular_values=[[None, None]] * 2)
+    data["powers"]["alignments"][0].update(misalignment=[None, 0.0, None], rate=None, predicted_rate=None)
+    for field in data["remedies"]["after"].values():
+        field[0][0] = [None, None]
+    assert tuple(sections.draw_pictures(data)) == ALL
+    assert all(sections.write_sentences(data).values())
+    assert all(table.rows for table in sections.make_tables(data).values())
 
 
 def test_pictures_draw_on_the_axes_they_are_given(data):
     from matplotlib.figure import Figure
 
     ax = Figure().subplots()
-    assert plots.plot_reach(data["reach"], ax=ax) is ax
-    assert plots.plot_learning(data["learning"], ax=Figure().subplots()).lines
-    assert plots.plot_coverage(data["coverage"]).shape == (3,)
-    assert plots.plot_windows(data["windows"]).shape == (4, 1)
+    assert pictures.draw_reach(data["reach"], ax=ax) is ax
+    assert pictures.draw_learning(data["learning"], ax=Figure().subplots()).lines
+    assert pictures.draw_coverage(data["coverage"]).shape == (3,)
+    assert pictures.draw_windows(data["windows"]).shape == (4, 1)
 
 
 class Page(html.parser.HTMLParser):
@@ -236,20 +294,20 @@ class Page(html.parser.HTMLParser):
 
 
 def render(data):
-    data["sentences"] = sentences.write_sentences(data)
-    return render_page(data, plots.draw_pictures(data, LIGHT), plots.draw_pictures(data, DARK))
+    data["sentences"] = sections.write_sentences(data)
+    return render_page(data, sections.draw_pictures(data, LIGHT), sections.draw_pictures(data, DARK))
 
 
 def test_the_page_loads_nothing_and_says_everything(data):
     text = render(data)
     page = Page(text)
     links = [value for _, attrs in page.tags for name, value in attrs.items() if name in ("src", "href", "srcset")]
-    assert len(links) == 8 and all(link.startswith("data:image/svg+xml;base64,") for link in links)
+    assert len(links) == 2 * len(ALL) and all(link.startswith("data:image/svg+xml;base64,") for link in links)
     assert not re.search(r"url\(|@import", text)
     assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
     images = [attrs for tag, attrs in page.tags if tag == "img"]
-    assert len(images) == 4 and all(len(attrs["alt"]) > 60 for attrs in images)
-    assert sum(tag == "table" for tag, _ in page.tags) == 4
+    assert len(images) == len(ALL) and all(len(attrs["alt"]) > 60 for attrs in images)
+    assert sum(tag == "table" for tag, _ in page.tags) == len(ALL)
     for sentence in data["sentences"].values():
         assert sentence in page.text
     assert "jbptt report" in page.text and "prefers-color-scheme: dark" in text
@@ -262,12 +320,12 @@ def test_a_text_full_of_markup_stays_text(data):
     page = Page(render(data))
     assert "script" not in {tag for tag, _ in page.tags}
     assert "<script>alert(1)</script>" in page.text
-    for svg in plots.draw_pictures(data).values():
+    for svg in sections.draw_pictures(data).values():
         assert not [node for node in ElementTree.fromstring(svg).iter() if node.tag.endswith("script")]
 
 
 def test_a_strategys_table_is_right(data):
-    rows = tables.make_tables(data)
+    rows = sections.make_tables(data)
     assert rows["coverage"].rows[1] == ("fixed", "6", "60 %", "1", "6")
     assert rows["windows"].rows[2][3:] == ("3", "1 ms ± 10 µs", "1,000 B", "4 steps")
     assert rows["learning"].rows[0][2] == "5.00 ± 0.10"
@@ -317,7 +375,15 @@ def test_a_study_says_what_the_schema_promises(small_study):
     assert first[0] == first[1] == first[2]  # from the same starts
     assert found["learning"]["characters_read"][-1] == 6 * SMALL.num_steps * SMALL.batch_size
     assert shown == sorted(shown) and shown[-1] == 1.0
-    assert sentences.write_sentences(found)
+    assert np.shape(found["flow"]["matrix"]) == (SMALL.num_steps,) * 2
+    assert [(m["cell"], m["stage"]) for m in found["spectra"]["models"]] == [("rnn", "before"), ("rnn", "after")]
+    assert found["growth"]["lengths"] == [2, 4] and len(found["growth"]["norms"][0]) == SMALL.num_steps
+    assert found["powers"]["largest_difference"] < 1e-12
+    assert [a["case"] for a in found["powers"]["alignments"]] == [
+        "aligns", "aligns", "tie", "complex pair", "orthogonal start", "defective"
+    ]  # fmt: skip
+    assert "remedies" not in found
+    assert sections.write_sentences(found)
 
 
 def test_strategies_as_data_are_the_estimators_they_stand_for(small_study):
@@ -351,13 +417,20 @@ def test_report_writes_every_file(quick_study, data, tmp_path, capsys):
     assert leftovers(tmp_path) == ["new"] and leftovers(tmp_path / "new") == ["folder"]
     found = json.loads((out / "report.json").read_text(encoding="utf-8"))
     assert found["command"] == f"jbptt report --out {out} --seed 3" and found["created"].endswith("+00:00")
-    assert set(found["sentences"]) == set(plots.PICTURES)
+    assert tuple(found["sentences"]) == ALL
     assert {name: found[name] for name in data if name not in ("created", "command")} == {
         name: data[name] for name in data if name not in ("created", "command")
     }
     shown = capsys.readouterr()
     assert f"Report: {out / 'report.html'}" in shown.out and "rnn" in shown.out
     assert "measure" in shown.err
+
+
+def test_a_shorter_report_leaves_no_picture_of_a_longer_one(quick_study, data, tmp_path):
+    out = tmp_path / "out"
+    assert cli.main(["report", "--out", str(out)]) == 0 and (out / "remedies.svg").exists()
+    del data["remedies"]
+    assert cli.main(["report", "--out", str(out)]) == 0 and not (out / "remedies.svg").exists()
 
 
 def test_an_earlier_report_is_replaced_and_other_files_stay(quick_study, tmp_path):

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 DESCRIPTION = """How far back does the gradient of a recurrent model reach, and what does each truncation of
 backpropagation through time cost? `jbptt --version` prints the version."""
@@ -83,7 +83,46 @@ def _commands(arguments: list[str]) -> Any:
         """
         return lambda: run_report(settings, out=out, cores=cores, command=command)
 
+    @commands.command(name="diagnose")
+    def diagnose(
+        model: tyro.conf.Positional[str],
+        /,
+        *,
+        max_window: int | None = None,
+        learning_rate: float | None = None,
+        measure: Annotated[bool, tyro.conf.FlagCreatePairsOff] = True,
+    ):
+        """Print the diagnosis of your own model: how far its gradient reaches, which window it needs, what to change.
+
+        Args:
+            model: MODULE:FUNCTION or FILE.py:FUNCTION; the function takes nothing and returns
+                (step, loss, params, carry, batch).
+            max_window: the largest lag and sliding window considered; all steps, 512 at most, if not given.
+            learning_rate: of your optimizer, to be held against the curvature of the loss.
+            measure: time the windows and read their memory.
+        """
+        options = {"max_window": max_window, "learning_rate": learning_rate, "measure": measure}
+        return lambda: run_diagnosis(model, **options)
+
     return commands
+
+
+def run_diagnosis(model: str, **options: Any) -> int:
+    """Diagnoses the model that a user's function returns and prints the page.
+
+    Raises: UsageError, for whatever the user can put right.
+    """
+    from jbptt.analysis.diagnosis import diagnose
+    from jbptt.report.user_models import load_problem
+
+    try:
+        found = diagnose(*load_problem(model), **options)
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
+    except _device_errors() as error:
+        raise UsageError(f"the device gave up: {str(error).splitlines()[0]}; try a smaller batch") from error
+    print(found)
+    return 0
 
 
 def run_report(settings: Any, *, out: Path, cores: int | None = None, command: str = "jbptt report") -> int:

@@ -30,8 +30,11 @@ class Plan(NamedTuple):
       num_seeds: runs of each strategy.
       cost_windows: timed beside the recommended ones.
       cost_tolerances: how many of the recommended windows are timed, beginning with 10 % of error.
-      windows_of_all_cells: or of the last one only.
+      windows_of_all_cells: or of the last one only; spectra too.
       num_repeats: timed updates of each.
+      spectrum_steps: of the trajectory behind a Lyapunov spectrum.
+      num_exponents: how many of its exponents, the leading ones.
+      remedies: whether the remedies are compared, which trains some hundred small networks.
     """
 
     num_updates: int
@@ -41,18 +44,18 @@ class Plan(NamedTuple):
     cost_tolerances: int
     windows_of_all_cells: bool
     num_repeats: int
+    spectrum_steps: int
+    num_exponents: int
+    remedies: bool
 
     def total_work(self, num_cells: int) -> float:
         """In the units in which the functions of this study report progress: some seconds each."""
-        return (
-            num_cells
-            + (num_cells if self.windows_of_all_cells else 1) * (3 + len(self.cost_windows))
-            + 3 * self.num_seeds
-        )
+        per_cell = (num_cells if self.windows_of_all_cells else 1) * (5 + len(self.cost_windows))
+        return num_cells + per_cell + 3 * self.num_seeds + 3 + 8 * self.remedies
 
 
-FULL = Plan(600, 12, 4, (4, 16, 64), 2, True, 7)
-QUICK = Plan(60, 3, 2, (), 1, False, 3)
+FULL = Plan(600, 12, 4, (4, 16, 64), 2, True, 7, 1024, 64, True)
+QUICK = Plan(60, 3, 2, (), 1, False, 3, 256, 8, False)
 
 
 class Progress:
@@ -86,7 +89,8 @@ def in_parallel(progress: Progress, jobs: list[Callable[[], Any]]) -> list[Any]:
         return [future.result() for future in futures]
 
 
-_drawing = threading.Lock()
+one_at_a_time = threading.Lock()
+"""Held while a program with QR decompositions runs: two of them side by side can deadlock XLA's threads."""
 
 
 class Model(NamedTuple):
@@ -99,12 +103,12 @@ class Model(NamedTuple):
 
 
 def build(name: str, settings: Any, task: tasks.Text, plan: Plan) -> Model:
-    """Draws one model at a time: QR decompositions side by side can deadlock XLA's threads."""
+    """Draws the parameters of all seeds."""
     size, key = len(task.vocabulary), jax.random.fold_in(jax.random.key(settings.seed), 0)
     make = getattr(cells, name)
     cell = tasks.on_tokens(cells.with_linear_readout(make(size, settings.hidden_size), size), size)
     init = jax.jit(cell.init).lower(key).compile()
-    with _drawing:
+    with one_at_a_time:
         seeds = [jax.block_until_ready(init(jax.random.fold_in(key, i))) for i in range(plan.num_seeds)]
     return Model(name, cell, seeds, cell.initial_carry((settings.batch_size,)))
 

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jbptt.report.plots import PICTURES
+from jbptt.report.sections import SECTIONS, draw_pictures, write_sentences
 
-FILES = ("report.html", "report.json", *(f"{name}.svg" for name in PICTURES))
+FILES = ("report.html", "report.json", *(f"{name}.svg" for name in SECTIONS))
 
 
 def check_target(target: Path) -> None:
@@ -49,14 +49,13 @@ def write_report(data: dict[str, Any], target: Path) -> None:
       OSError: nothing was written.
     """
     from jbptt.report.html import render_page
-    from jbptt.report.plots import draw_pictures
-    from jbptt.report.sentences import write_sentences
     from jbptt.report.themes import DARK, LIGHT, repaint
 
     data["sentences"] = write_sentences(data)
     light = draw_pictures(data, LIGHT)
     dark = {name: repaint(svg, LIGHT, DARK) for name, svg in light.items()}
-    dark |= draw_pictures(data, DARK, ["coverage"])  # which has a colour map
+    mapped = [name for name in ("coverage", "flow", "growth") if name in data]
+    dark |= draw_pictures(data, DARK, mapped)  # they have a colour map
     texts = {f"{name}.svg": svg for name, svg in light.items()}
     texts["report.json"] = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     texts["report.html"] = render_page(data, light, dark)
@@ -71,7 +70,10 @@ def write_report(data: dict[str, Any], target: Path) -> None:
 def _move(folder: Path, target: Path) -> None:
     if target.exists():
         for name in FILES:
-            os.replace(folder / name, target / name)
+            if (folder / name).exists():
+                os.replace(folder / name, target / name)
+            else:  # of an earlier report that answered more
+                (target / name).unlink(missing_ok=True)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     os.rename(folder, target)

@@ -1,24 +1,31 @@
 """The four pictures of the report. Each function draws on the axes it is given, or makes a figure of its own.
 
-A picture is reached through its axes: `plots.plot_reach(reach).figure.savefig("reach.pdf")`. No pyplot state
+A picture is reached through its axes: `pictures.draw_reach(reach).figure.savefig("reach.pdf")`. No pyplot state
 is read or changed; matplotlib is imported when something is drawn.
 """
 
-import math
-import warnings
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from jbptt.report.themes import LIGHT, Theme, style, to_svg
+from jbptt.report.axes import (
+    draw_matrix,
+    label_characters,
+    legend_below,
+    log_scale,
+    new_axes,
+    numbers,
+    positive,
+    round_ticks,
+    visible,
+)
+from jbptt.report.themes import LIGHT, Theme
 
 CELL_MARKERS = {"rnn": "o", "gru": "s", "lstm": "^"}
 STRATEGIES = (("sliding", "-", "o"), ("block", (0, (5, 2)), "s"))
-PICTURES: tuple[str, ...] = ("coverage", "reach", "windows", "learning")
 
 
-def plot_coverage(coverage: dict[str, Any], *, axes: Any = None, theme: Theme = LIGHT) -> Any:
+def draw_coverage(coverage: dict[str, Any], *, axes: Any = None, theme: Theme = LIGHT) -> Any:
     """Three matrices C[t, i]: how much of the loss at character t each strategy sends back to character i.
 
     Returns: the three axes (full, fixed, randomized). Grey pairs are cut; a weight above 1 makes up for
@@ -26,8 +33,8 @@ def plot_coverage(coverage: dict[str, Any], *, axes: Any = None, theme: Theme = 
     """
     from matplotlib.colors import LogNorm
 
-    axes = _new_axes((10.8, 5.0), 1, 3, axes)
-    labels = [_visible(character) for character in coverage["characters"]]
+    axes = new_axes((10.8, 5.0), 1, 3, axes)
+    labels = [visible(character) for character in coverage["characters"]]
     matrices = {name: np.asarray(matrix, float) for name, matrix in coverage["matrices"].items()}
     largest = max([2.0, *(float(matrix.max()) for matrix in matrices.values())])
     smallest = min([1.0, *(float(matrix[matrix > 0].min()) for matrix in matrices.values() if (matrix > 0).any())])
@@ -39,24 +46,24 @@ def plot_coverage(coverage: dict[str, Any], *, axes: Any = None, theme: Theme = 
     }
     mesh = None
     for ax, (name, matrix) in zip(axes, matrices.items(), strict=True):
-        mesh = _draw_matrix(ax, matrix, norm, theme)
+        mesh = draw_matrix(ax, matrix, norm, theme)
         ax.set_title(f"{titles[name]}\n{coverage['pairs'][name]} of {coverage['pairs']['full']} pairs")
-        _label_characters(ax, labels)
+        label_characters(ax, labels)
         ax.set_xlabel("source: character i")
     axes[0].set_ylabel("loss: character t")
     bar = axes[0].figure.colorbar(mesh, ax=list(axes), orientation="horizontal", shrink=0.5, aspect=45, pad=0.02)
-    bar.set_ticks(_round_ticks(smallest, largest), labels=[f"{t:g}" for t in _round_ticks(smallest, largest)])
+    bar.set_ticks(round_ticks(smallest, largest), labels=[f"{t:g}" for t in round_ticks(smallest, largest)])
     bar.minorticks_off()
     bar.set_label("weight C[t, i] of a pair (grey: cut, weight 0; blank: the future)")
     bar.outline.set_visible(False)
     return axes
 
 
-def plot_reach(reach: dict[str, Any], *, ax: Any = None, theme: Theme = LIGHT) -> Any:
+def draw_reach(reach: dict[str, Any], *, ax: Any = None, theme: Theme = LIGHT) -> Any:
     """Mean norm of the gradient by lag, log scale: dashed before training, solid after."""
     from matplotlib.ticker import MaxNLocator
 
-    ax = _new_axes((8.6, 5.0), 1, 1, ax)
+    ax = new_axes((8.6, 5.0), 1, 1, ax)
     lags = np.asarray(reach["lags"])
     cells = list(dict.fromkeys(curve["cell"] for curve in reach["curves"]))
     colours = dict(zip(cells, theme.lines, strict=False))
@@ -65,7 +72,7 @@ def plot_reach(reach: dict[str, Any], *, ax: Any = None, theme: Theme = LIGHT) -
         zero = _mark_zeros(ax, lags, curve, colours[curve["cell"]])
         ax.plot(
             lags,
-            _positive(curve["norms"]),
+            positive(curve["norms"]),
             color=colours[curve["cell"]],
             linestyle="-" if after else (0, (4, 2)),
             marker=CELL_MARKERS.get(curve["cell"], "o"),
@@ -74,18 +81,18 @@ def plot_reach(reach: dict[str, Any], *, ax: Any = None, theme: Theme = LIGHT) -
             markerfacecolor=None if after else theme.paper,
             label=f"{curve['cell']} {curve['stage']}: {_half_life(curve)}{zero}",
         )
-    norms = _positive([norm for curve in reach["curves"] for norm in curve["norms"]])
-    _log_scale(ax, "y", norms, (1,))
+    norms = positive([norm for curve in reach["curves"] for norm in curve["norms"]])
+    log_scale(ax, "y", norms, (1,))
     if np.isfinite(norms).any():
         ax.set_ylim(bottom=max(ax.get_ylim()[0], 1e-12 * np.nanmax(norms)))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("lag k: steps between a loss and the carry it flows back to")
     ax.set_ylabel("mean norm of the gradient at lag k")
-    _legend_below(ax, max(1, len(cells)), "before (dashed) and after (solid) training; half-life in steps")
+    legend_below(ax, max(1, len(cells)), "before (dashed) and after (solid) training; half-life in steps")
     return ax
 
 
-def plot_windows(windows: dict[str, Any], *, axes: Any = None, theme: Theme = LIGHT) -> Any:
+def draw_windows(windows: dict[str, Any], *, axes: Any = None, theme: Theme = LIGHT) -> Any:
     """What each window leaves (error, cosine) and what it costs (time, memory); one column of axes per cell.
 
     Returns: axes [4, cells]. Rings mark the windows that keep 10 % and 1 %.
@@ -93,7 +100,7 @@ def plot_windows(windows: dict[str, Any], *, axes: Any = None, theme: Theme = LI
     from matplotlib.ticker import FuncFormatter
 
     models = windows["models"]
-    axes = _new_axes((2.4 + 3.0 * len(models), 9.2), 4, len(models), axes, sharex="col", sharey="row")
+    axes = new_axes((2.4 + 3.0 * len(models), 9.2), 4, len(models), axes, sharex="col", sharey="row")
     axes = np.asarray(axes).reshape(4, len(models))
     for column, model in zip(axes.T, models, strict=True):
         _draw_error(column[0], model, theme)
@@ -106,10 +113,10 @@ def plot_windows(windows: dict[str, Any], *, axes: Any = None, theme: Theme = LI
         column[3].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     costs = [cost for model in models for cost in model["costs"]]
     curves = [model[strategy] for model in models for strategy, *_ in STRATEGIES]
-    _log_scale(axes[0, 0], "y", [e for curve in curves for e in curve["relative_error"]] + [0.01, 0.1], (1,))
+    log_scale(axes[0, 0], "y", [e for curve in curves for e in curve["relative_error"]] + [0.01, 0.1], (1,))
     axes[0, 0].set_ylim(bottom=max(axes[0, 0].get_ylim()[0], 1e-4))
     for row, field in ((2, "seconds"), (3, "temporary_bytes")):
-        _log_scale(axes[row, 0], "y", [cost[field] for cost in costs])
+        log_scale(axes[row, 0], "y", [cost[field] for cost in costs])
     for row, label in enumerate(("relative error", "cosine", "time (ms)", "memory (MiB)")):
         axes[row, 0].set_ylabel(label)
     handles, labels = axes[3, 0].get_legend_handles_labels()
@@ -119,22 +126,22 @@ def plot_windows(windows: dict[str, Any], *, axes: Any = None, theme: Theme = LI
     return axes
 
 
-def plot_learning(learning: dict[str, Any], *, ax: Any = None, theme: Theme = LIGHT) -> Any:
+def draw_learning(learning: dict[str, Any], *, ax: Any = None, theme: Theme = LIGHT) -> Any:
     """Held-out perplexity by characters read: the mean over seeds, and a band of one standard deviation."""
     from matplotlib.ticker import FuncFormatter
 
-    ax = _new_axes((8.6, 4.8), 1, 1, ax)
+    ax = new_axes((8.6, 4.8), 1, 1, ax)
     read = np.asarray(learning["characters_read"], float)
     styles = zip(learning["strategies"], theme.lines, ("o", "s", "^"), ("-", (0, (5, 2)), "-."), strict=False)
     for strategy, colour, marker, linestyle in styles:
-        runs = _numbers(strategy["perplexity"]).reshape(len(read), -1)
+        runs = numbers(strategy["perplexity"]).reshape(len(read), -1)
         mean = runs.mean(axis=1)
         spread = runs.std(axis=1, ddof=1) if runs.shape[1] > 1 else np.zeros_like(mean)
         label = f"{strategy['name']} ({strategy['detail']})"
         ax.plot(read, mean, color=colour, linestyle=linestyle, marker=marker, markersize=5, label=label)
         ax.fill_between(read, mean - spread, mean + spread, color=colour, alpha=0.22, linewidth=0)
     # What the untrained model scores would press all differences flat: its point may lie above the picture.
-    trained = _numbers([strategy["perplexity"][1:] for strategy in learning["strategies"]])
+    trained = numbers([strategy["perplexity"][1:] for strategy in learning["strategies"]])
     if len(read) > 2 and np.isfinite(trained).any():
         low, high = np.nanmin(trained), np.nanmax(trained)
         margin = 0.05 * (high - low) or 0.05 * high
@@ -143,65 +150,13 @@ def plot_learning(learning: dict[str, Any], *, ax: Any = None, theme: Theme = LI
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     ax.set_xlabel("characters read in training")
     ax.set_ylabel("held-out perplexity per character")
-    _legend_below(ax, len(learning["strategies"]), "mean of the seeds; band: one standard deviation")
+    legend_below(ax, len(learning["strategies"]), "mean of the seeds; band: one standard deviation")
     return ax
-
-
-def draw_pictures(data: dict[str, Any], theme: Theme = LIGHT, names: Iterable[str] = PICTURES) -> dict[str, str]:
-    """The pictures of a study as SVG text, by name: `coverage`, `reach`, `windows`, `learning`.
-
-    The same data gives the same bytes: no date, fixed ids, letters drawn as paths.
-    """
-    import matplotlib
-
-    drawn_by: tuple = (plot_coverage, plot_reach, plot_windows, plot_learning)
-    functions = dict(zip(PICTURES, drawn_by, strict=True))
-    pictures = {}
-    with matplotlib.rc_context(style(theme)), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        for name in names:
-            drawn = functions[name](data[name], theme=theme)
-            pictures[name] = to_svg(np.ravel(drawn)[0].figure)
-    return pictures
-
-
-def _new_axes(size: tuple[float, float], rows: int, columns: int, axes: Any, **shared: Any) -> Any:
-    """The axes given, or those of a new figure of `size` inches."""
-    if axes is not None:
-        return axes
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=size, layout="constrained").subplots(rows, columns, **shared)
-
-
-def _numbers(values: Any) -> np.ndarray:
-    """`values` as floats, None as NaN."""
-    return np.array(values, dtype=object).astype(float)
-
-
-def _positive(values: Iterable[float | None]) -> np.ndarray:
-    """`values` with NaN for all that a log axis cannot show: None, zero, negative."""
-    numbers = _numbers(values)
-    return np.where(numbers > 0, numbers, np.nan)
-
-
-def _log_scale(ax: Any, axis: str, values: Iterable[float | None], steps: tuple[float, ...] = (1, 2, 5)) -> None:
-    """A log axis with plain numbers at `steps` times powers of ten, unless nothing on it is positive."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    ax.grid(True)
-    if not np.isfinite(_positive(list(values))).any():
-        return
-    ax.set(**{f"{axis}scale": "log"})
-    ruler = getattr(ax, f"{axis}axis")
-    ruler.set_major_locator(LogLocator(subs=steps))
-    ruler.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ruler.set_minor_formatter(NullFormatter())
 
 
 def _mark_zeros(ax: Any, lags: np.ndarray, curve: dict[str, Any], colour: str) -> str:
     """A triangle on the lower edge where a curve leaves the log axis because the norm is exactly 0."""
-    zeros = np.flatnonzero(_numbers(curve["norms"]) == 0)
+    zeros = np.flatnonzero(numbers(curve["norms"]) == 0)
     if not zeros.size:
         return ""
     place = {"transform": ax.get_xaxis_transform(), "clip_on": False, "linestyle": "none"}
@@ -209,54 +164,10 @@ def _mark_zeros(ax: Any, lags: np.ndarray, curve: dict[str, Any], colour: str) -
     return f", 0 at lag {lags[zeros[0]]}"
 
 
-def _legend_below(ax: Any, num_columns: int, title: str) -> None:
-    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.12), "ncols": num_columns}
-    ax.legend(title=title, title_fontsize=9, frameon=False, fontsize=9, **place)
-
-
 def _half_life(curve: dict[str, Any]) -> str:
     if curve["verdict"] == "non-finite":
         return "not finite"
     return "does not halve" if curve["half_life"] is None else f"half-life {curve['half_life']:.3g}"
-
-
-def _visible(character: str) -> str:
-    """One printable letter for any character: a space, a line end or a tab shows as a sign."""
-    signs = {" ": "␣", "\n": "↵", "\t": "⇥"}
-    return signs.get(character, character if character.isprintable() else "·")
-
-
-def _label_characters(ax: Any, labels: list[str]) -> None:
-    font = {"family": "DejaVu Sans Mono", "size": 7.5}
-    ax.set_xticks(np.arange(len(labels)) + 0.5, labels=labels, fontdict=font)
-    ax.set_yticks(np.arange(len(labels)) + 0.5, labels=labels, fontdict=font)
-    for label in (*ax.get_xticklabels(), *ax.get_yticklabels()):
-        label.set_parse_math(False)
-
-
-def _draw_matrix(ax: Any, matrix: np.ndarray, norm: Any, theme: Theme) -> Any:
-    import matplotlib
-    from matplotlib.colors import ListedColormap
-
-    name, low, high = theme.shades
-    shades = matplotlib.colormaps[name](np.linspace(low, high, 256))
-    size = len(matrix)
-    cut = np.ma.masked_where((matrix > 0) | np.triu(np.ones_like(matrix, bool), 1), np.ones_like(matrix))
-    # "none" stores one pixel per pair, and the browser scales it without blur.
-    place = {"interpolation": "none", "extent": (0, size, size, 0)}
-    ax.imshow(cut, cmap=ListedColormap([theme.cut]), **place)
-    image = ax.imshow(np.ma.masked_where(matrix <= 0, matrix), cmap=ListedColormap(shades), norm=norm, **place)
-    for draw_lines in (ax.hlines, ax.vlines):
-        draw_lines(np.arange(1, size), 0, size, color=theme.paper, linewidth=0.7)
-    ax.tick_params(length=0, pad=2)
-    return image
-
-
-def _round_ticks(smallest: float, largest: float) -> list[float]:
-    """1, 2 and 5 times powers of ten between the two."""
-    decades = range(math.floor(math.log10(smallest)), math.ceil(math.log10(largest)) + 1)
-    ticks = [factor * 10.0**decade for decade in decades for factor in (1, 2, 5)]
-    return [tick for tick in ticks if smallest * 0.999 <= tick <= largest * 1.001]
 
 
 def _draw_error(ax: Any, model: dict[str, Any], theme: Theme) -> None:
@@ -266,7 +177,7 @@ def _draw_error(ax: Any, model: dict[str, Any], theme: Theme) -> None:
             text, (0, level), (3, 2), ax.get_yaxis_transform(), "offset points", color=theme.muted, fontsize=8.5
         )
     for (strategy, linestyle, _), colour in zip(STRATEGIES, theme.lines, strict=False):
-        error = _positive(model[strategy]["relative_error"])
+        error = positive(model[strategy]["relative_error"])
         ax.plot(model["windows"], error, color=colour, linestyle=linestyle)
         for window in model[strategy]["recommended"].values():
             if window in model["windows"]:
@@ -276,7 +187,7 @@ def _draw_error(ax: Any, model: dict[str, Any], theme: Theme) -> None:
 
 def _draw_cosine(ax: Any, model: dict[str, Any], theme: Theme) -> None:
     for (strategy, linestyle, _), colour in zip(STRATEGIES, theme.lines, strict=False):
-        ax.plot(model["windows"], _numbers(model[strategy]["cosine"]), color=colour, linestyle=linestyle)
+        ax.plot(model["windows"], numbers(model[strategy]["cosine"]), color=colour, linestyle=linestyle)
     ax.grid(True)
 
 
@@ -285,8 +196,8 @@ def _draw_cost(ax: Any, model: dict[str, Any], field: str, scale: float, theme: 
     for (strategy, linestyle, marker), colour in zip(STRATEGIES, theme.lines, strict=False):
         costs = sorted((c for c in model["costs"] if c["strategy"] == strategy), key=lambda cost: cost["window"])
         places = [cost["window"] for cost in costs]
-        values = _positive([cost[field] for cost in costs]) * scale
-        spread = _numbers([cost["seconds_spread"] for cost in costs]) * scale if field == "seconds" else None
+        values = positive([cost[field] for cost in costs]) * scale
+        spread = numbers([cost["seconds_spread"] for cost in costs]) * scale if field == "seconds" else None
         style = {"color": colour, "linestyle": linestyle, "marker": marker, "markersize": 4.5, "capsize": 2.5}
         ax.errorbar(places, values, spread, label="sliding" if strategy == "sliding" else "blocks", **style)
     for cost in model["costs"]:

@@ -24,17 +24,6 @@ _VERBS = {
 }
 
 
-def write_sentences(data: dict[str, Any]) -> dict[str, str]:
-    """The sentences of all four pictures, by the picture's name."""
-    sentences = {
-        "coverage": describe_coverage(data["coverage"]),
-        "reach": describe_reach(data["reach"]),
-        "windows": describe_windows(data["windows"]),
-        "learning": describe_learning(data["learning"]),
-    }
-    return {name: sentence.replace(" %", "\u00a0%") for name, sentence in sentences.items()}  # no line break before %
-
-
 def describe_coverage(coverage: dict[str, Any]) -> str:
     """How many pairs each strategy covers, and how much weight the random one puts on those it keeps."""
     pairs, total = coverage["pairs"], coverage["pairs"]["full"]
@@ -61,7 +50,7 @@ def describe_reach(reach: dict[str, Any]) -> str:
     groups: dict[str, list[str]] = {}
     for curve in after:
         groups.setdefault(curve["verdict"], []).append(f"the {curve['cell']}{_how_far(curve, reach['lags'][-1])}")
-    clauses = [f"{_VERBS[verdict]} in {_join(names)}" for verdict, names in groups.items()]
+    clauses = [f"{_VERBS[verdict]} in {join_words(names)}" for verdict, names in groups.items()]
     changes = [
         _change(cell, curves[cell, "before"], curves[cell, "after"])
         for cell in cells
@@ -78,13 +67,13 @@ def describe_windows(windows: dict[str, Any]) -> str:
         f"{_needs(model, 'block')} steps"
         for model, verb in zip(windows["models"], ("needs ", "", ""), strict=False)
     ]
-    sentence = f"For at most 10 % (1 %) of gradient error, {_join(needs)}."
+    sentence = f"For at most 10 % (1 %) of gradient error, {join_words(needs)}."
     costs = [cost for model in windows["models"] if (cost := _block_cost(model))]
     if not costs:
         return sentence
     return (
         f"{sentence} At the measured block size next to that for 10 %, one gradient takes these parts of the time and "
-        f"temporary memory of full BPTT: {_join(costs)}."
+        f"temporary memory of full BPTT: {join_words(costs)}."
     )
 
 
@@ -163,7 +152,8 @@ def _block_cost(model: dict[str, Any]) -> str:
     return f"{parts[0]} and {parts[1]} with blocks of {cost['window']} ({model['cell']})"
 
 
-def _join(words: list[str]) -> str:
+def join_words(words: list[str]) -> str:
+    """`a, b and c`."""
     words = [word for word in words if word]
     return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
 

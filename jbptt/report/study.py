@@ -13,6 +13,7 @@ import numpy as np
 
 from jbptt import truncation, validation
 from jbptt.experiments import tasks
+from jbptt.report import anatomy
 from jbptt.report.learning import learn
 from jbptt.report.measurements import (
     FULL,
@@ -20,6 +21,7 @@ from jbptt.report.measurements import (
     Progress,
     build,
     find_windows,
+    first,
     in_parallel,
     reach,
     train_fully,
@@ -81,24 +83,39 @@ def run_study(settings: Settings, text: str, progress: Callable[[str, float], No
     plan = QUICK if settings.quick else FULL
     task = tasks.text(text, num_steps=settings.num_steps, batch_size=settings.batch_size)
     names = tuple(dict.fromkeys(settings.cell))
-    with_windows = [plan.windows_of_all_cells or name == names[-1] for name in names]
+    last = len(names) - 1
+    chosen = range(len(names)) if plan.windows_of_all_cells else [last]
     count = Progress(progress, plan.total_work(len(names)))
 
-    def study(i: int):
-        model, device = build(names[i], settings, task, plan), jax.devices()[i % jax.device_count()]
-        learned = None
-        if i == len(names) - 1:  # the last model learns with every strategy, the others with full BPTT only
-            learned, trained = learn(model, task, plan, settings, count)
-        else:
-            trained = train_fully(model, task, plan, count, device)
-        curves = reach(trained, count, device)
-        return learned, trained, curves, find_windows(trained, count, device) if with_windows[i] else None
+    def teach(i: int):
+        """The last model learns with every strategy, the others with full BPTT only."""
+        model = build(names[i], settings, task, plan)
+        if i == last:
+            return learn(model, task, plan, settings, count)
+        return None, train_fully(model, task, plan, count, jax.devices()[i % jax.device_count()])
 
-    # The last, which takes longest, begins. What is timed waits until everything else is done.
-    results = in_parallel(count, [partial(study, i) for i in reversed(range(len(names)))])[::-1]
-    learned = results[-1][0]
-    curves = [curve for _, _, curves, _ in results for curve in curves]
-    measured = [windows(trained, found, plan, count) for _, trained, _, found in results if found is not None]
+    def beside():
+        """What needs none of the trained models."""
+        rnn = build("rnn", settings, task, plan)
+        found = {"growth": anatomy.growth(rnn, first(task.heldout), count)}
+        found["powers"] = anatomy.exercises(settings.seed, count)
+        return found | ({"remedies": anatomy.remedies(settings.seed, count)} if plan.remedies else {})
+
+    # What takes longest begins. What is timed waits until everything else is done.
+    *taught, others = in_parallel(count, [*(partial(teach, i) for i in reversed(range(len(names)))), beside])
+    trained = [found for _, found in reversed(taught)]
+
+    def look(function: Callable, i: int, *more: Any):
+        return partial(function, trained[i], *more, count, jax.devices()[i % jax.device_count()])
+
+    jobs = [look(find_windows, i) for i in chosen]
+    jobs += [look(anatomy.spectra, i, task.heldout, plan) for i in chosen]
+    jobs += [look(reach, i) for i in range(len(names))]
+    *looked, flow = in_parallel(count, [*jobs, look(anatomy.flow, last)])
+    size = len(chosen)
+    diagnoses, spectra, curves = looked[:size], looked[size : 2 * size], looked[2 * size :]
+    measured = [windows(trained[i], found, plan, count) for i, found in zip(chosen, diagnoses, strict=True)]
+    curves = [curve for found in curves for curve in found]
     result = {
         "schema_version": SCHEMA_VERSION,
         "seed": settings.seed,
@@ -113,7 +130,10 @@ def run_study(settings: Settings, text: str, progress: Callable[[str, float], No
         "coverage": _coverage(text, settings),
         "reach": {"lags": list(range(len(curves[0]["norms"]))), "curves": curves},
         "windows": {"models": measured},
-        "learning": learned,
+        "learning": taught[0][0],
+        "flow": flow,
+        "spectra": {"models": [model for found in spectra for model in found]},
+        **others,
     }
     return to_json(result)
 

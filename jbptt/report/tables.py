@@ -155,13 +155,3 @@ def summary_table(data: dict[str, Any]) -> Table:
         ]
         rows.append((model["cell"], curve["verdict"], format_half_life(curve), *windows))
     return Table("After training: half-life of the gradient, window (steps) for an error of", columns, rows)
-
-
-def make_tables(data: dict[str, Any]) -> dict[str, Table]:
-    """The table of each picture, by the picture's name."""
-    return {
-        "coverage": coverage_table(data["coverage"]),
-        "reach": reach_table(data["reach"]),
-        "windows": windows_table(data["windows"]),
-        "learning": learning_table(data["learning"]),
-    }

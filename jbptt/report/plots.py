@@ -1,0 +1,229 @@
+"""A picture of each result: `plot_*(result, *, ax=None) -> Axes`. Public as `jbptt.plots`.
+
+Each draws on the axes given, or on those of a new figure (`plots.plot_lag_profile(profile).figure.savefig(...)`).
+No pyplot state is read or changed, and matplotlib is imported when something is drawn. Results are those of
+one model: from a vmapped analysis pass one element.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from jbptt.report.axes import draw_matrix, label_characters, log_scale, new_axes, positive, visible
+from jbptt.report.themes import LIGHT, Theme
+
+_SIZE = (7.0, 4.4)
+
+
+def plot_coverage(coverage: Any, *, labels: str | None = None, ax: Any = None, theme: Theme = LIGHT) -> Any:
+    """A coverage matrix `[T, T]`: grey pairs are cut, blank ones lie in the future.
+
+    Args:
+      coverage: C[t, i], as from `truncation.coverage` or `testing.measured_coverage`.
+      labels: T characters to write beside the steps.
+      ax: the axes to draw on.
+      theme: colours.
+    """
+    from matplotlib.colors import Normalize
+
+    ax = new_axes((5.4, 4.8), 1, 1, ax)
+    matrix = np.asarray(coverage, float)
+    mesh = draw_matrix(ax, matrix, Normalize(0, max(1.0, float(matrix.max()))), theme)
+    if labels is not None:
+        label_characters(ax, [visible(character) for character in labels])
+    _matrix_axes(ax, mesh, "source: step i", "loss: step t", "weight C[t, i]")
+    return ax
+
+
+def plot_gradient_flow(flow: Any, *, ax: Any = None, theme: Theme = LIGHT) -> Any:
+    """A heat map of F[t, s], log scale: how much the loss at step t depends on the carry that enters step s."""
+    from matplotlib.colors import LogNorm
+
+    ax = new_axes((5.4, 4.8), 1, 1, ax)
+    matrix = np.asarray(flow, float)
+    finite = matrix[np.isfinite(matrix) & (matrix > 0)]
+    largest = float(finite.max()) if finite.size else 1.0
+    smallest = max(float(finite.min()) if finite.size else 0.1, 1e-8 * largest)
+    norm = LogNorm(min(smallest, 0.5 * largest), largest, clip=True)
+    mesh = draw_matrix(ax, matrix, norm, theme)
+    _matrix_axes(ax, mesh, "carry that enters step s", "loss: step t", "RMS norm of ∂loss_t / ∂carry_s")
+    return ax
+
+
+def _matrix_axes(ax: Any, mesh: Any, xlabel: str, ylabel: str, label: str) -> None:
+    ax.set_xlabel(xlabel)
+    ax.set_ylabel(ylabel)
+    bar = ax.figure.colorbar(mesh, ax=ax, shrink=0.85)
+    bar.set_label(label)
+    bar.outline.set_visible(False)
+
+
+def plot_adjoints(adjoints: Any, *, ax: Any = None, theme: Theme = LIGHT) -> Any:
+    """The norm of ∂L/∂carries[t] by step, over all examples, one line for each leaf of the carry; log scale."""
+    ax = new_axes(_SIZE, 1, 1, ax)
+    for leaf, name, colour in _leaves(adjoints.cotangents, theme):
+        norms = np.linalg.norm(np.asarray(leaf, float).reshape(len(leaf), -1), axis=1)
+        ax.plot(positive(norms), color=colour, label=f"carry{name}")
+    _lines(ax, "step t", "norm of ∂L / ∂carries[t]", log=True)
+    return ax
+
+
+def plot_lag_profile(profile: Any, *, ax: Any = None, theme: Theme = LIGHT) -> Any:
+    """The gradient by lag, log scale: of one loss in the carry, and of all losses in the parameters.
+
+    A profile by leaf gives one line for each leaf.
+    """
+    ax = new_axes(_SIZE, 1, 1, ax)
+    for field, linestyle, what in (("cotangent_norms", "-", "carry"), ("grad_norms", (0, (4, 2)), "params")):
+        for norms, name, colour in _leaves(getattr(profile, field), theme):
+            ax.plot(positive(norms), color=colour, linestyle=linestyle, label=f"{what}{name}")
+    _lines(ax, "lag k: steps between a loss and the step it flows back to", "gradient norm at lag k", log=True)
+    return ax
+
+
+def plot_truncation_curve(curve: Any, *, ax: Any = None, theme: Theme = LIGHT) -> Any:
+    """Relative error by window, log-log: sliding windows solid, blocks (averaged over their phase) dashed."""
+    ax = new_axes(_SIZE, 1, 1, ax)
+    for level, text in ((0.1, "10 %"), (0.01, "1 %")):
+        ax.axhline(level, color=theme.muted, linewidth=0.9, linestyle=":")
+        ax.annotate(text, (0, level), (3, 2), ax.get_yaxis_transform(), "offset points", color=theme.muted, fontsize=8)
+    for field, linestyle, what in (("relative_error", "-", "sliding"), ("block_relative_error", (0, (5, 2)), "blocks")):
+        for error, name, colour in _leaves(getattr(curve, field), theme):
+            ax.plot(curve.windows, positive(error), color=colour, linestyle=linestyle, label=f"{what} {name}".strip())
+    _lines(ax, "window (steps)", "relative error of the gradient", log=True)
+    ax.set_ylim(bottom=max(ax.get_ylim()[0], 1e-6))
+    _powers_of_two(ax)
+    return ax
+
+
+def plot_gradient_sources(sources: Any, *, ax: Any = None, theme: Theme = LIGHT) -> Any:
+    """Which steps the gradient comes from: each step's share of it, all of which add up to 1."""
+    ax = new_axes(_SIZE, 1, 1, ax)
+    shares = np.asarray(sources.shares, float)
+    ax.bar(np.arange(len(shares)), shares, width=1.0, color=theme.lines[0])
+    ax.axhline(0, color=theme.muted, linewidth=0.8)
+    _lines(ax, "source: step i", "share of the gradient", legend=False)
+    return ax
+
+
+def plot_cost(cost: Any, *, ax: Any = None, theme: Theme = LIGHT) -> Any:
+    """Median time of one update of each estimator, with half the interquartile range, and its temporary memory."""
+    ax = new_axes(_SIZE, 1, 1, ax)
+    places = np.arange(len(cost.names))
+    ax.barh(places, 1e3 * cost.median_seconds, xerr=1e3 * cost.spread_seconds, color=theme.lines[0], capsize=3)
+    labels = [f"{name}\n{size / 2**20:.3g} MiB" for name, size in zip(cost.names, cost.temporary_bytes, strict=True)]
+    ax.set_yticks(places, labels=labels)
+    ax.invert_yaxis()
+    _lines(ax, "time of one update (ms)", "", legend=False)
+    return ax
+
+
+def plot_jacobian_products(products: Any, *, ax: Any = None, theme: Theme = LIGHT) -> Any:
+    """Every singular value of the product of Jacobians by span, natural logarithm; the largest is its norm."""
+    ax = new_axes(_SIZE, 1, 1, ax)
+    values = np.asarray(products.log_singular_values, float)
+    finite = np.where(np.isfinite(values), values, np.nan)
+    ax.plot(products.spans, finite, color=theme.muted, linewidth=0.8, alpha=0.7)
+    ax.plot(products.spans, finite[:, 0], color=theme.lines[0], marker="o", markersize=4, label="largest")
+    ax.plot(products.spans, finite[:, -1], color=theme.lines[1], marker="s", markersize=4, label="smallest")
+    _lines(ax, "span (steps)", "ln singular value of the product of Jacobians")
+    return ax
+
+
+def plot_gate_paths(paths: Any, *, ax: Any = None, theme: Theme = LIGHT) -> Any:
+    """How much of ∂carry_{t+1}/∂carry_t passes through each gate, by step (Frobenius norms)."""
+    import matplotlib
+
+    ax = new_axes(_SIZE, 1, 1, ax)
+    colours = [*theme.lines, theme.ink, theme.muted, matplotlib.colormaps["tab10"](6)]
+    for name, norms, colour in zip(paths.names, np.asarray(paths.norms, float).T, colours, strict=False):
+        ax.plot(positive(norms), color=colour, label=name)
+    _lines(ax, "step t", "norm of the path's Jacobian", log=True)
+    return ax
+
+
+def plot_lyapunov_spectrum(spectrum: Any, *, ax: Any = None, theme: Theme = LIGHT) -> Any:
+    """The exponents in descending order, with two standard errors; above 0 the gradient grows."""
+    ax = new_axes(_SIZE, 1, 1, ax)
+    exponents = np.asarray(spectrum.exponents, float)
+    errors = np.nan_to_num(2 * np.asarray(spectrum.standard_errors, float))
+    places = np.arange(1, len(exponents) + 1)
+    finite = np.isfinite(exponents)
+    ax.axhline(0, color=theme.muted, linewidth=0.9, linestyle=":")
+    style = {"color": theme.lines[0], "marker": "o", "markersize": 3.5, "linewidth": 1.0, "capsize": 2}
+    ax.errorbar(places[finite], exponents[finite], errors[finite], **style)
+    if not finite.all():
+        ax.set_title(f"{int(np.sum(~finite))} of {len(exponents)} exponents are not finite")
+    _lines(ax, "number of the exponent", "Lyapunov exponent (nats per step)", legend=False)
+    return ax
+
+
+def plot_alignment(alignment: Any, *, ax: Any = None, theme: Theme = LIGHT) -> Any:
+    """How fast vectors turn into one direction: the sine of the angle left, log scale, and the fitted rate.
+
+    Of `powers.alignment` (applications of the matrix) or `adjoint_alignment` (steps back).
+    """
+    ax = new_axes(_SIZE, 1, 1, ax)
+    misalignment = positive(alignment.misalignment)
+    ax.plot(misalignment, color=theme.lines[0], marker="o", markersize=3, linestyle="none", label="measured")
+    rate, places = float(alignment.rate), np.arange(len(misalignment))
+    start = next((k for k in places[len(places) // 4 :] if np.isfinite(misalignment[k])), None)
+    if start is not None and np.isfinite(rate):
+        line = misalignment[start] * np.exp(rate * (places - start))
+        ax.plot(places, positive(line), color=theme.lines[1], label=f"rate {rate:.3g} per step")
+    _lines(ax, "steps", "sine of the angle to the direction", log=True)
+    finite = misalignment[np.isfinite(misalignment)]
+    if finite.size:
+        ax.set_ylim(0.3 * finite.min(), 3.0)
+    return ax
+
+
+def plot_eigenvalues(eigenvalues: Any, *, ax: Any = None, theme: Theme = LIGHT) -> Any:
+    """Eigenvalues in the complex plane, with the unit circle: those inside vanish in powers, those outside explode."""
+    ax = new_axes((5.0, 4.8), 1, 1, ax)
+    values, circle = np.asarray(eigenvalues, complex), np.exp(1j * np.linspace(0, 2 * np.pi, 200))
+    ax.plot(np.real(circle), np.imag(circle), color=theme.muted, linewidth=0.9, linestyle=":")
+    ax.plot(np.real(values), np.imag(values), "o", color=theme.lines[0], markersize=4)
+    ax.set_aspect("equal", "datalim")
+    _lines(ax, "real part", "imaginary part", legend=False)
+    return ax
+
+
+def plot_diagnosis(diagnosis: Any, *, ax: Any = None, theme: Theme = LIGHT) -> Any:
+    """The truncation curve of a diagnosis, with rings where its recommended windows are."""
+    ax = plot_truncation_curve(diagnosis.curve, ax=ax, theme=theme)
+    for windows, errors, colour in (
+        (diagnosis.sliding_window, diagnosis.curve.relative_error, theme.lines[0]),
+        (diagnosis.block_window, diagnosis.curve.block_relative_error, theme.lines[0]),
+    ):
+        for window in np.asarray(windows):
+            if 0 < window <= len(errors):
+                place = {"color": colour, "markerfacecolor": "none", "markersize": 9, "markeredgewidth": 1.6}
+                ax.plot(window, positive([errors[window - 1]]), "o", **place)
+    ax.set_title(f"{diagnosis.verdict} over {diagnosis.num_steps} steps; rings: recommended windows")
+    return ax
+
+
+def _leaves(tree: Any, theme: Theme) -> list[tuple[Any, str, str]]:
+    """Leaves, their names and a colour for each; one nameless leaf for an array."""
+    found = jax.tree_util.tree_leaves_with_path(tree)
+    colours = [*theme.lines, theme.ink, theme.muted]
+    return [(leaf, jax.tree_util.keystr(path), colours[i % len(colours)]) for i, (path, leaf) in enumerate(found)]
+
+
+def _lines(ax: Any, xlabel: str, ylabel: str, *, log: bool = False, legend: bool = True) -> None:
+    ax.set_xlabel(xlabel)
+    ax.set_ylabel(ylabel)
+    ax.grid(True)
+    if log:
+        log_scale(ax, "y", [value for line in ax.get_lines() for value in np.ravel(line.get_ydata())], (1,))
+    if legend:
+        ax.legend(frameon=False, fontsize=9)
+
+
+def _powers_of_two(ax: Any) -> None:
+    from matplotlib.ticker import FuncFormatter
+
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -1,0 +1,113 @@
+"""One picture for each result: on the axes given, with what the result says in it."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import problems
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from matplotlib.figure import Figure
+
+import jbptt
+from jbptt import plots, powers, truncation
+
+
+@pytest.fixture(scope="module")
+def results():
+    """Every result of one small lstm, and of a matrix."""
+    step, loss, params, carry, batch = problems.make("lstm", 8)
+    common = step, loss, params, carry, batch
+
+    @jax.jit
+    def run():
+        one = jax.tree.map(lambda a: a[0], carry)
+        xs = batch.xs[:, 0]
+        return {
+            "coverage": truncation.coverage(truncation.fixed(8, 3)),
+            "gradient_flow": jbptt.gradient_flow(*common),
+            "adjoints": jbptt.adjoints(*common),
+            "lag_profile": jbptt.lag_profile(*common, max_lag=8),
+            "truncation_curve": jbptt.truncation_curve(*common, max_window=8),
+            "gradient_sources": jbptt.gradient_sources(*common),
+            "jacobian_products": jbptt.jacobian_products(step, params, one, xs, spans=(1, 2, 4)),
+            "gate_paths": jbptt.gate_paths(params, one, xs),
+            "lyapunov_spectrum": jbptt.lyapunov_spectrum(step, params, one, xs),
+        }
+
+    matrix = np.diag([1.0, 0.5])
+    cost = jbptt.Cost(("full", "block 2"), np.array([[1e-3, 2e-3], [3e-3, 4e-3]]), np.array([2.0**20, 2.0**19]))
+    more = {"alignment": powers.alignment(matrix, np.ones(2), 9), "eigenvalues": powers.eigenvalues(matrix, 3)}
+    return {**jax.device_get(run()), **more, "cost": cost}
+
+
+NAMES = [
+    "coverage",
+    "gradient_flow",
+    "adjoints",
+    "lag_profile",
+    "truncation_curve",
+    "gradient_sources",
+    "jacobian_products",
+    "gate_paths",
+    "lyapunov_spectrum",
+    "alignment",
+    "eigenvalues",
+    "cost",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_picture_of_every_result(results, name):
+    draw, ax = getattr(plots, f"plot_{name}"), Figure().subplots()
+    assert draw(results[name], ax=ax) is ax and (ax.has_data() or ax.images)
+    assert ax.get_xlabel() and (ax.get_ylabel() or name == "cost")
+    draw(results[name]).figure.draw_without_rendering()  # on a figure of its own, labels and all
+
+
+def test_every_plot_is_tried():
+    found = {name.removeprefix("plot_") for name in dir(plots) if name.startswith("plot_")}
+    assert found == {*NAMES, "diagnosis"}
+
+
+def test_the_lines_are_the_numbers(results):
+    ax = plots.plot_lag_profile(results["lag_profile"])
+    np.testing.assert_array_equal(ax.get_lines()[0].get_ydata(), results["lag_profile"].cotangent_norms)
+    np.testing.assert_array_equal(ax.get_lines()[1].get_ydata(), results["lag_profile"].grad_norms)
+    assert ax.get_yscale() == "log"
+    heights = [bar.get_height() for bar in plots.plot_gradient_sources(results["gradient_sources"]).patches]
+    np.testing.assert_allclose(sum(heights), 1)
+    labels = [text.get_text() for text in plots.plot_gate_paths(results["gate_paths"]).get_legend().get_texts()]
+    assert labels == ["cell", "input", "forget", "candidate", "output"]
+    curve = results["truncation_curve"]
+    sliding, blocks = plots.plot_truncation_curve(curve).get_lines()[2:4]
+    np.testing.assert_array_equal(sliding.get_ydata()[:7], curve.relative_error[:7])
+    np.testing.assert_array_equal(blocks.get_ydata()[:7], curve.block_relative_error[:7])
+
+
+def test_leaf_by_leaf_every_leaf_has_its_line():
+    step, loss, params, carry, batch = problems.make("lstm", 4)
+    profile = jax.jit(lambda: jbptt.lag_profile(step, loss, params, carry, batch, max_lag=4, per_leaf=True))()
+    labels = [text.get_text() for text in plots.plot_lag_profile(profile).get_legend().get_texts()]
+    assert labels == ["carry[0]", "carry[1]", *(f"params['{name}']" for name in sorted(params))]
+
+
+def test_what_no_log_axis_shows_is_left_out():
+    zero = jbptt.LagProfile(jnp.array([1.0, 0.0, jnp.nan]), jnp.zeros(3))
+    plots.plot_lag_profile(zero).figure.draw_without_rendering()
+    plots.plot_gradient_flow(np.zeros((3, 3))).figure.draw_without_rendering()
+    spectrum = jbptt.LyapunovSpectrum(jnp.array([0.1, -jnp.inf]), jnp.array([0.01, 0.0]), jnp.zeros((1, 2)))
+    assert plots.plot_lyapunov_spectrum(spectrum).get_title() == "1 of 2 exponents are not finite"
+
+
+def test_a_diagnosis_has_rings_at_its_windows():
+    curve = jbptt.TruncationCurve(jnp.arange(1, 5), *(jnp.array([0.5, 0.09, 0.02, 0.005]) for _ in range(4)))
+    found = SimpleNamespace(curve=curve, sliding_window=np.array([2, 4]), block_window=np.array([2, 0]),
+                            verdict="vanishing", num_steps=9)  # fmt: skip
+    ax = plots.plot_diagnosis(found)
+    rings = [(line.get_xdata()[0], line.get_ydata()[0]) for line in ax.get_lines() if line.get_marker() == "o"]
+    assert rings == [(2, pytest.approx(0.09)), (4, pytest.approx(0.005)), (2, pytest.approx(0.09))]
+    assert "vanishing over 9 steps" in ax.get_title()
