@@ -232,6 +232,9 @@ def test_span_of_ten_thousand(radius):
     np.testing.assert_allclose(single[0], wanted, rtol=1e-6)
 
 
+GROWTH = np.diag([1e4, 1e2, 1e-2, 1e-4])
+
+
 def low_rank(rng, rank, num_steps=6):
     return rng.normal(size=(num_steps, 4, rank)) @ rng.normal(size=(num_steps, rank, 4))
 
@@ -252,6 +255,7 @@ def singular_systems():
     yield "rank three, dense, constant", np.stack([low_rank(rng, 3)[0]] * 6), (1, 1, 1)
     yield "shift register", np.stack([np.eye(4, k=-1)] * 6), (1, 3, 4)
     yield "nilpotent, dense", np.stack([np.kron(np.eye(2), [[1, -1], [1, -1]])] * 6), (2, 4, 4)
+    yield "the direction of growth is lost", np.stack([GROWTH] * 5 + [plain[5] * [0, 1, 1, 1]]), (0, 0, 1)
     yield "identity", np.stack([np.eye(4)] * 6), (0, 0, 0)
 
 

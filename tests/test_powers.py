@@ -134,7 +134,9 @@ ALIGNING = {
     "general, exploding": similar(np.diag([-3.0, 2.4, 1.0]), seed=2),
     "general, vanishing": similar(np.diag([0.2, 0.17, 0.05]), seed=4),
     "general, fast": similar(np.diag([1.0, 0.1, 0.001])),
+    "general, λ₃ near λ₂": similar(np.diag([1.0, 0.7, 0.63])),
     "general, complex λ₂": similar(block(np.diag([1.0]), turn(0.7, 1.0))),
+    "general, complex λ₂ that turns slowly": similar(block(np.diag([1.0]), turn(0.7, 0.2))),
 }
 
 
@@ -230,6 +232,7 @@ def test_numbers_of_the_cases():
     gone = powers.alignment(jordan(0.0, 2), x, 4)
     np.testing.assert_array_equal(np.isnan(gone.misalignment), [False, False, True, True, True])
     assert str(gone).endswith("M^k x is 0 from k = 2 on.")
+    assert powers.alignment(np.zeros((2, 2)), x, 4).predicted_rate == 0
     at_once = powers.alignment(np.diag([1.0, 0.0]), x, 4)
     assert at_once.predicted_rate == -np.inf and np.isnan(at_once.rate) and "too few values" in str(at_once)
 

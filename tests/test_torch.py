@@ -6,7 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracles.shapes import HIDDEN as WIDTH
+from oracles.shapes import INPUT as CHANNELS
+from oracles.shapes import draw_values, one_draw, runs_of
 from problems import assert_close, one_update
+from test_generated import KEPT, NUM_SHAPES, assert_draws_agree, estimate_of, generate
 
 from jbptt import Batch, cells, full_bptt, truncated_bptt, unroll
 
@@ -108,3 +112,69 @@ def test_truncation_by_detaching(name, window):
     if window == NUM_STEPS:
         full = jax.jit(functools.partial(one_update, full_bptt(LAYERS[name][1].step, squared_error)))
         assert_close(full(params, start, batch).grads, expected[1])
+
+
+class LinearCell(torch.nn.RNNCell):
+    """PyTorch has no linear recurrence: its RNN cell without the tanh."""
+
+    def forward(self, x, h):
+        return x @ self.weight_ih.T + self.bias_ih + h @ self.weight_hh.T + self.bias_hh
+
+
+TORCH_CELLS = {"linear": LinearCell, "tanh": torch.nn.RNNCell, "gru": torch.nn.GRUCell, "lstm": torch.nn.LSTMCell}
+
+
+def gated(tensor, gate):
+    """Detached where no example lets anything through, else with a hook on the gradient that flows back."""
+    if torch.all(gate == 0):
+        return tensor.detach()
+    tensor = tensor.clone()
+    if tensor.requires_grad:
+        tensor.register_hook(lambda grad: torch.where(gate == 0, 0, gate * grad))
+    return tensor
+
+
+def by_autograd(shape, values):
+    """Loss sum and gradient of one draw: PyTorch's cells in a loop, one backward pass for every window."""
+    arrays = values.xs, values.targets, values.mask, values.weights
+    xs, targets, mask, weights = (
+        torch.tensor(np.reshape(a, (shape.num_steps, -1, *a.shape[1 + len(shape.batch_shape) :]))) for a in arrays
+    )
+    cell = TORCH_CELLS[shape.cell](CHANNELS, WIDTH, dtype=torch.float64)
+    b_h = values.params.get("b_h", np.zeros_like(values.params["b"]))
+    ours = values.params["w_x"].T, values.params["w_h"].T, values.params["b"], b_h
+    for parameter, array in zip(cell.parameters(), ours, strict=True):  # weight_ih, weight_hh, bias_ih, bias_hh
+        parameter.data = torch.tensor(np.ascontiguousarray(array))
+        parameter.grad = torch.zeros_like(parameter.data)
+    start = values.carry if isinstance(values.carry, tuple) else (values.carry,)
+    total = 0.0
+    for gates, counted in runs_of(shape, values.gates):
+        gates = torch.tensor(np.reshape(gates, (shape.num_steps, -1, 1)))
+        carry = [torch.tensor(leaf.reshape(-1, WIDTH)) for leaf in start]
+        loss = torch.zeros((), dtype=torch.float64)
+        for t in range(shape.num_steps):
+            carry = [gated(leaf, gates[t]) for leaf in carry]
+            after = cell(xs[t], carry[0] if len(carry) == 1 else tuple(carry))
+            after = [after] if len(carry) == 1 else after
+            carry = [torch.where(mask[t][:, None], new, old) for new, old in zip(after, carry, strict=True)]
+            if counted[t]:
+                loss = loss + torch.where(mask[t], weights[t] * ((after[0] - targets[t]) ** 2).sum(-1), 0).sum()
+        loss.backward()
+        total += loss.item()
+    grads = {"w_x": cell.weight_ih.grad.T, "w_h": cell.weight_hh.grad.T, "b": cell.bias_ih.grad}
+    return total, grads | ({"b_h": cell.bias_hh.grad} if shape.cell == "gru" else {})
+
+
+def test_generated_shapes():
+    """Every cell, mask, weight, gate, window, stride and split that the generator draws, four draws of values each."""
+
+    def check(shape):
+        values = draw_values(shape, 5, 4)
+        found = jax.tree.map(np.asarray, estimate_of(shape)(values))
+        rows = [by_autograd(shape, one_draw(values, d)) for d in range(4)]
+        assert_draws_agree((found[0],), (np.stack([total for total, _ in rows]),))
+        grads = {key: np.stack([grad[key].numpy() for _, grad in rows]) for key in found[1]}
+        assert_draws_agree(found[1], grads)
+
+    keep = [shape._replace(transform="jit of vmap") for shape in (KEPT[0], KEPT[1], KEPT[7])]
+    generate(check, NUM_SHAPES // 3, seed=5, keep=keep, transforms=("jit of vmap",))

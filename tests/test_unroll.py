@@ -10,7 +10,7 @@ import pytest
 from oracles import python_loop
 from problems import EXAMPLES, assert_close, assert_same_bits
 
-from jbptt import truncation, unroll
+from jbptt import gated_bptt, truncation, unroll
 
 NUM_STEPS = 6
 GATES = np.array([1.0, 0.0, 2.5, -1.0, 0.0, 0.3])
@@ -164,6 +164,90 @@ def test_second_derivatives_at_a_carry_of_zero(w):
 def test_a_gate_that_is_not_finite_stays_visible(gates):
     slope = jax.grad(lambda w: unroll(lambda w, h, x: (w * h + x,) * 2, w, 1.0, jnp.ones(3), gates=np.array(gates))[0])
     assert np.array_equal(slope(0.5), gates[1], equal_nan=True)
+
+
+BAD_STEP, CUT, BAD_EXAMPLE = 4, 2, 1
+
+
+def by_step_and_example(step):
+    """A step whose parameters are its own for every step and example, `[T, B, ...]`; x is (input, t)."""
+
+    def own(params, carry, x):
+        return jax.vmap(step)(jax.tree.map(lambda a: a[x[1]], params), carry, x[0])
+
+    return own
+
+
+ROADS = {"unroll": None, "unroll, segments": 3, "gated_bptt": None, "gated_bptt, segments": 3}
+
+
+@functools.cache
+def gated_road(cell, road):
+    """Loss, last carry and ys (unroll), and the gradients by parameters `[T, B, ...]` and by the initial carry."""
+    step, loss, params, carry, batch = problems.make(cell, NUM_STEPS)
+    rng, segment = np.random.default_rng(6), ROADS[road]
+    batch = batch._replace(xs=(batch.xs, jnp.arange(NUM_STEPS)), mask=rng.random((NUM_STEPS, EXAMPLES)) < 0.8)
+    params = jax.tree.map(lambda p: p + 0.1 * rng.normal(size=(NUM_STEPS, EXAMPLES, *p.shape)), params)
+
+    @jax.jit
+    def run(gates):
+        if road.startswith("gated"):
+            estimator = gated_bptt(by_step_and_example(step), loss, gates_fn=lambda key, t: gates, segment=segment)
+            estimate = problems.one_update(estimator, params, carry, batch)
+            return (estimate.loss_sum,), (estimate.grad_sum,)
+
+        def total(params, carry):
+            last, ys = unroll(by_step_and_example(step), params, carry, batch.xs, gates=gates, mask=batch.mask,
+                              segment=segment)  # fmt: skip
+            return jnp.sum(jnp.where(batch.mask, jax.vmap(loss)(ys, batch.targets), 0)), (last, ys)
+
+        grads, values = jax.grad(total, argnums=(0, 1), has_aux=True)(params, carry)
+        return values, grads
+
+    return run, batch.mask
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_a_bad_gate_of_one_example(cell, road, bad):
+    """A gate that is infinite or NaN: no bit of a value and no bit of another example's gradient changes.
+
+    In its own example the steps from it on keep every bit, the steps before it, back to a gate of 0, are not finite,
+    and what lies behind the 0 keeps every bit again.
+    """
+    run, mask = gated_road(cell, road)
+    gates = np.random.default_rng(7).choice([1.0, 0.5, -2.0], size=(NUM_STEPS, EXAMPLES))
+    gates[CUT, BAD_EXAMPLE] = 0.0
+    wild = gates.copy()
+    wild[BAD_STEP, BAD_EXAMPLE] = bad
+    (values, grads), (wild_values, wild_grads) = run(gates), run(wild)
+    assert_same_bits(wild_values, values)
+    assert_same_bits(values, run(np.ones_like(gates))[0])
+    for leaf, wild_leaf in zip(jax.tree.leaves(grads[0]), jax.tree.leaves(wild_grads[0]), strict=True):
+        leaf, wild_leaf, own = np.asarray(leaf), np.asarray(wild_leaf), np.arange(EXAMPLES) == BAD_EXAMPLE
+        assert_same_bits(wild_leaf[:, ~own], leaf[:, ~own])
+        assert_same_bits(wild_leaf[BAD_STEP:, own], leaf[BAD_STEP:, own])
+        assert_same_bits(wild_leaf[:CUT, own], leaf[:CUT, own])
+        assert np.any(leaf[:CUT, own]) and np.all(np.isfinite(leaf))
+        for t in range(CUT, BAD_STEP):
+            reached = wild_leaf[t, BAD_EXAMPLE]
+            assert not np.all(np.isfinite(reached)) if mask[t, BAD_EXAMPLE] else not np.any(reached)
+    assert_same_bits(wild_grads[1:], grads[1:])  # of the initial carry, which lies behind the 0
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_a_bad_gate_on_the_initial_carry_stays_there(cell):
+    """`gates[0]` reaches the initial carry of its example and nothing else."""
+    run, _ = gated_road(cell, "unroll")
+    gates = np.ones((NUM_STEPS, EXAMPLES))
+    wild = gates.copy()
+    wild[0, BAD_EXAMPLE] = np.inf
+    (_, (grad, start)), (_, (wild_grad, wild_start)) = run(gates), run(wild)
+    assert_same_bits(wild_grad, grad)
+    for leaf, wild_leaf in zip(jax.tree.leaves(start), jax.tree.leaves(wild_start), strict=True):
+        assert_same_bits(np.delete(wild_leaf, BAD_EXAMPLE, 0), np.delete(leaf, BAD_EXAMPLE, 0))
+        assert np.all(np.isinf(wild_leaf[BAD_EXAMPLE]))
 
 
 def test_vmap_equals_loop_over_gates_and_params():

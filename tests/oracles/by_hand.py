@@ -1,4 +1,8 @@
-"""Recurrent networks in NumPy with derivatives written by hand: pair after pair, weighted by the coverage."""
+"""Recurrent networks in NumPy with derivatives written by hand: pair after pair, weighted by the coverage.
+
+Many draws at once: inputs `[D, B, I]`, carries `[D, B, H]`, weights `[D, I, m·H]`, biases `[D, 1, m·H]`, with D
+draws and B examples. Written with operators and a few methods, so that `rounding.Rounded` can run it too.
+"""
 
 import numpy as np
 
@@ -8,7 +12,16 @@ def sigmoid(a):
 
 
 def gates_of(a, number):
-    return np.split(a, number, axis=-1)
+    width = a.shape[-1] // number
+    return [a[..., k * width : (k + 1) * width] for k in range(number)]
+
+
+def bias_grad(bar):
+    return bar.sum(-2)
+
+
+def affine(p, h, x, bar):
+    return (bar @ p["w_h"].mT,), {"w_x": x.mT @ bar, "w_h": h.mT @ bar, "b": bias_grad(bar)}
 
 
 class Linear:
@@ -30,7 +43,7 @@ class Tanh:
         return (after,), after
 
     def backward(self, p, carry, x, after, bar):
-        return affine(p, carry[0], x, bar[0] * (1 - after**2))
+        return affine(p, carry[0], x, bar[0] * (1 - after * after))
 
 
 class Gru:
@@ -45,12 +58,12 @@ class Gru:
 
     def backward(self, p, carry, x, cache, bar):
         (h,), (r, z, n, hn), (after,) = carry, cache, bar
-        d_n = after * (1 - z) * (1 - n**2)
+        d_n = after * (1 - z) * (1 - n * n)
         d_r, d_z = d_n * hn * r * (1 - r), after * (h - n) * z * (1 - z)
         by_x = np.concatenate([d_r, d_z, d_n], -1)
         by_h = np.concatenate([d_r, d_z, d_n * r], -1)
-        grad = {"w_x": outer(x, by_x), "b": outer(1, by_x), "w_h": outer(h, by_h), "b_h": outer(1, by_h)}
-        return (by_h @ p["w_h"].T + after * z,), grad
+        grad = {"w_x": x.mT @ by_x, "b": bias_grad(by_x), "w_h": h.mT @ by_h, "b_h": bias_grad(by_h)}
+        return (by_h @ p["w_h"].mT + after * z,), grad
 
 
 class Lstm:
@@ -66,8 +79,13 @@ class Lstm:
     def backward(self, p, carry, x, cache, bar):
         (h, c), (i, f, g, o, after), (h_bar, c_bar) = carry, cache, bar
         squashed = np.tanh(after)
-        c_bar = c_bar + h_bar * o * (1 - squashed**2)
-        parts = c_bar * g * i * (1 - i), c_bar * c * f * (1 - f), c_bar * i * (1 - g**2), h_bar * squashed * o * (1 - o)
+        c_bar = c_bar + h_bar * o * (1 - squashed * squashed)
+        parts = (
+            c_bar * g * i * (1 - i),
+            c_bar * c * f * (1 - f),
+            c_bar * i * (1 - g * g),
+            h_bar * squashed * o * (1 - o),
+        )
         (before,), grad = affine(p, h, x, np.concatenate(parts, -1))
         return (before, c_bar * f), grad
 
@@ -75,36 +93,38 @@ class Lstm:
 CELLS = {"linear": Linear(), "tanh": Tanh(), "gru": Gru(), "lstm": Lstm()}
 
 
-def outer(left, right):
-    """Σ over examples of left ⊗ right; 1 stands for a bias."""
-    right = right.reshape(-1, right.shape[-1])
-    return right.sum(0) if np.ndim(left) == 0 else left.reshape(-1, left.shape[-1]).T @ right
+def time_first(array, num_batch):
+    """`[D, T, *batch, ...]` as `[T, D, B, ...]`."""
+    array = np.asarray(array)
+    return np.moveaxis(array.reshape(*array.shape[:2], -1, *array.shape[2 + num_batch :]), 1, 0)
 
 
-def affine(p, h, x, bar):
-    return (bar @ p["w_h"].T,), {"w_x": outer(x, bar), "w_h": outer(h, bar), "b": outer(1, bar)}
+def gradient(name, params, carry, xs, targets, mask, weights, coverage, exactly=lambda array: array, zero=0.0):
+    """`Σ w ‖h − target‖²` `[D]` and `Σ_t Σ_i C[t, i] G[t, i]`, leaves `[D, ...]`.
 
-
-def gradient(name, params, carry, xs, targets, mask, weights, coverage):
-    """Σ w ‖h − target‖² and Σ_t Σ_i C[t, i] G[t, i].
-
-    carry: a tuple of `[*batch, H]`; mask and weights `[T, *batch]`; coverage `[T, T, *batch]`.
+    params: leaves `[D, ...]`; carry: a tuple of `[D, *batch, H]`; xs, targets `[D, T, *batch, ...]`; mask and weights
+    `[D, T, *batch]`; coverage `[D, T, T, *batch]`. `exactly` wraps each input: a number known exactly.
     """
-    cell, num_steps, states, caches, total = CELLS[name], len(xs), [carry], [], 0.0
+    cell, (num_draws, num_steps, *batch) = CELLS[name], mask.shape
+    xs, targets, mask, weights = (time_first(a, len(batch)) for a in (xs, targets, mask, weights))
+    coverage = np.moveaxis(coverage, 0, 2).reshape(num_steps, num_steps, num_draws, -1)
+    params = {key: exactly(a if a.ndim == 3 else a[:, None]) for key, a in params.items()}
+    states, caches, total = [tuple(exactly(c.reshape(num_draws, -1, c.shape[-1])) for c in carry)], [], zero
     for t in range(num_steps):
-        after, cache = cell.forward(params, states[-1], xs[t])
+        after, cache = cell.forward(params, states[-1], exactly(xs[t]))
         states.append(tuple(np.where(mask[t][..., None], a, b) for a, b in zip(after, states[-1], strict=True)))
         caches.append(cache)
-        total += np.sum(np.where(mask[t], weights[t] * np.sum((after[0] - targets[t]) ** 2, -1), 0))
-    grad = {key: np.zeros_like(value) for key, value in params.items()}
+        off = after[0] - exactly(targets[t])
+        total = total + np.where(mask[t], weights[t] * (off * off).sum(-1), 0.0).sum(-1)
+    grad = {key: zero for key in params}
     for t in range(num_steps):
-        slope = np.where(mask[t], weights[t], 0)[..., None] * 2 * (states[t + 1][0] - targets[t])
-        bar = (slope, *(np.zeros_like(s) for s in carry[1:]))
+        slope = 2 * (states[t + 1][0] - exactly(targets[t])) * np.where(mask[t], weights[t], 0)[..., None]
+        bar = (slope, *(0.0 * s for s in states[0][1:]))
         for i in range(t, -1, -1):
-            here = mask[i][..., None]
-            weighed = tuple(np.where(here, b * coverage[t, i][..., None], 0) for b in bar)
-            own = cell.backward(params, states[i], xs[i], caches[i], weighed)[1]
+            here, step = mask[i][..., None], (params, states[i], exactly(xs[i]), caches[i])
+            weighed = tuple(np.where(here, b * coverage[t, i][..., None], 0.0) for b in bar)
+            own = cell.backward(*step, weighed)[1]
             grad = {key: grad[key] + own[key] for key in grad}
-            before = cell.backward(params, states[i], xs[i], caches[i], bar)[0]
+            before = cell.backward(*step, bar)[0]
             bar = tuple(np.where(here, a, b) for a, b in zip(before, bar, strict=True))
     return total, grad
