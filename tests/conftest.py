@@ -1,5 +1,7 @@
 """Float64 everywhere, no compiled program outlives its module, and the whole suite runs in two processes."""
 
+import os
+
 import jax
 import pytest
 
@@ -9,7 +11,7 @@ jax.config.update("jax_enable_x64", True)
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
     """Most of the time is compilation, on one core: `pytest` alone takes two where pytest-xdist is installed."""
-    whole = config.args_source == config.ArgsSource.TESTPATHS
+    whole = config.args_source == config.ArgsSource.TESTPATHS and "PYTEST_XDIST_WORKER" not in os.environ
     if whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
         config.option.numprocesses, config.option.dist = 2, "worksteal"
 
