@@ -176,7 +176,7 @@ def assert_unbiased(
     size = float(np.max(np.abs(exact_flat), initial=0))
     rounding = 32 * float(jnp.finfo(exact_flat.dtype).eps) * size  # where nothing varies, rounding is left
     z = np.abs(mean) / np.maximum(np.hypot(spread, rounding), np.finfo(float).tiny)
-    threshold = float(normal.isf(false_alarm / (2 * max(1, mean.size))))
+    threshold = -float(normal.ppf(false_alarm / (2 * max(1, mean.size))))
     if not np.all(z <= threshold):
         worst = int(np.nanargmax(np.where(np.isnan(z), np.inf, z)))
         raise AssertionError(

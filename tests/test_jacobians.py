@@ -14,6 +14,7 @@ from problems import EXAMPLES, HIDDEN, INPUT, assert_close
 from jbptt import Batch, cells
 from jbptt.analysis.alignment import adjoint_alignment
 from jbptt.analysis.gating import gate_paths
+from jbptt.analysis.graded import from_rows, log_singular_values
 from jbptt.analysis.jacobians import step_jacobians
 from jbptt.analysis.products import jacobian_products
 
@@ -270,6 +271,16 @@ def test_singular_jacobians(jacobians, num_zero):
     conditions = products_of(jacobians, spans).condition_numbers
     assert np.isposinf(conditions).tolist() == [zeros > 0 for zeros in num_zero]
     assert not np.any(np.isnan(conditions))
+
+
+def test_rows_that_depend_on_each_other():
+    """Rows that are multiples of one, up to rounding, whatever their sizes: one singular value is left."""
+    rng = np.random.default_rng(10)
+    rows = np.outer(rng.normal(size=5), rng.normal(size=5))
+    found = jax.jit(log_singular_values)(from_rows(jnp.asarray(rows), jnp.array([0, -400, 3, 3000, 2999], jnp.int32)))
+    lengths = np.linalg.norm(rows[3:], axis=1)
+    np.testing.assert_allclose(found[0], 3000 * np.log(2) + np.log(np.hypot(*lengths * [1, 0.5])), rtol=1e-14)
+    assert np.all(np.isneginf(found[1:]))
 
 
 def test_dead_units_and_what_is_not_finite():

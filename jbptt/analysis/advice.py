@@ -61,10 +61,10 @@ def _clipping(found: Any) -> Advice | None:
     median, _, largest = (float(q) for q in found.norm_quantiles)
     if not median > 0:
         return None
-    ratio = largest / median
-    if ratio <= HEAVY and found.verdict != "exploding":
+    ratio, limit = largest / median, 1.0 if found.verdict == "exploding" else HEAVY
+    if ratio <= limit:
         return None
-    return Advice("clipping", "largest / median norm of parts", ratio, HEAVY, f"clip_by_global_norm({median:.3g})")
+    return Advice("clipping", "largest / median norm of parts", ratio, limit, f"clip_by_global_norm({median:.3g})")
 
 
 def _gated_cell(found: Any) -> Advice | None:

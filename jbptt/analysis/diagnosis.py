@@ -57,8 +57,8 @@ class Diagnosis:
       zero_lag: the first lag at which the gradient is exactly zero; −1: at none of those measured.
       underflow: whether it is zero there because it became smaller than its dtype can hold.
       sliding_window: `[2]`, the smallest window with at most 10 % and 1 % relative error; 0: none measured.
-      block_window: `[2]`, for blocks cut at multiples of the window: it keeps the error, its half does not;
-        T where only full BPTT on the batch does.
+      block_window: `[2]`, for blocks cut at multiples of the window: it keeps the error, its half does not,
+        and of the windows tried of which that is true its error is the smallest; T where only full BPTT does.
       bias_bound: `[max_window]`, Aicher, Foti & Fox's bound on the error of sliding windows 1, 2, …
       bound_window: `[2]`, the windows it asks for, which may exceed T; 0: none, the gradient does not decay.
       loss: weighted mean loss of the batch.
@@ -111,9 +111,13 @@ class Diagnosis:
         return VERDICTS[int(self.verdict_index)]
 
     @property
-    def norm_quantiles(self) -> jax.Array:
-        """`[3]`: the median, the 90 % quantile and the largest of the parts' norms."""
-        return jnp.moveaxis(jnp.nanquantile(self.part_norms, jnp.array([0.5, 0.9, 1.0]), axis=-1), 0, -1)
+    def norm_quantiles(self) -> np.ndarray:
+        """`[3]`: median, 90 % quantile and largest of the parts' norms; only outside of jit and vmap."""
+        norms = np.asarray(self.part_norms)
+        empty = np.isnan(norms).all(-1, keepdims=True)
+        with np.errstate(invalid="ignore"):  # between two infinities
+            quantiles = np.nanquantile(np.where(empty, 0, norms), (0.5, 0.9, 1.0), axis=-1)
+        return np.where(empty, np.nan, np.moveaxis(quantiles, 0, -1))
 
     @property
     def advice(self) -> tuple[Advice, ...]:
@@ -183,13 +187,12 @@ def diagnose(
 
     read = partial(_read, step, loss, batch_shape, largest)
     search = partial(find_nonfinite, step, loss)
-    if traced:
-        found = read(*data)
-        searched = lax.cond(
+    found = read(*data) if traced else jax.jit(read)(*data)
+    if isinstance(found.verdict_index, Tracer):  # under jit although all that was given are constants, too
+        nonfinite = lax.cond(
             found.verdict_index == 3, lambda: search(params, carry, batch, gates=gates), lambda: found.nonfinite
         )
-        return replace(found, nonfinite=searched)
-    found = jax.jit(read)(*data)
+        return replace(found, nonfinite=nonfinite)
     if found.verdict == "non-finite":
         found = replace(found, nonfinite=jax.jit(search)(params, carry, batch, gates=gates))
     return _with_cost(found, step, loss, params, carry, batch, num_repeats) if measure else found
