@@ -28,6 +28,8 @@ NORMS = "jbptt/norms.py"
 FLOW = "jbptt/analysis/flow.py"
 LAGS = "jbptt/analysis/lags.py"
 DIAGNOSIS = "jbptt/analysis/diagnosis.py"
+BLOCKS = "jbptt/analysis/blocks.py"
+EVIDENCE = "jbptt/analysis/evidence.py"
 TRAINING = "jbptt/experiments/training.py"
 TASKS = "jbptt/experiments/tasks.py"
 
@@ -501,19 +503,16 @@ MUTANTS = (
     Mutant("profile_of_the_gradient_sum", LAGS, "partial(weighted_mean, weight=total)", "lambda total: total"),
     Mutant("curve_blocks_without_one_over_n", LAGS, "jnp.stack([s, b / (lag + 1)])", "jnp.stack([s, b])"),
     Mutant("diagnosis_forgets_the_gates", DIAGNOSIS, "jnp.where(cuts == 0, 0, gates)", "cuts"),
-    Mutant("diagnosis_bisects_for_one_tolerance", DIAGNOSIS, "(error <= levels[k])", "(error <= levels[0])"),
+    Mutant("diagnosis_keeps_what_half_keeps", BLOCKS, "(error <= levels) & (half > levels)", "(error <= levels)"),
     Mutant(
-        "diagnosis_takes_the_lower_bound",
-        DIAGNOSIS,
-        "(jnp.arange(len(levels)) == k), high, found)",
-        "(jnp.arange(len(levels)) == k), low, found)",
+        "diagnosis_takes_a_window_twice_too_small",
+        BLOCKS,
+        "jnp.array(windows)[first]",
+        "jnp.array(windows)[first] // 2",
     ),
-    Mutant("diagnosis_window_one_short", DIAGNOSIS, "jnp.argmax(good) + 1", "jnp.argmax(good)"),
-    Mutant(
-        "diagnosis_half_life_in_e_folds", DIAGNOSIS, "jnp.log(2.0) / jnp.where(rate < 0", "1.0 / jnp.where(rate < 0"
-    ),
-    Mutant("diagnosis_verdict_per_step", DIAGNOSIS, "rate * (len(norms) - 1), -jnp.inf", "rate, -jnp.inf"),
-    Mutant("diagnosis_norm_of_the_sum", DIAGNOSIS, "weighted_mean(norm(sums.grad), sums.weight)", "norm(sums.grad)"),
+    Mutant("diagnosis_half_life_in_e_folds", EVIDENCE, "math.log(2) / jnp.where(rates", "1.0 / jnp.where(rates"),
+    Mutant("diagnosis_verdict_per_step", EVIDENCE, "rate * (jnp.sum(measured) - 1), -jnp.inf", "rate, -jnp.inf"),
+    Mutant("diagnosis_norm_of_the_sum", BLOCKS, "weighted_mean(norm(sums.grad), sums.weight)", "norm(sums.grad)"),
     # experiments
     Mutant(
         "training_resets_the_state",

@@ -46,6 +46,8 @@ CLOSEST = {
     "jbptt/analysis/flow.py": ("test_analysis", "test_batches"),
     "jbptt/analysis/lags.py": ("test_analysis", "test_diagnosis", "test_batches"),
     "jbptt/analysis/diagnosis.py": ("test_diagnosis", "test_analysis"),
+    "jbptt/analysis/blocks.py": ("test_diagnosis",),
+    "jbptt/analysis/evidence.py": ("test_evidence", "test_diagnosis"),
     "jbptt/experiments/training.py": ("test_training", "test_tasks"),
     "jbptt/experiments/tasks.py": ("test_tasks", "test_training"),
 }
