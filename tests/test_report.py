@@ -210,6 +210,20 @@ def test_what_the_second_half_says(data):
     assert "vanishing network it is lower with a remedy; for the exploding network it is higher" in said["remedies"]
 
 
+def test_the_table_of_remedies_counts_what_its_means_leave_out(data):
+    data["remedies"]["after"] = {
+        **data["remedies"]["after"],
+        "loss": [[[0.5, 0.6], [None, 0.2]], [[0.5, 0.6], [None, None]]],
+    }
+    rows = sections.make_tables(data)["remedies"].rows
+    assert [row[-2:] for row in rows] == [
+        ("0.55", "0 of 2"),
+        ("0.2", "1 of 2"),
+        ("0.55", "0 of 2"),
+        ("not finite", "2 of 2"),
+    ]
+
+
 def test_sentences_of_the_second_half_follow_the_numbers(data):
     data["spectra"]["models"][1].update(exponents=[0.015, -0.1])
     data["growth"].update(gradient_norms=[[0.5, 0.5], [0.2, 0.9]])

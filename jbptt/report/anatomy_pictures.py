@@ -159,6 +159,13 @@ def draw_remedies(remedies: dict[str, Any], *, axes: Any = None, theme: Theme = 
     axes[1].axvline(0, color=theme.muted, linewidth=0.9, linestyle=":")
     axes[0].axvline(0, color=theme.muted, linewidth=0.9, linestyle=":")
     axes[2].set_xscale("symlog", linthresh=0.01)
+    axes[2].set_xlim(-0.004, 2 * axes[2].get_xlim()[1])
+    # What an untrained network scores in millions would press all differences flat: it may lie beyond the edge.
+    untreated = [patient[0] for patient in remedies["before"]["loss"]]
+    losses = np.concatenate([np.ravel(numbers(runs)) for runs in (untreated, remedies["after"]["loss"])])
+    largest = np.max(losses[np.isfinite(losses)], initial=0.0)
+    if largest > 0:
+        axes[3].set_xlim(0, 1.1 * largest)
     axes[0].set_yticks(rows, labels=names)
     axes[0].invert_yaxis()
     handles, labels = axes[0].get_legend_handles_labels()

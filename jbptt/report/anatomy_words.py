@@ -205,11 +205,14 @@ def describe_remedies(remedies: dict[str, Any]) -> str:
 def remedies_table(remedies: dict[str, Any]) -> Table:
     """All four measures after training."""
     columns = ("network", "remedy", "log₁₀ adjoint ratio", "leading exponent", "gradient error", "loss before", "after")
+    columns += ("runs diverged",)
     rows = []
     for p, patient in enumerate(remedies["patients"]):
         for r, name in enumerate(remedies["remedies"]):
             after = [_shown(_mean(remedies["after"][field][p][r])) for field in ("adjoint_ratio", "exponent")]
             error, before = (_shown(_mean(remedies["before"][field][p][r])) for field in ("gradient_error", "loss"))
-            rows.append((patient, name, *after, error, before, _shown(_mean(remedies["after"]["loss"][p][r]))))
+            runs = numbers(remedies["after"]["loss"][p][r])
+            lost = f"{int(np.sum(~np.isfinite(runs)))} of {len(runs)}"
+            rows.append((patient, name, *after, error, before, _shown(_mean(runs)), lost))
     title = "Adjoint ratio and exponent after training; error of the gradient used, before it"
     return Table(title, columns, rows)

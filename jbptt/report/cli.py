@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 DESCRIPTION = """How far back does the gradient of a recurrent model reach, and what does each truncation of
 backpropagation through time cost? `jbptt --version` prints the version."""
@@ -90,7 +90,7 @@ def _commands(arguments: list[str]) -> Any:
         *,
         max_window: int | None = None,
         learning_rate: float | None = None,
-        measure: Annotated[bool, tyro.conf.FlagCreatePairsOff] = True,
+        measure: bool = True,
     ):
         """Print the diagnosis of your own model: how far its gradient reaches, which window it needs, what to change.
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jbptt.report.sections import SECTIONS, draw_pictures, write_sentences
+from jbptt.report.sections import SECTIONS, draw_pictures, sections_of, write_sentences
 
 FILES = ("report.html", "report.json", *(f"{name}.svg" for name in SECTIONS))
 
@@ -54,8 +54,8 @@ def write_report(data: dict[str, Any], target: Path) -> None:
     data["sentences"] = write_sentences(data)
     light = draw_pictures(data, LIGHT)
     dark = {name: repaint(svg, LIGHT, DARK) for name, svg in light.items()}
-    mapped = [name for name in ("coverage", "flow", "growth") if name in data]
-    dark |= draw_pictures(data, DARK, mapped)  # they have a colour map
+    mapped = [name for name, section in sections_of(data).items() if section.has_colour_map]
+    dark |= draw_pictures(data, DARK, mapped)
     texts = {f"{name}.svg": svg for name, svg in light.items()}
     texts["report.json"] = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     texts["report.html"] = render_page(data, light, dark)

@@ -24,6 +24,7 @@ class Section(NamedTuple):
       describe: the sentence, computed from the numbers.
       table: the table.
       alt: what stands in the picture, for those who do not see it.
+      has_colour_map: whether the picture must be drawn again for dark paper, not only repainted.
     """
 
     question: str
@@ -33,6 +34,7 @@ class Section(NamedTuple):
     describe: Callable[[Numbers], str]
     table: Callable[[Numbers], Table]
     alt: Callable[[Numbers], str]
+    has_colour_map: bool = False
 
 
 def _cells(models: Iterable[Numbers]) -> str:
@@ -94,9 +96,10 @@ def _alt_powers(exercises: Numbers) -> str:
 
 
 def _alt_remedies(remedies: Numbers) -> str:
+    first, second = remedies["patients"]
     return (
-        f"Four dot plots of {len(remedies['remedies'])} remedies for a network that is {remedies['patients'][0]} and "
-        "one that is " + f"{remedies['patients'][1]}: adjoint ratio, leading exponent, gradient error, loss."
+        f"Four dot plots of {len(remedies['remedies'])} remedies for a network that is {first} and one that is "
+        f"{second}: adjoint ratio, leading exponent, gradient error, loss."
     )
 
 
@@ -111,6 +114,7 @@ SECTIONS: dict[str, Section] = {
         sentences.describe_coverage,
         tables.coverage_table,
         _alt_coverage,
+        has_colour_map=True,
     ),
     "reach": Section(
         "How far back does the gradient reach?",
@@ -150,14 +154,15 @@ SECTIONS: dict[str, Section] = {
     "flow": Section(
         "Which loss depends on which step?",
         "Row t, column s: how strongly the loss at step t depends on the carry that enters step s, root mean square "
-        "over held-out examples. Bands parallel to the diagonal are plain decay; columns that stay bright are steps "
-        "that many later losses depend on, rows that stay bright are losses that look far back. Grey: zero. The "
-        "colours end at 10⁻⁸ of the largest.",
+        "over held-out examples. Bands parallel to the diagonal are plain decay; columns that stay strong are steps "
+        "that many later losses depend on, rows that stay strong are losses that look far back. Grey: zero. Colours "
+        "end at 10⁻⁸ of the largest.",
         0.8,
         anatomy_pictures.draw_flow,
         anatomy_words.describe_flow,
         anatomy_words.flow_table,
         _alt_flow,
+        has_colour_map=True,
     ),
     "spectra": Section(
         "How do its Jacobians stretch and shrink?",
@@ -174,14 +179,15 @@ SECTIONS: dict[str, Section] = {
     "growth": Section(
         "When do gradients vanish, when do they explode, and what does clipping change?",
         "The same random matrix scaled to different spectral radii, in tanh networks that read the text with small "
-        "weights. Left: norm by lag, solid. Right: the norm of the gradient of one loss after so many steps (the bias "
-        "and input weights alone keep it from vanishing altogether); dotted, after clipping. Where the activations "
+        "weights. Left: norm by lag, solid. Right: the norm of the gradient of one loss after so many steps (what "
+        "its own step and the last before it contribute does not vanish); dotted, after clipping. Where activations "
         "saturate, the radius alone no longer decides.",
         0.85,
         anatomy_pictures.draw_growth,
         anatomy_words.describe_growth,
         anatomy_words.growth_table,
         _alt_growth,
+        has_colour_map=True,
     ),
     "powers": Section(
         "What do powers of a matrix do?",
@@ -197,8 +203,10 @@ SECTIONS: dict[str, Section] = {
     "remedies": Section(
         "Which remedy helps?",
         "From a tanh network whose gradients vanish and one whose gradients explode, one remedy each, on the adding "
-        "task: mean over the seeds that stayed finite. The first row is no remedy. An exponent near 0 keeps gradients; "
-        "an error above 0 means that training uses another gradient than the exact one.",
+        "task: mean over the seeds that stayed finite; the table says how many did not. The first row is no remedy. An "
+        "exponent near 0 keeps gradients; an error above 0 means that training uses another gradient than the exact "
+        "one. A ratio that is missing or not finite: no gradient reaches the first step. Losses before "
+        "training may lie beyond the edge.",
         0.9,
         anatomy_pictures.draw_remedies,
         anatomy_words.describe_remedies,
