@@ -1,19 +1,6 @@
-"""Wrong edits to the gradient code, each of which some test must notice: see `tests/mutants.py`.
+"""The core: gradients."""
 
-The list is drawn from the design and the source, not from what the tests happen to check.
-"""
-
-from typing import NamedTuple
-
-
-class Mutant(NamedTuple):
-    """One wrong edit: in `file`, `old`, which occurs once, is replaced by `new`."""
-
-    name: str
-    file: str
-    old: str
-    new: str
-
+from tests.mutants import Mutant
 
 TYPES = "jbptt/types.py"
 VALIDATION = "jbptt/validation.py"
@@ -25,15 +12,8 @@ WINDOWS = "jbptt/windows.py"
 ESTIMATORS = "jbptt/estimators.py"
 CLIPPING = "jbptt/clipping.py"
 NORMS = "jbptt/norms.py"
-FLOW = "jbptt/analysis/flow.py"
-LAGS = "jbptt/analysis/lags.py"
-DIAGNOSIS = "jbptt/analysis/diagnosis.py"
-BLOCKS = "jbptt/analysis/blocks.py"
-EVIDENCE = "jbptt/analysis/evidence.py"
-TRAINING = "jbptt/experiments/training.py"
-TASKS = "jbptt/experiments/tasks.py"
 
-MUTANTS = (
+CORE = (
     # types: alignment, means, sums
     Mutant(
         "align_on_trailing_axes",
@@ -445,108 +425,4 @@ MUTANTS = (
     ),
     Mutant("norm_has_no_gradient_at_zero", NORMS, "jnp.sqrt(jnp.where(total == 0, 1, total))", "jnp.sqrt(total)"),
     Mutant("cosine_of_no_unit_vector", NORMS, "jnp.zeros((), size.dtype)) / spread", "jnp.zeros((), size.dtype))"),
-    # analysis
-    Mutant("adjoints_of_the_sum", FLOW, "return weighted_mean(value, weight), carries", "return value, carries"),
-    Mutant(
-        "adjoints_without_gates",
-        FLOW,
-        "rebuild(leaves), xs, gates, None, num_steps)",
-        "rebuild(leaves), xs, None, None, num_steps)",
-    ),
-    Mutant("adjoints_ignore_the_mask", FLOW, "held(core)(wide, carry, (x, mask))", "core(wide, carry, x)"),
-    Mutant("flow_is_weighted", FLOW, "plain = batch._replace(weights=None)", "plain = batch"),
-    Mutant("flow_is_no_root_mean_square", FLOW, "/ jnp.sqrt(jnp.maximum(count, 1))", "/ jnp.maximum(count, 1)"),
-    Mutant("flow_counts_the_source_examples", FLOW, "count = jnp.roll(counted, -lag)", "count = counted"),
-    Mutant("flow_reads_the_wrong_step", FLOW, "rows[jnp.maximum(t - s, 0), s]", "rows[jnp.maximum(t - s, 0), t]"),
-    Mutant("sources_read_the_carry_received", FLOW, "a[1:], path.cotangents", "a[:-1], path.cotangents"),
-    Mutant("sources_forget_the_weight", FLOW, "c * exact.weight.astype(c.dtype)", "c"),
-    Mutant(
-        "sources_of_the_ungated_gradient",
-        FLOW,
-        "gradient_sums(step, loss, params, carry, batch, gates)",
-        "gradient_sums(step, loss, params, carry, batch)",
-    ),
-    Mutant("lag_gate_one_step_off", LAGS, "times_gate(c, gates)", "times_gate(c, jnp.roll(gates, -1, axis=0))"),
-    Mutant("lag_gate_open_at_the_start", LAGS, "times_gate(c, gates)", "times_gate(c, gates.at[0].set(1))"),
-    Mutant(
-        "lags_wrap_around_the_end",
-        LAGS,
-        "jnp.concatenate([c[1:], jnp.zeros_like(c[:1])])",
-        "jnp.roll(c, -1, axis=0)",
-    ),
-    Mutant(
-        "lags_go_forward",
-        LAGS,
-        "jnp.concatenate([c[1:], jnp.zeros_like(c[:1])])",
-        "jnp.concatenate([jnp.zeros_like(c[:1]), c[:-1]])",
-    ),
-    Mutant(
-        "losses_enter_at_every_lag",
-        LAGS,
-        "return (one_on, *jax.tree.map(jnp.zeros_like, (outputs_bar, readout_grad)), state), row",
-        "return (one_on, outputs_bar, readout_grad, state), row",
-    ),
-    Mutant("profile_one_lag_off", LAGS, "read(state, lag, cotangents, jax.tree", "read(state, lag, one_on, jax.tree"),
-    Mutant("curve_without_readout_gradient", LAGS, "jax.tree.map(jnp.add, grad, readout_grad)", "grad"),
-    Mutant(
-        "profile_weighs_by_the_source",
-        LAGS,
-        "jnp.where(valid, jnp.roll(weights, -lag, axis=0), 0)",
-        "jnp.where(valid, weights, 0)",
-    ),
-    Mutant(
-        "profile_counts_pairs_past_the_end",
-        LAGS,
-        "jnp.where(valid, jnp.roll(weights, -lag, axis=0), 0)",
-        "jnp.roll(weights, -lag, axis=0)",
-    ),
-    Mutant("profile_of_the_gradient_sum", LAGS, "partial(weighted_mean, weight=total)", "lambda total: total"),
-    Mutant("curve_blocks_without_one_over_n", LAGS, "jnp.stack([s, b / (lag + 1)])", "jnp.stack([s, b])"),
-    Mutant("diagnosis_forgets_the_gates", DIAGNOSIS, "jnp.where(cuts == 0, 0, gates)", "cuts"),
-    Mutant("diagnosis_keeps_what_half_keeps", BLOCKS, "(error <= levels) & (half > levels)", "(error <= levels)"),
-    Mutant(
-        "diagnosis_takes_a_window_twice_too_small",
-        BLOCKS,
-        "jnp.array(windows)[first]",
-        "jnp.array(windows)[first] // 2",
-    ),
-    Mutant("diagnosis_half_life_in_e_folds", EVIDENCE, "math.log(2) / jnp.where(rates", "1.0 / jnp.where(rates"),
-    Mutant("diagnosis_verdict_per_step", EVIDENCE, "rate * (jnp.sum(measured) - 1), -jnp.inf", "rate, -jnp.inf"),
-    Mutant("diagnosis_norm_of_the_sum", BLOCKS, "weighted_mean(norm(sums.grad), sums.weight)", "norm(sums.grad)"),
-    # experiments
-    Mutant(
-        "training_resets_the_state",
-        TRAINING,
-        "estimate, state = estimator.update(params, state, batch)",
-        "estimate, _ = estimator.update(params, state, batch)",
-    ),
-    Mutant(
-        "training_follows_the_sum", TRAINING, "optimizer.update(estimate.grads,", "optimizer.update(estimate.grad_sum,"
-    ),
-    Mutant(
-        "training_resets_the_optimizer",
-        TRAINING,
-        "updates, opt_state = optimizer.update",
-        "updates, _ = optimizer.update",
-    ),
-    Mutant("evaluation_resets_the_carry", TRAINING, "carry, ys = scan_steps", "_, ys = scan_steps"),
-    Mutant(
-        "evaluation_averages_batches",
-        TRAINING,
-        "return weighted_mean(values.sum(), weights.sum())",
-        "return weighted_mean(values, weights).mean()",
-    ),
-    Mutant(
-        "text_rows_do_not_go_on",
-        TASKS,
-        "a.reshape(batch_size, num_batches, num_steps).transpose(1, 2, 0)",
-        "a.reshape(num_batches, batch_size, num_steps).transpose(0, 2, 1)",
-    ),
-    Mutant(
-        "cross_entropy_in_bits",
-        TASKS,
-        "integer_labels(logits, target)",
-        "integer_labels(logits, target) / jnp.log(2.0)",
-    ),
-    Mutant("squared_error_without_half", TASKS, "optax.losses.l2_loss(y, target)", "jnp.square(y - target)"),
 )

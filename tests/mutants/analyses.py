@@ -1,0 +1,287 @@
+"""The analyses."""
+
+from tests.mutants import Mutant
+
+ADVICE = "jbptt/analysis/advice.py"
+ALIGNMENT = "jbptt/analysis/alignment.py"
+BLOCKS = "jbptt/analysis/blocks.py"
+DEPENDENCE = "jbptt/dependence.py"
+DIAGNOSIS = "jbptt/analysis/diagnosis.py"
+EVIDENCE = "jbptt/analysis/evidence.py"
+FLOW = "jbptt/analysis/flow.py"
+GATING = "jbptt/analysis/gating.py"
+GRADED = "jbptt/analysis/graded.py"
+JACOBIANS = "jbptt/analysis/jacobians.py"
+LAGS = "jbptt/analysis/lags.py"
+LYAPUNOV = "jbptt/analysis/lyapunov.py"
+NONFINITE = "jbptt/analysis/nonfinite.py"
+POWERS = "jbptt/analysis/powers.py"
+PRODUCTS = "jbptt/analysis/products.py"
+
+ANALYSES = (
+    # analysis
+    Mutant("adjoints_of_the_sum", FLOW, "return weighted_mean(value, weight), carries", "return value, carries"),
+    Mutant(
+        "adjoints_without_gates",
+        FLOW,
+        "rebuild(leaves), xs, gates, None, num_steps)",
+        "rebuild(leaves), xs, None, None, num_steps)",
+    ),
+    Mutant("adjoints_ignore_the_mask", FLOW, "held(core)(wide, carry, (x, mask))", "core(wide, carry, x)"),
+    Mutant("flow_is_weighted", FLOW, "plain = batch._replace(weights=None)", "plain = batch"),
+    Mutant("flow_is_no_root_mean_square", FLOW, "/ jnp.sqrt(jnp.maximum(count, 1))", "/ jnp.maximum(count, 1)"),
+    Mutant("flow_counts_the_source_examples", FLOW, "count = jnp.roll(counted, -lag)", "count = counted"),
+    Mutant("flow_reads_the_wrong_step", FLOW, "rows[jnp.maximum(t - s, 0), s]", "rows[jnp.maximum(t - s, 0), t]"),
+    Mutant("sources_read_the_carry_received", FLOW, "a[1:], path.cotangents", "a[:-1], path.cotangents"),
+    Mutant("sources_forget_the_weight", FLOW, "c * exact.weight.astype(c.dtype)", "c"),
+    Mutant(
+        "sources_of_the_ungated_gradient",
+        FLOW,
+        "gradient_sums(step, loss, params, carry, batch, gates)",
+        "gradient_sums(step, loss, params, carry, batch)",
+    ),
+    Mutant("lag_gate_one_step_off", LAGS, "times_gate(c, gates)", "times_gate(c, jnp.roll(gates, -1, axis=0))"),
+    Mutant("lag_gate_open_at_the_start", LAGS, "times_gate(c, gates)", "times_gate(c, gates.at[0].set(1))"),
+    Mutant(
+        "lags_wrap_around_the_end",
+        LAGS,
+        "jnp.concatenate([c[1:], jnp.zeros_like(c[:1])])",
+        "jnp.roll(c, -1, axis=0)",
+    ),
+    Mutant(
+        "lags_go_forward",
+        LAGS,
+        "jnp.concatenate([c[1:], jnp.zeros_like(c[:1])])",
+        "jnp.concatenate([jnp.zeros_like(c[:1]), c[:-1]])",
+    ),
+    Mutant(
+        "losses_enter_at_every_lag",
+        LAGS,
+        "return (one_on, *jax.tree.map(jnp.zeros_like, (outputs_bar, readout_grad)), state), row",
+        "return (one_on, outputs_bar, readout_grad, state), row",
+    ),
+    Mutant("profile_one_lag_off", LAGS, "read(state, lag, cotangents, jax.tree", "read(state, lag, one_on, jax.tree"),
+    Mutant("curve_without_readout_gradient", LAGS, "jax.tree.map(jnp.add, grad, readout_grad)", "grad"),
+    Mutant(
+        "profile_weighs_by_the_source",
+        LAGS,
+        "jnp.where(valid, jnp.roll(weights, -lag, axis=0), 0)",
+        "jnp.where(valid, weights, 0)",
+    ),
+    Mutant(
+        "profile_counts_pairs_past_the_end",
+        LAGS,
+        "jnp.where(valid, jnp.roll(weights, -lag, axis=0), 0)",
+        "jnp.roll(weights, -lag, axis=0)",
+    ),
+    Mutant("profile_of_the_gradient_sum", LAGS, "partial(weighted_mean, weight=total)", "lambda total: total"),
+    Mutant("curve_blocks_without_one_over_n", LAGS, "jnp.stack([s, b / (lag + 1)])", "jnp.stack([s, b])"),
+    Mutant("diagnosis_forgets_the_gates", DIAGNOSIS, "jnp.where(cuts == 0, 0, gates)", "cuts"),
+    Mutant("diagnosis_keeps_what_half_keeps", BLOCKS, "(error <= levels) & (half > levels)", "(error <= levels)"),
+    Mutant(
+        "diagnosis_takes_a_window_twice_too_small",
+        BLOCKS,
+        "jnp.array(windows)[first]",
+        "jnp.array(windows)[first] // 2",
+    ),
+    Mutant("diagnosis_half_life_in_e_folds", EVIDENCE, "math.log(2) / jnp.where(rates", "1.0 / jnp.where(rates"),
+    Mutant("diagnosis_verdict_per_step", EVIDENCE, "rate * (jnp.sum(measured) - 1), -jnp.inf", "rate, -jnp.inf"),
+    Mutant("diagnosis_norm_of_the_sum", BLOCKS, "weighted_mean(norm(sums.grad), sums.weight)", "norm(sums.grad)"),
+    # jacobians
+    Mutant("jacobian_transposed", JACOBIANS, "return jax.jacfwd(run)(flat)", "return jax.jacfwd(run)(flat).T"),
+    Mutant(
+        "jacobian_in_reverse_mode_transposed",
+        JACOBIANS,
+        "return jax.jacrev(run)(flat)",
+        "return jax.jacrev(run)(flat).T",
+    ),
+    Mutant(
+        "jacobian_of_a_masked_step",
+        JACOBIANS,
+        "step_jacobian(held(core), params, c, x))",
+        "step_jacobian(core, params, c, x[0]))",
+    ),
+    Mutant("jacobian_swaps_real_and_imaginary", JACOBIANS, "(a.real, a.imag) if", "(a.imag, a.real) if"),
+    # graded matrices and products
+    Mutant(
+        "singular_values_in_bits",
+        GRADED,
+        "matrix.exponents.astype(lengths.dtype) * math.log(2) + jnp.log(lengths)",
+        "matrix.exponents.astype(lengths.dtype) + jnp.log2(lengths)",
+    ),
+    Mutant("qr_of_small_rows_first", GRADED, "jnp.argsort(-heights)", "jnp.argsort(heights)"),
+    Mutant(
+        "graded_exponents_on_the_wrong_axis",
+        GRADED,
+        "exponent + matrix.exponents)",
+        "exponent + matrix.exponents[:, None])",
+    ),
+    Mutant(
+        "push_forgets_the_first_basis",
+        GRADED,
+        "return matrix_product(basis, q), Graded(rows, exponents)",
+        "return q, Graded(rows, exponents)",
+    ),
+    Mutant(
+        "product_multiplied_from_the_right",  # the product of the transposes has the singular values of that
+        PRODUCTS,
+        "push(jacobian, frame, matrix)",
+        "push(jacobian.T, frame, matrix)",
+    ),
+    Mutant(
+        "product_of_one_factor_fewer",
+        PRODUCTS,
+        "        frame, matrix = push(jacobian, frame, matrix)\n"
+        "        kept = jax.tree.map(lambda all, new: all.at[jnp.asarray(slots)[k]].set("
+        'new, mode="drop"), kept, matrix)\n',
+        "        kept = jax.tree.map(lambda all, new: all.at[jnp.asarray(slots)[k]].set("
+        'new, mode="drop"), kept, matrix)\n'
+        "        frame, matrix = push(jacobian, frame, matrix)\n",
+    ),
+    Mutant(
+        "products_sorted_by_span",
+        PRODUCTS,
+        "jax.vmap(log_singular_values)(kept)[inverse]",
+        "jax.vmap(log_singular_values)(kept)[np.sort(inverse)]",
+    ),
+    Mutant(
+        "condition_of_a_zero_product_is_nan",
+        PRODUCTS,
+        "return jnp.where(singular, jnp.inf, self.log_norms - jnp.where(singular, 0, smallest))",
+        "return self.log_norms - smallest",
+    ),
+    # gate paths
+    Mutant("gru_paths_past_the_reset_gate", GATING, 'bias = "b_h" if "b_h" in params else "b"', 'bias = "b"'),
+    Mutant(
+        "straight_path_through_the_gates_too",
+        GATING,
+        "-jnp.ones((1, len(names) - 1))",
+        "jnp.zeros((1, len(names) - 1))",
+    ),
+    Mutant(
+        "gate_shares_over_time",
+        GATING,
+        "jnp.sum(norms, axis=1, keepdims=True)",
+        "jnp.sum(norms, axis=0, keepdims=True)",
+    ),
+    # alignment of adjoints
+    Mutant(
+        "misalignment_from_the_cosine",
+        ALIGNMENT,
+        "return jnp.abs(along), norm(across, num_leading)",
+        "return jnp.abs(along), jnp.sqrt(jnp.maximum(0, 1 - along**2))",
+    ),
+    Mutant(
+        "alignment_weighs_by_the_source",
+        ALIGNMENT,
+        "jnp.where(alive & counted, jnp.roll(weights, -lag, axis=0), 0)",
+        "jnp.where(alive & counted, weights, 0)",
+    ),
+    Mutant(
+        "alignment_across_closed_gates",
+        ALIGNMENT,
+        "return cotangents if gates is None else [times_gate(c, jnp.asarray(gates)) for c in cotangents]",
+        "return cotangents",
+    ),
+    # Lyapunov exponents
+    Mutant(
+        "lyapunov_deviation_for_error",
+        LYAPUNOV,
+        "* math.sqrt(num_batches / (num_batches - 1))",
+        "* num_batches / math.sqrt(num_batches - 1)",
+    ),
+    Mutant(
+        "lyapunov_starts_over_at_the_kept",
+        LYAPUNOV,
+        "_evolve(step, params, state, late, num_kept, qr_every)",
+        "_evolve(step, params, (carry, frame), late, num_kept, qr_every)",
+    ),
+    Mutant(
+        "lyapunov_short_interval_counts_as_whole",
+        LYAPUNOV,
+        "np.diff([*range(0, num_kept, qr_every), num_kept])",
+        "np.full(-(-num_kept // qr_every), qr_every)",
+    ),
+    Mutant(
+        "qr_derivative_of_square_matrices_only",
+        LYAPUNOV,
+        "(q @ (turn - inner) + ratio, (inner - turn) @ r)",
+        "(q @ turn, (inner - turn) @ r)",
+    ),
+    # powers of a matrix
+    Mutant(
+        "left_eigenvectors_are_the_right_ones",
+        POWERS,
+        "left = vectors.T if symmetric else jnp.linalg.inv(vectors)",
+        "left = vectors.T",
+    ),
+    Mutant("complex_angle_without_conjugate", POWERS, "jnp.vdot(direction, y)", "jnp.dot(direction, y)"),
+    Mutant(
+        "powers_angle_one_step_late",
+        POWERS,
+        "        return _normalised(matrix @ y), _angle(y, spectrum.dominant)",
+        "        y = _normalised(matrix @ y)\n        return y, _angle(y, spectrum.dominant)",
+    ),
+    # evidence and advice
+    Mutant(
+        "slope_error_of_one_parameter",
+        EVIDENCE,
+        "jnp.maximum(count - 2, 1) * spread",
+        "jnp.maximum(count - 1, 1) * spread",
+    ),
+    Mutant(
+        "exponent_skips_the_wrong_quarter",
+        EVIDENCE,
+        "counted = mask & (number <= number[-1] - number[-1] // 4)",
+        "counted = mask & (number > number[-1] // 4)",
+    ),
+    Mutant("bound_sum_one_lag_short", EVIDENCE, "lag >= lag[:, None], phi", "lag > lag[:, None], phi"),
+    Mutant(
+        "curvature_along_no_unit_vector",
+        EVIDENCE,
+        "along = unit(direction, largest) / jnp.where(ratio == 0, 1, ratio)",
+        "along = unit(direction, largest)",
+    ),
+    Mutant("advice_of_the_coarse_window", ADVICE, "int(found.block_window[-1])", "int(found.block_window[0])"),
+    Mutant(
+        "advice_clips_at_the_largest_norm",
+        ADVICE,
+        "clip_by_global_norm({median:.3g})",
+        "clip_by_global_norm({largest:.3g})",
+    ),
+    Mutant("advice_scales_weights_the_wrong_way", ADVICE, "math.exp(-exponent)", "math.exp(exponent)"),
+    # the first number that is not finite
+    Mutant("nonfinite_goes_back_forwards", NONFINITE, "there, flags_back[::-1], given", "there, flags_back, given"),
+    Mutant(
+        "nonfinite_counts_padding",
+        NONFINITE,
+        "xs, ys = (tree if batch.mask is None else per_step(batch.mask, tree) for tree in (batch.xs, ys))",
+        "xs = batch.xs",
+    ),
+    Mutant(
+        "nonfinite_reads_the_carry_received",
+        NONFINITE,
+        "after = jax.tree.map(lambda a: a[1:], path.carries)",
+        "after = jax.tree.map(lambda a: a[:-1], path.carries)",
+    ),
+    Mutant(
+        "nonfinite_ignores_the_gates",
+        NONFINITE,
+        "    if gate is not None:\n        adjoint = [times_gate(a, gate) for a in adjoint]\n",
+        "",
+    ),
+    # what depends on what
+    Mutant("path_over_one_carry_only", DEPENDENCE, "    for _ in emitted:\n", "    if emitted:\n"),
+    Mutant(
+        "dependence_of_the_first_output_only",
+        DEPENDENCE,
+        "sources.update(dict.fromkeys(equation.outvars, found))",
+        "sources.update(dict.fromkeys(equation.outvars[:1], found))",
+    ),
+    Mutant(
+        "path_to_every_parameter",
+        DEPENDENCE,
+        "if any(sources & reached for sources in to_params)",
+        "if all(sources & reached for sources in to_params)",
+    ),
+)
