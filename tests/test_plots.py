@@ -70,7 +70,7 @@ def test_a_picture_of_every_result(results, name):
 
 def test_every_plot_is_tried():
     found = {name.removeprefix("plot_") for name in dir(plots) if name.startswith("plot_")}
-    assert found == {*NAMES, "diagnosis"}
+    assert found == {*NAMES, "diagnosis", "remedies"}
 
 
 def test_the_lines_are_the_numbers(results):
@@ -111,3 +111,19 @@ def test_a_diagnosis_has_rings_at_its_windows():
     rings = [(line.get_xdata()[0], line.get_ydata()[0]) for line in ax.get_lines() if line.get_marker() == "o"]
     assert rings == [(2, pytest.approx(0.09)), (4, pytest.approx(0.005)), (2, pytest.approx(0.09))]
     assert "vanishing over 9 steps" in ax.get_title()
+
+
+def test_remedies_are_dots_before_and_after():
+    before, after = np.full((2, 3, 2), 2.0), np.array([[[1.0, 3.0], [1.0, np.inf], [np.nan, np.nan]], 3 * [[0.5, 0.7]]])
+    names = ("nothing", "clipping", "relu")
+    stage = lambda values: jbptt.experiments.outcomes.Measures(*(values + i for i in range(5)))
+    found = jbptt.Remedies(stage(before), stage(after), jnp.ones(2), ("a", "b"), names, num_updates=4, num_steps=5)
+    for i, measure in enumerate(("loss", "adjoint_ratio", "exponent", "gradient_error")):
+        ax = plots.plot_remedies(found, measure=measure)
+        dots = [line.get_xdata() for line in ax.get_lines() if line.get_marker() == "o"]
+        wanted = [[2, 2, 2], [2, 1, np.nan], [2, 2, 2], [0.6, 0.6, 0.6]]
+        np.testing.assert_allclose(dots, np.array(wanted) + i)
+        assert [label.get_text() for label in ax.get_yticklabels()] == list(names) and ax.yaxis_inverted()
+        ax.figure.draw_without_rendering()
+    with pytest.raises(ValueError, match="measure must be one of adjoint_ratio, exponent, gradient_error, loss"):
+        plots.plot_remedies(found, measure="time")

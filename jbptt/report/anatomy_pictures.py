@@ -1,11 +1,12 @@
 """The pictures of the report's second half: the backward pass inside. Drawn from its JSON, as in `pictures`."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from jbptt.report.axes import legend_below, log_scale, new_axes, numbers, positive
-from jbptt.report.plots import plot_gradient_flow
+from jbptt.report.plots import REMEDY_MEASURES, plot_gradient_flow, plot_remedies
 from jbptt.report.themes import LIGHT, Theme
 
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -137,46 +138,12 @@ def draw_powers(exercises: dict[str, Any], *, axes: Any = None, theme: Theme = L
 
 def draw_remedies(remedies: dict[str, Any], *, axes: Any = None, theme: Theme = LIGHT) -> Any:
     """Four measures of every remedy (rows) for both patients, hollow before and filled after training."""
-    names = remedies["remedies"]
-    axes = np.ravel(new_axes((12.0, 0.34 * len(names) + 2.2), 1, 4, axes, sharey=True))
-    panels = (
-        ("adjoint_ratio", "log₁₀ of the adjoint's norm\nat the first step / at the last"),
-        ("exponent", "leading exponent\n(nats per step)"),
-        ("gradient_error", "relative error of\nthe gradient used"),
-        ("loss", "held-out loss"),
-    )
-    rows = np.arange(len(names))
-    for ax, (field, label) in zip(axes, panels, strict=True):
-        for p, (patient, colour) in enumerate(zip(remedies["patients"], theme.lines, strict=False)):
-            before, after = (_means(remedies[stage][field][p]) for stage in ("before", "after"))
-            shift = rows + 0.16 * (2 * p - 1)
-            ax.hlines(shift, before, after, color=colour, linewidth=1.0, alpha=0.6)
-            ax.plot(before, shift, "o", color=colour, markerfacecolor=theme.paper, markersize=5)
-            ax.plot(after, shift, "o", color=colour, markersize=5, label=patient)
-        ax.axhline(0.5, color=theme.muted, linewidth=0.6)
-        ax.grid(True, axis="x")
-        ax.set_xlabel(label)
-    axes[1].axvline(0, color=theme.muted, linewidth=0.9, linestyle=":")
-    axes[0].axvline(0, color=theme.muted, linewidth=0.9, linestyle=":")
-    axes[2].set_xscale("symlog", linthresh=0.01)
-    axes[2].set_xlim(-0.004, 2 * axes[2].get_xlim()[1])
-    # What an untrained network scores in millions would press all differences flat: it may lie beyond the edge.
-    untreated = [patient[0] for patient in remedies["before"]["loss"]]
-    losses = np.concatenate([np.ravel(numbers(runs)) for runs in (untreated, remedies["after"]["loss"])])
-    largest = np.max(losses[np.isfinite(losses)], initial=0.0)
-    if largest > 0:
-        axes[3].set_xlim(0, 1.1 * largest)
-    axes[0].set_yticks(rows, labels=names)
-    axes[0].invert_yaxis()
+    stages = {stage: SimpleNamespace(**remedies[stage]) for stage in ("before", "after")}
+    found = SimpleNamespace(patients=remedies["patients"], remedies=remedies["remedies"], **stages)
+    axes = np.ravel(new_axes((12.0, 0.34 * len(found.remedies) + 2.2), 1, 4, axes, sharey=True))
+    for ax, measure in zip(axes, REMEDY_MEASURES, strict=True):
+        plot_remedies(found, measure=measure, ax=ax, theme=theme)
     handles, labels = axes[0].get_legend_handles_labels()
-    labels = [f"{label} at the start, after training (hollow: before)" for label in labels]
+    labels = [f"{label}, after training (hollow: before)" for label in labels]
     axes[0].figure.legend(handles, labels, loc="outside lower left", ncols=2, frameon=False, fontsize=9)
     return axes
-
-
-def _means(values: Any) -> np.ndarray:
-    """Over the seeds that stayed finite; NaN where none did."""
-    found = numbers(values)
-    counts = np.isfinite(found).sum(-1)
-    total = np.where(np.isfinite(found), found, 0).sum(-1)
-    return np.where(counts > 0, total / np.maximum(counts, 1), np.nan)

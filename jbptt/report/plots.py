@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jbptt.report.axes import draw_matrix, label_characters, log_scale, new_axes, positive, visible
+from jbptt.report.axes import draw_matrix, label_characters, log_scale, new_axes, numbers, positive, visible
 from jbptt.report.themes import LIGHT, Theme
 
 _SIZE = (7.0, 4.4)
@@ -188,6 +188,68 @@ def plot_eigenvalues(eigenvalues: Any, *, ax: Any = None, theme: Theme = LIGHT) 
     ax.set_aspect("equal", "datalim")
     _lines(ax, "real part", "imaginary part", legend=False)
     return ax
+
+
+REMEDY_MEASURES = {
+    "adjoint_ratio": "log₁₀ of the adjoint's norm\nat the first step / at the last",
+    "exponent": "leading exponent\n(nats per step)",
+    "gradient_error": "relative error of\nthe gradient used",
+    "loss": "held-out loss",
+}
+
+
+def plot_remedies(remedies: Any, *, measure: str = "loss", ax: Any = None, theme: Theme = LIGHT) -> Any:
+    """One measure of every remedy (rows) for each patient, hollow before and filled after training.
+
+    Means over the seeds that stayed finite.
+
+    Args:
+      remedies: what `compare_remedies` returns.
+      measure: one of `REMEDY_MEASURES`: adjoint_ratio, exponent, gradient_error, loss.
+      ax: the axes to draw on.
+      theme: colours.
+
+    Raises:
+      ValueError: an unknown measure.
+    """
+    if measure not in REMEDY_MEASURES:
+        raise ValueError(f"measure must be one of {', '.join(REMEDY_MEASURES)}, got {measure!r}")
+    ax = new_axes((6.4, 0.34 * len(remedies.remedies) + 1.4), 1, 1, ax)
+    rows = np.arange(len(remedies.remedies))
+    before, after = (_finite_means(getattr(stage, measure)) for stage in (remedies.before, remedies.after))
+    for p, (patient, colour) in enumerate(zip(remedies.patients, theme.lines, strict=False)):
+        shift = rows + 0.16 * (2 * p - 1)
+        ax.hlines(shift, before[p], after[p], color=colour, linewidth=1.0, alpha=0.6)
+        ax.plot(before[p], shift, "o", color=colour, markerfacecolor=theme.paper, markersize=5)
+        ax.plot(after[p], shift, "o", color=colour, markersize=5, label=f"{patient} at the start")
+    ax.axhline(0.5, color=theme.muted, linewidth=0.6)
+    _lines(ax, REMEDY_MEASURES[measure], "", legend=False)
+    ax.grid(False, axis="y")
+    _remedies_scale(ax, measure, np.concatenate([before[:, 0], np.ravel(after)]), theme)
+    ax.set_yticks(rows, labels=remedies.remedies)
+    ax.set_ylim(len(rows) - 0.4, -0.6)
+    return ax
+
+
+def _remedies_scale(ax: Any, measure: str, values: np.ndarray, theme: Theme) -> None:
+    if measure == "gradient_error":
+        ax.set_xscale("symlog", linthresh=0.01)
+        ax.set_xlim(-0.004, 2 * ax.get_xlim()[1])
+    elif measure == "loss":
+        # What an untrained network scores in millions would press all differences flat: it may lie beyond the edge.
+        largest = np.max(values[np.isfinite(values)], initial=0.0)
+        if largest > 0:
+            ax.set_xlim(0, 1.1 * largest)
+    else:
+        ax.axvline(0, color=theme.muted, linewidth=0.9, linestyle=":")
+
+
+def _finite_means(values: Any) -> np.ndarray:
+    """Over the last axis, of what is finite; NaN where nothing is."""
+    found = numbers(values)
+    counts = np.isfinite(found).sum(-1)
+    total = np.where(np.isfinite(found), found, 0).sum(-1)
+    return np.where(counts > 0, total / np.maximum(counts, 1), np.nan)
 
 
 def plot_diagnosis(diagnosis: Any, *, ax: Any = None, theme: Theme = LIGHT) -> Any:
