@@ -4,6 +4,7 @@ Every function returns an `Estimator`; hold each against its coverage matrix (`t
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import chex
@@ -139,6 +140,7 @@ def randomized_bptt(
     *,
     keep_prob: chex.Numeric | None = None,
     mean_length: chex.Numeric | None = None,
+    length_probs: jax.Array | None = None,
     reweight: bool = True,
     segment: int | None = None,
 ) -> Estimator:
@@ -147,34 +149,38 @@ def randomized_bptt(
         gates[t] = ξ_t / π_t,   ξ_t ~ Bernoulli(π_t),   so that E[C] = 1
 
     Unbiased within an update; the variance grows with the length, without bound where the squared
-    Jacobian over π reaches 1. Costs what full BPTT costs. Replaying a state replays its draw.
+    Jacobian over π reaches 1. Costs what full BPTT costs. Every update draws from a key of its own;
+    replaying a state replays its draw.
 
     Args:
       step: `(params, carry, x) -> (carry, y)`.
       loss: `(y, target) -> [*batch]`, or that and aux.
-      keep_prob: π, scalar or `[T]`: `truncation.randomized` (windows of 1/(1 − π) steps on average).
+      keep_prob: π, scalar, `[T]` or `[T, *batch]`: `truncation.randomized`. A scalar cuts windows of
+        1/(1 − π) steps on average.
       mean_length: L₀ in steps instead: `truncation.artbp`, whose hazard falls with the lag.
+      length_probs: the distribution of the windows' lengths instead: `truncation.random_lengths`.
       reweight: False leaves the weights out; biased towards short lags.
       segment: as in `full_bptt`.
 
     Raises:
-      ValueError: both or neither of keep_prob and mean_length; a value out of range; init without a key.
+      ValueError: not exactly one of keep_prob, mean_length and length_probs; a value out of range; init
+        without a key.
     """
-    if (keep_prob is None) == (mean_length is None):
+    given = {"keep_prob": keep_prob, "mean_length": mean_length, "length_probs": length_probs}
+    if sum(value is not None for value in given.values()) != 1:
         raise ValueError(
-            f"randomized_bptt needs keep_prob or mean_length, got keep_prob={keep_prob} and "
-            f"mean_length={mean_length}; pass exactly one of them"
+            f"randomized_bptt needs one of keep_prob, mean_length and length_probs, got "
+            f"{', '.join(f'{name}={value!r}' for name, value in given.items())}; pass exactly one of them"
         )
-    if mean_length is None:
+    if keep_prob is not None:
         validation.check_probability("keep_prob", keep_prob)
-
-        def gates_fn(key, num_steps):
-            return truncation.randomized(key, num_steps, jnp.asarray(keep_prob), reweight=reweight)
-    else:
+        gates_fn = partial(truncation.randomized, keep_prob=jnp.asarray(keep_prob), reweight=reweight)
+    elif mean_length is not None:
         validation.check_above("mean_length", mean_length, 1, "every window of one step would cut everywhere")
-
-        def gates_fn(key, num_steps):
-            return truncation.artbp(key, num_steps, mean_length, reweight=reweight)
+        gates_fn = partial(truncation.artbp, mean_length=mean_length, reweight=reweight)
+    else:
+        validation.check_length_probs(length_probs, None)
+        gates_fn = partial(truncation.random_lengths, length_probs=length_probs, reweight=reweight)
 
     gated = gated_bptt(step, loss, gates_fn=gates_fn, segment=segment)
 

@@ -46,8 +46,9 @@ def randomized(key: chex.PRNGKey, num_steps: int, keep_prob: chex.Numeric, *, re
     Args:
       key: a PRNG key; a new one for every update.
       num_steps: T.
-      keep_prob: π in (0, 1], scalar or `[T]`; may be traced. The variance grows without bound with the
-        length if the squared Jacobian over π is ≥ 1.
+      keep_prob: π in (0, 1], scalar, `[T]` (each step its own), or `[T, *batch]` (each example its own,
+        and gates of its own); may be traced. The variance grows without bound with the length if the
+        squared Jacobian over π is ≥ 1.
       reweight: False leaves out 1/π; the gradient is then biased towards short lags.
 
     Raises:
@@ -55,10 +56,13 @@ def randomized(key: chex.PRNGKey, num_steps: int, keep_prob: chex.Numeric, *, re
     """
     validation.check_positive_integer("num_steps", num_steps)
     validation.check_probability("keep_prob", keep_prob)
-    if jnp.shape(keep_prob) not in ((), (num_steps,)):
-        raise ValueError(f"keep_prob has shape {jnp.shape(keep_prob)}, wanted a scalar or [T] = ({num_steps},)")
+    shape = jnp.shape(keep_prob) or (num_steps,)
+    if shape[0] != num_steps:
+        raise ValueError(
+            f"keep_prob has shape {shape}, wanted a scalar, [T] = ({num_steps},) or [T, *batch]: time is the first axis"
+        )
     keep_prob = jnp.asarray(keep_prob, float)
-    kept = jax.random.bernoulli(key, keep_prob, (num_steps,))
+    kept = jax.random.bernoulli(key, keep_prob, shape)
     return jnp.where(kept, 1 / keep_prob if reweight else 1.0, 0.0)
 
 
@@ -86,10 +90,50 @@ def artbp(
     validation.check_above("mean_length", mean_length, 1, "every window of one step would cut everywhere")
     validation.check_above("alpha", alpha, 2, "the mean length is infinite at alpha <= 2")
 
+    def hazard(delta):
+        return (alpha - 1) / ((alpha - 2) * mean_length + delta)
+
+    return _renewal_gates(key, num_steps, hazard, reweight)
+
+
+def random_lengths(key: chex.PRNGKey, num_steps: int, length_probs: jax.Array, *, reweight: bool = True) -> jax.Array:
+    """Windows whose lengths are drawn one after another from any distribution.
+
+        c(δ) = p_δ / (1 − Σ_{k<δ} p_k),     gates[t] = (1 − X_t) / (1 − c(δ)),     X_t ~ Bernoulli(c(δ))
+
+    with δ the steps since the last cut. Constant keep probabilities are geometric lengths, ARTBP's have a
+    heavier tail. Language models are often trained with `reweight=False` (Merity et al., AWD-LSTM, 2018),
+    which is biased towards short lags.
+
+    Args:
+      key: a PRNG key; a new one for every update.
+      num_steps: T.
+      length_probs: p, `[L]`: `length_probs[k − 1]` is the probability of k steps; may be traced. What is
+        missing to 1 are windows longer than L, which no cut ends within the update.
+      reweight: False leaves out 1/(1 − c); biased.
+
+    Raises:
+      ValueError: entries below 0 or not finite, a sum above 1; with weights, lengths that all end before T:
+        pairs further apart would never be seen, and no weight makes up for that.
+    """
+    validation.check_positive_integer("num_steps", num_steps)
+    validation.check_length_probs(length_probs, num_steps if reweight else None)
+    probs = jnp.asarray(length_probs, float)
+    left = 1 - jnp.cumsum(probs)  # of being longer than k
+    before = jnp.concatenate([jnp.ones(1), left[:-1]])
+    # Past a length that no window exceeds nothing is ever reached: any hazard will do there.
+    hazards = jnp.where(probs > 0, probs / jnp.where(before > 0, before, 1), 0.0)
+    hazards = jnp.append(jnp.clip(hazards, 0, 1), 0.0)
+    return _renewal_gates(key, num_steps, lambda delta: hazards[jnp.minimum(delta, len(hazards)) - 1], reweight)
+
+
+def _renewal_gates(key, num_steps, hazard_fn, reweight):
+    """Gates whose chance of a cut depends on the steps since the last one."""
+
     def body(delta, uniform):
-        hazard = (alpha - 1) / ((alpha - 2) * mean_length + delta)
+        hazard = hazard_fn(delta)
         cut = uniform < hazard
-        gate = jnp.where(cut, 0.0, 1 / (1 - hazard) if reweight else 1.0)
+        gate = jnp.where(cut, 0.0, 1 / jnp.where(hazard < 1, 1 - hazard, 1) if reweight else 1.0)
         return jnp.where(cut, 1, delta + 1), gate
 
     # gates[0] leads into the initial carry only, where the update ends anyway: it stays open.

@@ -56,10 +56,30 @@ def check_probability(name: str, value: Any) -> None:
         entries = np.asarray(value).astype(float)
     except (TypeError, ValueError):
         entries = np.array(np.nan)
-    if isinstance(value, str) or entries.ndim > 1 or not np.all((entries > 0) & (entries <= 1)):
+    if isinstance(value, str) or not np.all((entries > 0) & (entries <= 1)):
         raise ValueError(
-            f"{name} must lie in (0, 1], got {value!r}, wanted a scalar or [T]; a gate that never opens "
+            f"{name} must lie in (0, 1], got {value!r}; a gate that never opens "
             "cannot be reweighted (for a hard cut use truncation.fixed)"
+        )
+
+
+def check_length_probs(value: Any, num_steps: int | None) -> None:
+    """A ValueError unless `value` is a distribution over 1, 2, … steps, and (num_steps given) reaches that far."""
+    if isinstance(value, Tracer):
+        return
+    try:
+        probs = np.asarray(value).astype(float)
+    except (TypeError, ValueError):
+        probs = np.array(np.nan)
+    if probs.ndim != 1 or not probs.size or not np.all(probs >= 0) or not probs.sum() <= 1 + 1e-5:
+        raise ValueError(
+            f"length_probs must be [L], each >= 0 and together at most 1, got {value!r}; "
+            "length_probs[k - 1] is the probability of a window of k steps"
+        )
+    if num_steps is not None and probs[: num_steps - 1].sum() > 1 - 1e-6:
+        raise ValueError(
+            f"length_probs lets no window reach T = {num_steps} steps, so that pairs further apart are never seen "
+            "and no weight makes up for it; leave some probability to longer windows, or pass reweight=False"
         )
 
 

@@ -29,9 +29,9 @@ def of_gates(gates_fn):
     return lambda num_steps, key: truncation.coverage(gates_fn(jax.random.split(key)[1], num_steps))
 
 
-def windows(window, stride=None):
+def windows(window, stride=None, **options):
     """Truncated BPTT, which streams."""
-    make = partial(truncated_bptt, window=window, stride=stride)
+    make = partial(truncated_bptt, window=window, stride=stride, **options)
     return Entry(make, lambda num_steps, _: truncation.window_coverage(num_steps, window, stride or window), True)
 
 
@@ -54,6 +54,10 @@ ESTIMATORS = {
         partial(randomized_bptt, keep_prob=0.5), of_gates(partial(truncation.randomized, keep_prob=0.5))
     ),
     "artbp": Entry(partial(randomized_bptt, mean_length=3.0), of_gates(partial(truncation.artbp, mean_length=3.0))),
+    "random lengths": Entry(
+        partial(randomized_bptt, length_probs=np.array([0.1, 0.4, 0.3])),
+        of_gates(partial(truncation.random_lengths, length_probs=np.array([0.1, 0.4, 0.3]))),
+    ),
     "without weights": Entry(
         partial(randomized_bptt, keep_prob=0.5, reweight=False),
         of_gates(partial(truncation.randomized, keep_prob=0.5, reweight=False)),

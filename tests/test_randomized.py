@@ -17,6 +17,8 @@ from jbptt import full_bptt, gated_bptt, randomized_bptt, truncation
 NUM_STEPS, MEAN_LENGTH, ALPHA = 6, 3.0, 4.0
 STEP, LOSS, PARAMS, CARRY, BATCH = problems.make("tanh+readout", NUM_STEPS)
 KEEP_PROBS = np.array([0.9, 0.5, 0.7, 0.3, 1.0, 0.8])
+KEEP_PROBS_BY_EXAMPLE = np.stack([KEEP_PROBS, KEEP_PROBS[::-1], np.full(NUM_STEPS, 0.6)], axis=1)
+LENGTH_PROBS = np.array([0.1, 0.0, 0.3, 0.2])  # the other 0.4 are longer than the sequence
 NUM_SAMPLES, FALSE_ALARM = 8000, 1e-8
 
 
@@ -32,12 +34,21 @@ def bernoulli_schedules(keep_prob):
         yield np.where(kept, 1 / keep_prob, 0.0), np.prod(np.where(kept, keep_prob, 1 - keep_prob))
 
 
-def artbp_schedules():
+def artbp_hazard(since):
+    return (ALPHA - 1) / ((ALPHA - 2) * MEAN_LENGTH + since)
+
+
+def length_hazard(since):
+    """The chance that a window which has lasted so long ends now."""
+    return LENGTH_PROBS[since - 1] / (1 - LENGTH_PROBS[: since - 1].sum()) if since <= len(LENGTH_PROBS) else 0.0
+
+
+def renewal_schedules(hazard_fn):
     """Every way to cut at 1 … T−1, with its probability, from the hazards."""
     for cuts in itertools.product([True, False], repeat=NUM_STEPS - 1):
         gates, probability, since = [1.0], 1.0, 1
         for cut in cuts:
-            hazard = (ALPHA - 1) / ((ALPHA - 2) * MEAN_LENGTH + since)
+            hazard = hazard_fn(since)
             gates.append(0.0 if cut else 1 / (1 - hazard))
             probability *= hazard if cut else 1 - hazard
             since = 1 if cut else since + 1
@@ -47,7 +58,8 @@ def artbp_schedules():
 SCHEDULES = {
     "constant": lambda: bernoulli_schedules(np.full(NUM_STEPS, 0.6)),
     "by step": lambda: bernoulli_schedules(KEEP_PROBS),
-    "artbp": artbp_schedules,
+    "artbp": lambda: renewal_schedules(artbp_hazard),
+    "lengths": lambda: renewal_schedules(length_hazard),
 }
 
 
@@ -92,15 +104,24 @@ def deviations(options):
     return np.concatenate(away)
 
 
-@pytest.mark.parametrize("options", [{"keep_prob": 0.6}, {"keep_prob": KEEP_PROBS}, {"mean_length": MEAN_LENGTH}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"keep_prob": 0.6},
+        {"keep_prob": KEEP_PROBS},
+        {"keep_prob": KEEP_PROBS_BY_EXAMPLE},
+        {"mean_length": MEAN_LENGTH},
+        {"length_probs": LENGTH_PROBS},
+    ],
+)
 def test_sampled_mean_is_unbiased_only_with_weights(options):
-    """18 means within 6.2 standard errors: false alarm 1e-8 for each of three; without weights 150 and more."""
+    """18 means within 6.2 standard errors: false alarm 1e-8 for each of five; without weights far away."""
     found = deviations(options)
     assert len(found) == 18 and np.max(found) < quantile(18)
     assert np.max(deviations({**options, "reweight": False})) > 20
 
 
-@pytest.mark.parametrize("options", [{"keep_prob": 0.5}, {"mean_length": MEAN_LENGTH}])
+@pytest.mark.parametrize("options", [{"keep_prob": 0.5}, {"mean_length": MEAN_LENGTH}, {"length_probs": LENGTH_PROBS}])
 def test_updates_draw_anew_and_states_replay(options):
     """16 schedules that all agree by chance: Σ p¹⁶ ≤ (0.13, the likeliest schedule's p)¹⁵ < 1e-13."""
     estimator = randomized_bptt(STEP, LOSS, **options)
@@ -136,3 +157,38 @@ def test_keeping_everything_is_full_bptt():
     run = lambda estimator: problems.one_update(estimator, PARAMS, CARRY, BATCH, jax.random.key(0))
     kept, full = jax.jit(lambda: (run(randomized_bptt(STEP, LOSS, keep_prob=1.0)), run(full_bptt(STEP, LOSS))))()
     assert_close((kept.loss, kept.grads), (full.loss, full.grads))
+
+
+def test_lengths_are_drawn_from_their_distribution():
+    """Shares of the first window's length over 20,000 draws within 6 standard errors: false alarm 1e-8 in all."""
+    draw = lambda key: truncation.random_lengths(key, 12, LENGTH_PROBS, reweight=False)
+    gates = np.asarray(jax.vmap(draw)(jax.random.split(jax.random.key(1), 20_000)))
+    first = np.where((gates == 0).any(axis=1), np.argmax(gates == 0, axis=1), 12)
+    for length, probability in enumerate([*LENGTH_PROBS, 0.0], start=1):
+        error = np.sqrt(probability * (1 - probability) / len(gates))
+        assert abs(np.mean(first == length) - probability) <= quantile(5) * error
+
+
+def test_every_example_has_gates_of_its_own():
+    """Kept alike in all of 40 steps by chance: 2 · 2⁻⁸⁰."""
+    gates = truncation.randomized(jax.random.key(2), 40, np.full((40, EXAMPLES), 0.5))
+    assert gates.shape == (40, EXAMPLES) and not np.array_equal(gates[:, 0], gates[:, 1])
+
+
+@pytest.mark.parametrize(
+    ("probs", "words"),
+    [
+        ([0.5, -0.1], "each >= 0 and together at most 1"),
+        ([0.5, 0.6], "each >= 0 and together at most 1"),
+        ([0.5, np.nan], "each >= 0 and together at most 1"),
+        ([[0.5]], "length_probs must be \\[L\\]"),
+        ([], "length_probs must be"),
+        ([0.5, 0.5], "lets no window reach T = 6"),
+    ],
+)
+def test_lengths_that_are_no_distribution_are_refused(probs, words):
+    with pytest.raises(ValueError, match=words):
+        estimator = randomized_bptt(STEP, LOSS, length_probs=np.array(probs))
+        estimator.init(PARAMS, CARRY, BATCH, jax.random.key(0))
+    if words.startswith("lets"):
+        truncation.random_lengths(jax.random.key(0), NUM_STEPS, np.array(probs), reweight=False)
