@@ -10,14 +10,12 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jbptt import truncation, validation
-from jbptt.adjoint import Sums, batch_steps, gradient_sums
-from jbptt.cells import split_readout
-from jbptt.recurrence import steps_from, trajectory
+from jbptt.adjoint import Sums, gradient_sums
+from jbptt.streams import in_blocks, in_strides
 from jbptt.types import Batch, Carry, Estimate, Estimator, Loss, Params, Step, weighted_mean
-from jbptt.windows import History, empty_history, extend, latest, overlapping_sums, pad_front
+from jbptt.windows import History, empty_history
 
 
 class CarryState(NamedTuple):
@@ -192,7 +190,9 @@ def randomized_bptt(
     return Estimator(init, gated.update)
 
 
-def truncated_bptt(step: Step, loss: Loss, *, window: int, stride: int | None = None) -> Estimator:
+def truncated_bptt(
+    step: Step, loss: Loss, *, window: int, stride: int | None = None, parallel_windows: int | None = None
+) -> Estimator:
     """Truncated BPTT: each loss flows back through at most `window` steps, its own included.
 
         C[t, i] = 1 where (t // stride + 1)·stride − window ≤ i ≤ t,   t counted over the whole stream
@@ -201,6 +201,10 @@ def truncated_bptt(step: Step, loss: Loss, *, window: int, stride: int | None = 
     stride = 1. Biased: pairs further apart than the window are lost (for blocks, those across a
     block's edge). Window ≥ T with stride = window is exact. Blocks: one forward and one backward pass,
     memory of one window. Otherwise window/stride times as many step derivatives as full BPTT.
+
+    With parallel_windows = P, P backward passes go side by side once a forward pass has found the carries
+    that they start from: one more evaluation of every step in blocks, and the memory of P windows, for
+    P times fewer sequential steps of the backward pass. Pays for small batches. The gradient is the same.
 
     The stream goes on from update to update: the state holds the phase of the stride and the steps
     that a window may still reach, so however a sequence is split into updates the total is the same.
@@ -215,11 +219,16 @@ def truncated_bptt(step: Step, loss: Loss, *, window: int, stride: int | None = 
       loss: `(y, target) -> [*batch]`, or that and aux.
       window: the most steps that a loss may see, ≥ 1.
       stride: losses per backward pass, 1 … window; None: window.
+      parallel_windows: backward passes side by side; None: one for blocks, and where windows overlap
+        about window/stride, those that share their steps.
 
     Raises:
-      ValueError: window or stride < 1, not an integer, or stride > window; what `full_bptt` raises.
+      ValueError: window, stride or parallel_windows < 1, not an integer, or stride > window; what
+        `full_bptt` raises.
     """
     window, stride = validation.check_window(window, stride)
+    if parallel_windows is not None:
+        parallel_windows = validation.check_positive_integer("parallel_windows", parallel_windows)
 
     def init(params: Params, carry: Carry, batch: Batch, key=None) -> WindowState:
         del key
@@ -232,9 +241,23 @@ def truncated_bptt(step: Step, loss: Loss, *, window: int, stride: int | None = 
     def update(params: Params, state: WindowState, batch: Batch):
         num_steps, batch_shape = validation.check_problem(step, loss, params, state.carry, batch)
         if state.phase is None and stride == window:
-            sums, carry, history = _blocks(step, loss, params, state.carry, batch, window, batch_shape)
+            sums, carry, history = in_blocks(
+                step, loss, params, state.carry, batch, batch_shape, window=window, parallel=parallel_windows or 1
+            )
         else:
-            sums, carry, history = _overlapping(step, loss, params, state, batch, window, stride, batch_shape)
+            assert state.history is not None  # init keeps one unless updates are whole blocks
+            sums, carry, history = in_strides(
+                step,
+                loss,
+                params,
+                state.carry,
+                batch,
+                state.history,
+                state.phase,
+                window=window,
+                stride=stride,
+                parallel=parallel_windows,
+            )
         phase = state.phase
         if phase is not None:
             phase = (phase + num_steps) % stride
@@ -244,70 +267,3 @@ def truncated_bptt(step: Step, loss: Loss, *, window: int, stride: int | None = 
         return _estimate(sums, reach=jnp.minimum(window, steps)), WindowState(carry, history, phase)
 
     return Estimator(init, update)
-
-
-def _sum_pieces(run, state, batch: Batch, length: int):
-    """Adds up `run(state, piece) -> (sums, state)` over pieces of `length` steps and the ragged rest."""
-    num_whole, rest = divmod(batch_steps(batch), length)
-    batch = jax.tree.map(jnp.asarray, batch)
-
-    def add(sums_and_state, piece):
-        sums, state = sums_and_state
-        more, state = run(state, piece)
-        return jax.tree.map(jnp.add, sums, more), state
-
-    tail = jax.tree.map(lambda a: a[num_whole * length :], batch)
-    sample = tail if rest else steps_from(batch, 0, length)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(run, state, sample)[0])
-    total = (zeros, state)
-    if num_whole:
-        total = lax.fori_loop(0, num_whole, lambda i, total: add(total, steps_from(batch, i * length, length)), total)
-    return add(total, tail) if rest else total
-
-
-def _blocks(step, loss, params, carry, batch, window, batch_shape):
-    """Window after window; a history only where the last one is left unfinished for the next update."""
-
-    def run(state, piece):
-        carry, _ = state
-        sums, after = gradient_sums(step, loss, params, carry, piece)
-        return sums, (after, carry)
-
-    rest = batch_steps(batch) % window
-    sums, (after, last_start) = _sum_pieces(run, (carry, carry), batch, window)
-    if rest == 0:
-        return sums, after, None
-    steps = jax.tree.map(lambda a: a[a.shape[0] - rest :], batch)
-    _, (carries, _) = trajectory(split_readout(step)[0], params, last_start, steps.xs, steps.mask, rest)
-    empty = empty_history(window - 1, carry, batch.xs, batch_shape)
-    return sums, after, latest(extend(empty, carries, steps), window - 1)
-
-
-def _chunks_per_group(num_steps: int, window: int, stride: int, smallest: int) -> int:
-    """About a window; if that leaves a rest, a size between half and two that leaves none, to compile one body."""
-    about = max(smallest, -(-window // stride))
-    sizes = [about, *range(2 * about, max(smallest - 1, about // 2), -1)]
-    return next((size for size in sizes if num_steps % (size * stride) == 0), about)
-
-
-def _overlapping(step, loss, params, state: WindowState, batch, window, stride, batch_shape):
-    """Group after group of chunks that go back side by side, a few windows in memory at a time."""
-    history, phase = state.history, state.phase
-    assert history is not None  # init keeps one unless updates are whole blocks
-    # With a phase, a group meets one chunk more than it holds: at least 4, so that this costs little.
-    num_chunks = _chunks_per_group(batch_steps(batch), window, stride, 1 if phase is None else 4)
-    if phase is None:
-        phase = 0
-        if batch_steps(batch) % stride:
-            history = pad_front(history, window - 1)
-    length = history.mask.shape[0]
-
-    def run(carry_and_history, piece):
-        carry, history = carry_and_history
-        sums, carry, steps = overlapping_sums(
-            step, loss, params, carry, piece, history, phase, window=window, stride=stride
-        )
-        return sums, (carry, latest(steps, length))
-
-    sums, (carry, history) = _sum_pieces(run, (state.carry, history), batch, num_chunks * stride)
-    return sums, carry, history

@@ -49,6 +49,8 @@ ESTIMATORS = {
     "strides": windows(4, 2),
     "ragged strides": windows(5, 4),
     "sliding": windows(3, 1),
+    "parallel blocks": windows(2, parallel_windows=2),
+    "parallel strides": windows(4, 2, parallel_windows=3),
     "gated": Entry(partial(gated_bptt, gates_fn=schedule), of_gates(schedule)),
     "randomized": Entry(
         partial(randomized_bptt, keep_prob=0.5), of_gates(partial(truncation.randomized, keep_prob=0.5))

@@ -44,6 +44,7 @@ CLOSEST = {
     "jbptt/truncation.py": ("test_truncation", "test_randomized", "test_gradients"),
     "jbptt/adjoint.py": ("test_by_hand", "test_streams", "test_batches", "test_gradients", "test_memory"),
     "jbptt/windows.py": ("test_by_hand", "test_streams", "test_batches", "test_gradients"),
+    "jbptt/streams.py": ("test_streams", "test_contract", "test_batches"),
     "jbptt/estimators.py": ("test_streams", "test_randomized", "test_batches"),
     "jbptt/clipping.py": ("test_clipping",),
     "jbptt/norms.py": ("test_clipping", "test_analysis", "test_diagnosis"),

@@ -9,6 +9,7 @@ RECURRENCE = "jbptt/recurrence.py"
 TRUNCATION = "jbptt/truncation.py"
 ADJOINT = "jbptt/adjoint.py"
 WINDOWS = "jbptt/windows.py"
+STREAMS = "jbptt/streams.py"
 ESTIMATORS = "jbptt/estimators.py"
 CLIPPING = "jbptt/clipping.py"
 NORMS = "jbptt/norms.py"
@@ -180,15 +181,25 @@ CORE = (
     Mutant(
         "randomized_draws_once_for_all_steps",
         TRUNCATION,
-        "kept = jax.random.bernoulli(key, keep_prob, (num_steps,))",
-        "kept = jnp.broadcast_to(jax.random.bernoulli(key, keep_prob.mean()), (num_steps,))",
+        "kept = jax.random.bernoulli(key, keep_prob, shape)",
+        "kept = jnp.broadcast_to(jax.random.bernoulli(key, keep_prob.mean()), shape)",
     ),
     Mutant("artbp_hazard_one_step_on", TRUNCATION, "* mean_length + delta)", "* mean_length + delta + 1)"),
     Mutant(
         "artbp_counts_from_zero_after_a_cut", TRUNCATION, "jnp.where(cut, 1, delta + 1)", "jnp.where(cut, 0, delta + 1)"
     ),
     Mutant("artbp_never_starts_anew", TRUNCATION, "jnp.where(cut, 1, delta + 1), gate", "delta + 1, gate"),
-    Mutant("artbp_forgets_its_weight", TRUNCATION, "1 / (1 - hazard) if reweight else 1.0", "1.0"),
+    Mutant(
+        "artbp_forgets_its_weight", TRUNCATION, "1 / jnp.where(hazard < 1, 1 - hazard, 1) if reweight else 1.0", "1.0"
+    ),
+    Mutant("length_hazard_one_step_late", TRUNCATION, "len(hazards)) - 1]", "len(hazards) - 1)]"),
+    Mutant("length_hazard_is_the_plain_probability", TRUNCATION, "probs / jnp.where(before > 0, before, 1)", "probs"),
+    Mutant(
+        "examples_share_their_draws",
+        TRUNCATION,
+        "kept = jax.random.bernoulli(key, keep_prob, shape)",
+        "kept = jax.random.bernoulli(key, keep_prob[..., :1] if keep_prob.ndim > 1 else keep_prob, shape)",
+    ),
     Mutant(
         "coverage_counts_the_source_gate",
         TRUNCATION,
@@ -337,22 +348,22 @@ CORE = (
     ),
     Mutant(
         "block_resets_the_carry",
-        ESTIMATORS,
+        STREAMS,
         "        carry, _ = state\n        sums, after = gradient_sums(step, loss, params, carry, piece)\n"
         "        return sums, (after, carry)",
         "        sums, after = gradient_sums(step, loss, params, carry, piece)\n        return sums, (after, state[0])",
     ),
     Mutant(
-        "unfinished_block_remembered_wrongly", ESTIMATORS, "return sums, (after, carry)", "return sums, (after, after)"
+        "unfinished_block_remembered_wrongly", STREAMS, "return sums, (after, carry)", "return sums, (after, after)"
     ),
     Mutant(
         "mean_of_block_means",
-        ESTIMATORS,
+        STREAMS,
         "        return sums, (after, carry)",
         "        sums = jax.tree.map(lambda a: a / jnp.maximum(sums.weight, 1), sums)\n"
         "        return sums, (after, carry)",
     ),
-    Mutant("ragged_tail_dropped", ESTIMATORS, "return add(total, tail) if rest else total", "return total"),
+    Mutant("ragged_tail_dropped", STREAMS, "return add(total, tail) if rest else total", "return total"),
     Mutant("phase_stands_still", ESTIMATORS, "phase = (phase + num_steps) % stride", "phase = phase % stride"),
     Mutant(
         "phase_lost_after_a_ragged_update",
@@ -367,8 +378,20 @@ CORE = (
         "reach = window - stride",
     ),
     Mutant(
+        "windows_side_by_side_start_alike",
+        STREAMS,
+        "values, rest = jax.vmap(one)(starts, pieces)",
+        "values, rest = jax.vmap(one)(jax.tree.map(lambda a: jnp.broadcast_to(a[:1], a.shape), starts), pieces)",
+    ),
+    Mutant(
+        "parallel_blocks_drop_the_rest",
+        STREAMS,
+        "(one, batch_part(batch, whole, num_steps), window)",
+        "(one, batch_part(batch, num_steps - num_steps % window, num_steps), window)",
+    ),
+    Mutant(
         "history_never_moves_on",
-        ESTIMATORS,
+        STREAMS,
         "return sums, (carry, latest(steps, length))",
         "return sums, (carry, history)",
     ),
