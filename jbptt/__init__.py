@@ -3,7 +3,7 @@
 from jbptt import cells, clipping, testing, truncation
 from jbptt.analysis import powers
 from jbptt.analysis.alignment import AdjointAlignment, adjoint_alignment
-from jbptt.analysis.comparison import Cost, measure_cost
+from jbptt.analysis.comparison import Comparison, Cost, compare, measure_cost
 from jbptt.analysis.diagnosis import Diagnosis, diagnose
 from jbptt.analysis.flow import Adjoints, GradientSources, adjoints, gradient_flow, gradient_sources
 from jbptt.analysis.gating import GatePaths, gate_paths

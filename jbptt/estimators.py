@@ -164,21 +164,22 @@ def randomized_bptt(
       ValueError: not exactly one of keep_prob, mean_length and length_probs; a value out of range; init
         without a key.
     """
-    given = {"keep_prob": keep_prob, "mean_length": mean_length, "length_probs": length_probs}
-    if sum(value is not None for value in given.values()) != 1:
+    options = {"keep_prob": keep_prob, "mean_length": mean_length, "length_probs": length_probs}
+    given = [name for name, value in options.items() if value is not None]
+    if len(given) != 1:
         raise ValueError(
             f"randomized_bptt needs one of keep_prob, mean_length and length_probs, got "
-            f"{', '.join(f'{name}={value!r}' for name, value in given.items())}; pass exactly one of them"
+            f"{', '.join(f'{name}={value!r}' for name, value in options.items())}; pass exactly one of them"
         )
-    if keep_prob is not None:
-        validation.check_probability("keep_prob", keep_prob)
-        gates_fn = partial(truncation.randomized, keep_prob=jnp.asarray(keep_prob), reweight=reweight)
-    elif mean_length is not None:
-        validation.check_above("mean_length", mean_length, 1, "every window of one step would cut everywhere")
-        gates_fn = partial(truncation.artbp, mean_length=mean_length, reweight=reweight)
-    else:
-        validation.check_length_probs(length_probs, None)
-        gates_fn = partial(truncation.random_lengths, length_probs=length_probs, reweight=reweight)
+    schedule_fn, check = {
+        "keep_prob": (truncation.randomized, partial(validation.check_probability, "keep_prob")),
+        "mean_length": (truncation.artbp, validation.check_mean_length),
+        "length_probs": (truncation.random_lengths, partial(validation.check_length_probs, num_steps=None)),
+    }[given[0]]
+    check(options[given[0]])
+
+    def gates_fn(key, num_steps):
+        return schedule_fn(key, num_steps, options[given[0]], reweight=reweight)
 
     gated = gated_bptt(step, loss, gates_fn=gates_fn, segment=segment)
 

@@ -55,18 +55,21 @@ def leafwise(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def in_units_of(exact: PyTree) -> Callable[[PyTree], PyTree]:
+    """Divides trees by ‖exact‖, which may overflow or underflow itself; by 1 where it is 0."""
+    largest, ratio = scaled_norm(exact)
+    ratio = jnp.where(ratio == 0, 1, ratio)
+    return lambda tree: jax.tree.map(lambda a: unit(a, largest) / ratio, tree)
+
+
 def compared_with(exact: PyTree) -> Callable[[PyTree], tuple[jax.Array, jax.Array]]:
     """Compares estimates with `exact`: `estimate -> (‖estimate − exact‖ / ‖exact‖, cosine)`.
 
     With exact 0 the error is 0 if the estimate is 0 too, else inf; the cosine is NaN where either is 0.
     What depends on `exact` alone is computed here, once, for a loop over estimates.
     """
-    largest, ratio = scaled_norm(exact)
-    ratio = jnp.where(ratio == 0, 1, ratio)
-
-    def in_its_units(tree):
-        return jax.tree.map(lambda a: unit(a, largest) / ratio, tree)
-
+    largest, _ = scaled_norm(exact)
+    in_its_units = in_units_of(exact)
     direction = in_its_units(exact)
 
     def compare(estimate):

@@ -5,6 +5,7 @@ next update may still reach is kept as a `History`.
 """
 
 from collections.abc import Callable
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -80,15 +81,15 @@ def in_blocks(
 
     num_steps, state = batch_steps(batch), (carry, carry)
     whole = num_steps - num_steps % (parallel * window) if parallel > 1 else 0
-    parts = [
+    found = []
+    for run, part, length in (
         (group, batch_part(batch, 0, whole), parallel * window),
         (one, batch_part(batch, whole, num_steps), window),
-    ]
-    total = None
-    for run, part, length in parts:
+    ):
         if batch_steps(part):
             sums, state = sum_pieces(run, state, part, length)
-            total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+            found.append(sums)
+    total = reduce(partial(jax.tree.map, jnp.add), found)
     after, last_start = state
     rest = num_steps % window
     if rest == 0:

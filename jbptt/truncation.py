@@ -87,7 +87,7 @@ def artbp(
       ValueError: mean_length ≤ 1 or alpha ≤ 2.
     """
     validation.check_positive_integer("num_steps", num_steps)
-    validation.check_above("mean_length", mean_length, 1, "every window of one step would cut everywhere")
+    validation.check_mean_length(mean_length)
     validation.check_above("alpha", alpha, 2, "the mean length is infinite at alpha <= 2")
 
     def hazard(delta):

@@ -92,6 +92,11 @@ def check_above(name: str, value: Any, bound: float, why: str) -> None:
         raise ValueError(f"{name} must be a finite number > {bound:g}, got {value!r}; {why}")
 
 
+def check_mean_length(value: Any) -> None:
+    """A ValueError unless windows of this mean length, in steps, are longer than one step."""
+    check_above("mean_length", value, 1, "every window of one step would cut everywhere")
+
+
 def check_seed(seed: Any) -> int:
     """`seed` as an int in [0, 2³²): `jax.random.key` silently wraps larger ones."""
     try:

@@ -70,7 +70,7 @@ def test_a_picture_of_every_result(results, name):
 
 def test_every_plot_is_tried():
     found = {name.removeprefix("plot_") for name in dir(plots) if name.startswith("plot_")}
-    assert found == {*NAMES, "diagnosis", "remedies"}
+    assert found == {*NAMES, "diagnosis", "remedies", "comparison"}
 
 
 def test_the_lines_are_the_numbers(results):
@@ -127,3 +127,15 @@ def test_remedies_are_dots_before_and_after():
         ax.figure.draw_without_rendering()
     with pytest.raises(ValueError, match="measure must be one of adjoint_ratio, exponent, gradient_error, loss"):
         plots.plot_remedies(found, measure="time")
+
+
+def test_a_comparison_has_bias_and_spread():
+    found = jbptt.Comparison(*(jnp.array([0.1 * i, 0.5]) for i in range(1, 6)), jnp.eye(2), ("a", "b"), num_samples=4)
+    ax = plots.plot_comparison(found)
+    bias, spread = (line for line in ax.get_lines() if line.get_marker() in ("o", "s"))
+    np.testing.assert_allclose(bias.get_xdata(), [0.1, 0.5], rtol=1e-6)
+    np.testing.assert_allclose(spread.get_xdata(), np.sqrt([0.3, 0.5]), rtol=1e-6)
+    (bars,) = (line.get_segments() for line in ax.collections)
+    np.testing.assert_allclose([np.ptp(segment[:, 0]) for segment in bars], [0.8, 2.0], rtol=1e-6)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
+    ax.figure.draw_without_rendering()

@@ -1,15 +1,202 @@
-"""Estimators side by side: what each costs on this machine."""
+"""Estimators side by side: how far each is from the exact gradient, and what it costs on this machine."""
 
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jbptt import validation
+from jbptt.dependence import dependences
+from jbptt.norms import compared_with, in_units_of, norm
 from jbptt.types import Batch, Carry, Estimator, Params
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Comparison:
+    """How estimates ĝ of a gradient g are distributed, `[E]` each, E estimators. `str()` is a table.
+
+    Everything is relative to ‖g‖; where g is 0, biases and variances are 0 if the estimates are 0 too, else inf.
+
+    Attributes:
+      relative_bias: `‖E ĝ − g‖ / ‖g‖`, the mean over the samples. An unbiased estimator shows about its
+        standard error here, never 0.
+      relative_bias_error: standard error, `√(variance / num_samples)`: what the mean itself scatters by.
+        0 for estimators that draw nothing.
+      variance: `E‖ĝ − E ĝ‖² / ‖g‖²`, of one estimate; 0 for estimators that draw nothing.
+      cosine: between ĝ and g, mean over the samples.
+      norm_ratio: `‖ĝ‖ / ‖g‖`, mean over the samples.
+      alignment: `[E, E]`, cosine between the mean estimates of every pair.
+      names: the estimators, in order.
+      num_samples: of estimators that draw; the others are run once.
+    """
+
+    relative_bias: jax.Array
+    relative_bias_error: jax.Array
+    variance: jax.Array
+    cosine: jax.Array
+    norm_ratio: jax.Array
+    alignment: jax.Array
+    names: tuple[str, ...] = field(metadata={"static": True})
+    num_samples: int = field(metadata={"static": True})
+
+    @property
+    def relative_std(self) -> jax.Array:
+        """`[E]`, the square root of the variance."""
+        return jnp.sqrt(self.variance)
+
+    def __str__(self) -> str:
+        if isinstance(self.variance, Tracer) or np.ndim(self.variance) != 1:
+            return repr(self)
+        width = max(len(name) for name in (*self.names, "estimator"))
+        lines = [f"{'estimator':<{width}}  relative bias ± s.e.   std / ‖g‖    cosine  norm ratio"]
+        columns = (self.relative_bias, self.relative_bias_error, self.relative_std, self.cosine, self.norm_ratio)
+        for name, *row in zip(self.names, *map(np.asarray, columns), strict=True):
+            bias, error, std, cosine, ratio = map(float, row)
+            lines.append(f"{name:<{width}}  {bias:9.3g} ± {error:<9.2g} {std:10.3g} {cosine:9.4f} {ratio:11.4g}")
+        if len(self.names) > 1:
+            lines += ["", "cosine between the mean estimates", *self._pairs(width)]
+        return "\n".join(lines)
+
+    def _pairs(self, width: int):
+        marks = [f"({i})" for i in range(1, len(self.names) + 1)]
+        yield " " * (width + 5) + "".join(f"{mark:>8}" for mark in marks)
+        for mark, name, row in zip(marks, self.names, np.asarray(self.alignment), strict=True):
+            yield f"{mark:>4} {name:<{width}}" + "".join(f"{float(cosine):8.3f}" for cosine in row)
+
+    def to_xarray(self) -> Any:
+        """An `xarray.Dataset` over `estimator` (and `other`, for the pairs); needs xarray."""
+        import xarray
+
+        per_estimator = ("relative_bias", "relative_bias_error", "variance", "cosine", "norm_ratio")
+        variables: dict[str, Any] = {name: ("estimator", np.asarray(getattr(self, name))) for name in per_estimator}
+        variables["alignment"] = (("estimator", "other"), np.asarray(self.alignment))
+        names = list(self.names)
+        coordinates = {"estimator": names, "other": names}
+        return xarray.Dataset(variables, coordinates, {"num_samples": self.num_samples})
+
+
+def compare(
+    estimators: dict[str, Estimator],
+    params: Params,
+    carry: Carry,
+    batch: Batch,
+    *,
+    reference: Estimator | str | Params,
+    key: chex.PRNGKey,
+    num_samples: int = 100,
+) -> Comparison:
+    """Bias, variance and direction of gradient estimators against the exact gradient, on one batch.
+
+    Each estimator updates once from a fresh state; those that draw do so `num_samples` times, sample i with
+    `fold_in(key, i)` for all of them. Pure: works under jit and vmap. Time: `num_samples` updates of each
+    that draws; memory: one update and two gradients for each estimator.
+
+    Args:
+      estimators: by name.
+      params: the parameters.
+      carry: the initial carry.
+      batch: arrays.
+      reference: g: an estimator that draws nothing (`full_bptt(step, loss)`), the name of one in
+        `estimators`, or a gradient shaped like the parameters.
+      key: a PRNG key.
+      num_samples: draws of each estimator that draws, ≥ 2.
+
+    Raises:
+      ValueError: num_samples < 2, no estimators, a reference that is none of these or draws; what the
+        estimators raise.
+    """
+    num_samples = validation.check_positive_integer("num_samples", num_samples, smallest=2)
+    check_estimators(estimators)
+    exact = _reference_gradient(estimators, params, carry, batch, reference, key)
+    in_units, compare_fn = in_units_of(exact), compared_with(exact)
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_samples))
+    means, rows = [], []
+    for estimator in estimators.values():
+        sample = _sampler(estimator, params, carry, batch)
+        own_keys = keys if _draws(sample, key) else keys[:1]
+        mean, *row = _moments(sample, own_keys, exact, in_units, compare_fn)
+        means.append(mean)
+        rows.append(row)
+    bias, error, variance, cosine, ratio = (jnp.stack(column) for column in zip(*rows, strict=True))
+    alignment = jnp.stack([jnp.stack([compared_with(a)(b)[1] for b in means]) for a in means])
+    return Comparison(bias, error, variance, cosine, ratio, alignment, tuple(estimators), num_samples)
+
+
+def check_estimators(estimators: Any) -> None:
+    """A ValueError unless there is one at least."""
+    if not estimators:
+        raise ValueError("estimators must not be empty, got {}; pass {name: estimator}")
+
+
+def _sampler(estimator: Estimator, params: Params, carry: Carry, batch: Batch) -> Callable:
+    """`key -> gradient` of a first update."""
+
+    def sample(key):
+        return estimator.update(params, estimator.init(params, carry, batch, key=key), batch)[0].grads
+
+    return sample
+
+
+def _draws(sample: Callable, key: chex.PRNGKey) -> bool:
+    """Whether the gradient may depend on the key."""
+    return any(dependences(sample, key))
+
+
+def _reference_gradient(estimators, params, carry, batch, reference, key):
+    if isinstance(reference, str):
+        if reference not in estimators:
+            raise ValueError(f"reference must name one of the estimators, {', '.join(estimators)}, got {reference!r}")
+        reference = estimators[reference]
+    if isinstance(reference, Estimator):
+        sample = _sampler(reference, params, carry, batch)
+        if _draws(sample, key):
+            raise ValueError(
+                "reference must draw nothing, got an estimator whose gradient depends on its key; pass "
+                "full_bptt(step, loss), or a mean gradient of your own"
+            )
+        return sample(key)
+    wanted, got = (jax.tree.map(jnp.shape, tree) for tree in (params, reference))
+    if wanted != got:
+        raise ValueError(
+            f"reference must be an estimator, the name of one, or a gradient shaped like params, {wanted}; got {got}"
+        )
+    return reference
+
+
+def _moments(sample, keys, exact, in_units, compare_fn):
+    """Mean estimate in units of ‖g‖; relative bias, its error, variance; mean cosine and norm ratio (Welford, 1962)."""
+
+    def body(state, inputs):
+        mean, squares, cosine, ratio = state
+        number, key = inputs
+        grads = sample(key)
+        scaled = in_units(grads)
+        before = jax.tree.map(jnp.subtract, scaled, mean)
+        mean = jax.tree.map(lambda m, d: m + d / number, mean, before)
+        after = jax.tree.map(jnp.subtract, scaled, mean)
+        products = jax.tree.map(lambda a, b: jnp.sum(jnp.real(jnp.conj(a) * b)), before, after)
+        squares += sum(jax.tree.leaves(products))
+        return (mean, squares, cosine + compare_fn(grads)[1], ratio + norm(scaled)), None
+
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(lambda k: in_units(sample(k)), keys[0]))
+    zero = jnp.zeros((), norm(zeros).dtype)
+    count = len(keys)
+    numbers = jnp.arange(1, count + 1).astype(zero.dtype)
+    (mean, squares, cosine, ratio), _ = jax.lax.scan(body, (zeros, zero, zero, zero), (numbers, keys))
+    variance = squares / (count - 1) if count > 1 else zero
+    bias = norm(jax.tree.map(jnp.subtract, mean, in_units(exact)))
+    # Without a gradient to compare with, 0 stays 0 and everything else is infinitely far off.
+    absent = norm(exact) == 0
+    bias, variance, ratio = (jnp.where(absent & (v != 0), jnp.inf, v) for v in (bias, variance, ratio / count))
+    return mean, bias, jnp.sqrt(variance / count), variance, cosine / count, ratio
 
 
 class Cost(NamedTuple):
@@ -71,8 +258,7 @@ def measure_cost(
       ValueError: num_repeats < 1, or no estimators; what the estimators raise.
     """
     num_repeats = validation.check_positive_integer("num_repeats", num_repeats)
-    if not estimators:
-        raise ValueError("estimators must not be empty, got {}; pass {name: estimator}")
+    check_estimators(estimators)
     key = jax.random.key(0) if key is None else key
     states = {name: e.init(params, carry, batch, key=key) for name, e in estimators.items()}
     lowered = [  # here, not in the pool: JAX's configuration contexts belong to a thread

@@ -119,6 +119,27 @@ def plot_cost(cost: Any, *, ax: Any = None, theme: Theme = LIGHT) -> Any:
     return ax
 
 
+def plot_comparison(comparison: Any, *, ax: Any = None, theme: Theme = LIGHT) -> Any:
+    """Relative bias of each estimator with two standard errors (filled), and its standard deviation (hollow)."""
+    names = comparison.names
+    ax = new_axes((7.0, 0.4 * len(names) + 1.6), 1, 1, ax)
+    places, variance = np.arange(len(names)), numbers(comparison.variance)
+    bias, error = numbers(comparison.relative_bias), 2 * numbers(comparison.relative_bias_error)
+    style = {"fmt": "o", "color": theme.lines[0], "markersize": 5, "capsize": 3}
+    ax.errorbar(bias, places - 0.12, xerr=error, label="bias of the mean estimate, ± 2 s.e.", **style)
+    hollow = {"color": theme.lines[1], "markerfacecolor": theme.paper, "markersize": 5, "linestyle": "none"}
+    ax.plot(np.sqrt(variance), places + 0.12, "s", label="standard deviation of one estimate", **hollow)
+    _lines(ax, "relative to the norm of the exact gradient", "", legend=False)
+    ax.set_xscale("symlog", linthresh=0.01)
+    ax.set_xlim(left=-0.002)
+    ax.set_yticks(places, labels=names)
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    ax.legend(
+        frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.55 / (0.25 * len(names) + 1)), ncols=2
+    )
+    return ax
+
+
 def plot_jacobian_products(products: Any, *, ax: Any = None, theme: Theme = LIGHT) -> Any:
     """Every singular value of the product of Jacobians by span, natural logarithm; the largest is its norm."""
     ax = new_axes(_SIZE, 1, 1, ax)
