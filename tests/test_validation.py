@@ -1,6 +1,7 @@
 """The border: a ValueError that names the argument, what it got, and what to do, before anything is compiled."""
 
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import problems
 import pytest
 
 from jbptt import (
+    Batch,
     cells,
     full_bptt,
     gated_bptt,
@@ -174,3 +176,25 @@ def test_losses():
         refused(lambda f=loss: full_bptt(STEP, f).init(PARAMS, CARRY, BATCH), "loss")
     aux = lambda y, target: (problems.squared_error(y, target), {"hits": jnp.zeros(5)})
     refused(lambda: full_bptt(STEP, aux).init(PARAMS, CARRY, BATCH), "aux['hits']", "(5,)", "(3,)")
+
+
+# A path from the parameters to the loss
+
+
+def warned(step, params, carry):
+    """Whether a gradient is said to be zero by construction."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        full_bptt(step, lambda y, target: y).init(params, carry, Batch(jnp.ones(3)))
+    return any("exactly zero" in str(warning.message) for warning in found)
+
+
+def test_one_parameter_without_use_is_no_missing_path():
+    step = lambda params, h, x: (params["used"] * h + x, h)
+    assert not warned(step, {"unused": 1.0, "used": 0.5}, jnp.zeros(()))
+
+
+def test_every_result_of_a_compiled_step_may_depend_on_everything():
+    """The parameter's cotangent is the second result of one call, whose first is the carry's."""
+    inner = jax.jit(lambda h, w, x: w * h + x)
+    assert not warned(lambda w, h, x: (inner(h, w, x), h), 0.5, jnp.zeros(()))
