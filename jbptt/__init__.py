@@ -12,6 +12,7 @@ from jbptt.analysis.lags import LagProfile, TruncationCurve, lag_profile, trunca
 from jbptt.analysis.lyapunov import LyapunovSpectrum, lyapunov_spectrum
 from jbptt.analysis.nonfinite import NonFinite, find_nonfinite
 from jbptt.analysis.products import JacobianProducts, jacobian_products
+from jbptt.analysis.schedules import Schedule, optimize_schedule
 from jbptt.estimators import full_bptt, gated_bptt, randomized_bptt, truncated_bptt
 from jbptt.experiments import tasks
 from jbptt.experiments.remedies import Remedies, compare_remedies

@@ -70,7 +70,7 @@ def test_a_picture_of_every_result(results, name):
 
 def test_every_plot_is_tried():
     found = {name.removeprefix("plot_") for name in dir(plots) if name.startswith("plot_")}
-    assert found == {*NAMES, "diagnosis", "remedies", "comparison"}
+    assert found == {*NAMES, "diagnosis", "remedies", "comparison", "schedule"}
 
 
 def test_the_lines_are_the_numbers(results):

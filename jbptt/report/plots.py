@@ -140,6 +140,17 @@ def plot_comparison(comparison: Any, *, ax: Any = None, theme: Theme = LIGHT) ->
     return ax
 
 
+def plot_schedule(schedule: Any, *, ax: Any = None, theme: Theme = LIGHT) -> Any:
+    """The chance that a window goes on, by the steps that it has lasted, beside constant π of equal mean length."""
+    ax = new_axes(_SIZE, 1, 1, ax)
+    places = np.arange(1, len(schedule.keep_prob) + 1)
+    ax.plot(places, schedule.keep_prob, color=theme.lines[0], label="least predicted variance")
+    ax.axhline(schedule.constant_keep_prob, color=theme.muted, linestyle=":", label="constant π")
+    _lines(ax, "steps since the last cut", f"probability to go on (windows of {schedule.mean_length:.3g} steps)")
+    ax.set_ylim(0, 1.02)
+    return ax
+
+
 def plot_jacobian_products(products: Any, *, ax: Any = None, theme: Theme = LIGHT) -> Any:
     """Every singular value of the product of Jacobians by span, natural logarithm; the largest is its norm."""
     ax = new_axes(_SIZE, 1, 1, ax)
