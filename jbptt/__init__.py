@@ -1,6 +1,7 @@
 """How far back does the gradient of your recurrent model reach, and what does each truncation cost?"""
 
 from jbptt import cells, clipping, testing, truncation
+from jbptt.adaptive import adaptive_bptt
 from jbptt.analysis import powers
 from jbptt.analysis.alignment import AdjointAlignment, adjoint_alignment
 from jbptt.analysis.comparison import Comparison, Cost, compare, measure_cost

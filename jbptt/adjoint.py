@@ -17,7 +17,7 @@ from jax import lax
 
 from jbptt.cells import split_readout
 from jbptt.recurrence import default_segment, scan_steps, steps_from, zero_masked
-from jbptt.types import Batch, Carry, Loss, Params, PyTree, Step, align_leading, split_inexact
+from jbptt.types import Batch, Carry, Estimate, Loss, Params, PyTree, Step, align_leading, split_inexact, weighted_mean
 
 
 class Sums(NamedTuple):
@@ -27,6 +27,12 @@ class Sums(NamedTuple):
     grad: Params
     weight: jax.Array
     aux: PyTree
+
+
+def estimate_of(sums: Sums, **info: Any) -> Estimate:
+    """What an estimator returns; the aux is turned into its means."""
+    aux = {} if sums.aux is None else {"aux": jax.tree.map(lambda a: weighted_mean(a, sums.weight), sums.aux)}
+    return Estimate(sums.loss, sums.grad, sums.weight, {**aux, **info})
 
 
 def at_least_float32(array: jax.Array) -> jax.Array:

@@ -5,16 +5,16 @@ Every function returns an `Estimator`; hold each against its coverage matrix (`t
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
 from jbptt import truncation, validation
-from jbptt.adjoint import Sums, gradient_sums
+from jbptt.adjoint import estimate_of, gradient_sums
 from jbptt.streams import in_blocks, in_strides
-from jbptt.types import Batch, Carry, Estimate, Estimator, Loss, Params, Step, weighted_mean
+from jbptt.types import Batch, Carry, Estimator, Loss, Params, Step
 from jbptt.windows import History, empty_history
 
 
@@ -43,11 +43,6 @@ class WindowState(NamedTuple):
     carry: Carry
     history: History | None
     phase: jax.Array | None
-
-
-def _estimate(sums: Sums, **info: Any) -> Estimate:
-    aux = {} if sums.aux is None else {"aux": jax.tree.map(lambda a: weighted_mean(a, sums.weight), sums.aux)}
-    return Estimate(sums.loss, sums.grad, sums.weight, {**aux, **info})
 
 
 def full_bptt(step: Step, loss: Loss, *, segment: int | None = None) -> Estimator:
@@ -83,7 +78,7 @@ def full_bptt(step: Step, loss: Loss, *, segment: int | None = None) -> Estimato
     def update(params: Params, state: CarryState, batch: Batch):
         validation.check_problem(step, loss, params, state.carry, batch)
         sums, carry = gradient_sums(step, loss, params, state.carry, batch, segment=segment)
-        return _estimate(sums), CarryState(carry)
+        return estimate_of(sums), CarryState(carry)
 
     return Estimator(init, update)
 
@@ -127,7 +122,7 @@ def gated_bptt(
         validation.check_gates(gates, *sizes, state.carry)
         gates = jnp.asarray(gates)
         sums, carry = gradient_sums(step, loss, params, state.carry, batch, gates, segment)
-        return _estimate(sums, gates=gates), KeyState(carry, key)
+        return estimate_of(sums, gates=gates), KeyState(carry, key)
 
     return Estimator(init, update)
 
@@ -265,6 +260,6 @@ def truncated_bptt(
         elif num_steps % stride:
             phase = jnp.asarray(num_steps % stride)
         steps = num_steps if state.history is None else num_steps + jnp.sum(state.history.exists)
-        return _estimate(sums, reach=jnp.minimum(window, steps)), WindowState(carry, history, phase)
+        return estimate_of(sums, reach=jnp.minimum(window, steps)), WindowState(carry, history, phase)
 
     return Estimator(init, update)

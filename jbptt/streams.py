@@ -16,7 +16,7 @@ from jbptt.adjoint import Sums, batch_steps, forward, gradient_sums, weighted_lo
 from jbptt.cells import split_readout
 from jbptt.recurrence import scan_steps, steps_from, trajectory
 from jbptt.types import Batch, Carry, Loss, Params, Step
-from jbptt.windows import History, empty_history, extend, latest, overlapping_sums, pad_front
+from jbptt.windows import History, empty_history, extend, latest, overlapping_sums, pad_front, pass_forward
 
 
 def sum_pieces(run: Callable, state: Any, batch: Batch, length: int) -> tuple[Any, Any]:
@@ -136,10 +136,9 @@ def in_strides(
 
     def run(carry_and_history, piece):
         carry, history = carry_and_history
-        sums, carry, steps = overlapping_sums(
-            step, loss, params, carry, piece, history, phase, window=window, stride=stride
-        )
-        return sums, (carry, latest(steps, length))
+        passed = pass_forward(step, loss, params, carry, piece, history)
+        sums = overlapping_sums(passed, length, phase, window=window, stride=stride)
+        return sums, (passed.carry, latest(passed.steps, length))
 
     sums, (carry, history) = sum_pieces(run, (carry, history), batch, num_chunks * stride)
     return sums, carry, history

@@ -92,6 +92,13 @@ def check_above(name: str, value: Any, bound: float, why: str) -> None:
         raise ValueError(f"{name} must be a finite number > {bound:g}, got {value!r}; {why}")
 
 
+def check_between(name: str, value: Any, low: float, high: float, why: str) -> None:
+    """A ValueError unless `low < value < high`; static numbers only."""
+    check_above(name, value, low, why)
+    if not float(value) < high:
+        raise ValueError(f"{name} must lie in ({low:g}, {high:g}), got {value!r}; {why}")
+
+
 def check_mean_length(value: Any) -> None:
     """A ValueError unless windows of this mean length, in steps, are longer than one step."""
     check_above("mean_length", value, 1, "every window of one step would cut everywhere")

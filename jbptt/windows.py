@@ -96,13 +96,16 @@ def output_cotangents(readout, loss, wide, outputs, batch):
     return Sums(value, grad, weight, aux), cotangents
 
 
-def carry_back(core, wide, steps: History, outputs_bar: list, ends: jax.Array, window: int, stride: int) -> list:
-    """M: for every step, the sum over chunks of the cotangents that reach the carry it emits."""
+def carry_back(core, wide, steps: History, outputs_bar: list, ends: jax.Array, window: Any, stride: int) -> list:
+    """M: for every step, the sum over chunks of the cotangents that reach the carry it emits.
+
+    `window` may be traced: the loop then takes as many rounds as it says.
+    """
     num_steps = steps.mask.shape[0]
     leaves, _ = split_inexact(steps.carries)
     real = jnp.concatenate([steps.exists, jnp.zeros(stride, bool)])  # a chunk may end after the last step
 
-    def body(state, q):
+    def body(q, state):
         cotangents, total = state
         i = ends - q
         keep = real[i]
@@ -117,41 +120,56 @@ def carry_back(core, wide, steps: History, outputs_bar: list, ends: jax.Array, w
         at = jax.tree.map(lambda a: a[i], steps)
         own = [select(y[i], keep & (q < stride)) for y in outputs_bar]
         _, cotangents = parallel_pullback(core, wide, at.carries, (at.xs, at.mask))((cotangents, own))
-        return (cotangents, total), None
+        return cotangents, total
 
     start = [jnp.zeros((ends.shape[0], *leaf.shape[1:]), leaf.dtype) for leaf in leaves]
     zeros = [at_least_float32(jnp.zeros_like(leaf)) for leaf in leaves]
-    (_, total), _ = jax.lax.scan(body, (start, zeros), jnp.arange(window))
+    _, total = jax.lax.fori_loop(0, window, body, (start, zeros))
     return [m.astype(leaf.dtype) for m, leaf in zip(total, leaves, strict=True)]
 
 
-def overlapping_sums(
-    step: Step,
-    loss: Loss,
-    params: Params,
-    carry: Carry,
-    batch: Batch,
-    history: History,
-    phase: Any,
-    *,
-    window: int,
-    stride: int,
-) -> tuple[Sums, Carry, History]:
-    """The sums of one batch under TBPTT(stride, window), the carry after it, and all steps to look back on.
+class Passed(NamedTuple):
+    """A forward pass over one batch, and all that backward passes through it need.
 
-    The history must reach back `window − stride` steps, and `phase` more where a chunk is under way.
-    Earlier steps are linearised at the given parameters on their cached (carry, x), never replayed.
-    Time O(T·window/stride) step derivatives in `window` rounds, memory O(T + history).
+    Attributes:
+      sums: of the batch; `grad` holds what the readout alone contributes.
+      carry: after the batch.
+      steps: the history and the batch's steps.
+      real: the same, stand-ins where there never was a step.
+      outputs_bar: `∂L` in the core's outputs of `steps`, 0 in the history.
+      core: the recurrent part as a step on (x, mask), and `wide`, its parameters.
+      wide: in float32 at least.
     """
+
+    sums: Sums
+    carry: Carry
+    steps: History
+    real: History
+    outputs_bar: list
+    core: Any
+    wide: Params
+
+
+def pass_forward(step: Step, loss: Loss, params: Params, carry: Carry, batch: Batch, history: History) -> Passed:
+    """Runs the batch, its readouts and its losses. Earlier steps stay as they are cached, never replayed."""
     core, readout, wide = wide_parts(step, params)
     carry, (carries, outputs) = trajectory(core, wide, carry, batch.xs, batch.mask, batch_steps(batch))
     sums, cotangents = output_cotangents(readout, loss, wide, outputs, batch)
     steps = extend(history, carries, batch)
-    real = with_stand_ins(steps, history.mask.shape[0])
     num_history = history.mask.shape[0]
-    ends = chunk_ends(num_history, batch_steps(batch), stride, phase)
     outputs_bar = [jnp.concatenate([jnp.zeros((num_history, *y.shape[1:]), y.dtype), y]) for y in cotangents]
-    core = held(core)
+    return Passed(sums, carry, steps, with_stand_ins(steps, num_history), outputs_bar, held(core), wide)
+
+
+def overlapping_sums(passed: Passed, num_history: int, phase: Any, *, window: Any, stride: int) -> Sums:
+    """The sums of one batch under TBPTT(stride, window).
+
+    The history must reach back `window − stride` steps, and `phase` more where a chunk is under way.
+    Earlier steps are linearised at the given parameters on their cached (carry, x).
+    Time O(T·window/stride) step derivatives in `window` rounds, memory O(T + history).
+    """
+    _, _, _, real, outputs_bar, core, wide = passed
+    ends = chunk_ends(num_history, real.mask.shape[0] - num_history, stride, phase)
     total = carry_back(core, wide, real, outputs_bar, ends, window, stride)
     grad, _ = parallel_pullback(core, wide, real.carries, (real.xs, real.mask))((total, outputs_bar))
-    return sums._replace(grad=jax.tree.map(jnp.add, sums.grad, grad)), carry, steps
+    return passed.sums._replace(grad=jax.tree.map(jnp.add, passed.sums.grad, grad))

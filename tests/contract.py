@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jbptt import full_bptt, gated_bptt, randomized_bptt, truncated_bptt, truncation
+from jbptt import adaptive_bptt, full_bptt, gated_bptt, randomized_bptt, truncated_bptt, truncation
 
 
 class Entry(NamedTuple):
@@ -51,6 +51,11 @@ ESTIMATORS = {
     "sliding": windows(3, 1),
     "parallel blocks": windows(2, parallel_windows=2),
     "parallel strides": windows(4, 2, parallel_windows=3),
+    # Its window is 3 in a first update; a later one's depends on what the first has seen.
+    "adaptive": Entry(
+        partial(adaptive_bptt, tolerance=0.5, max_window=3),
+        lambda num_steps, _: truncation.window_coverage(num_steps, 3, 1),
+    ),
     "gated": Entry(partial(gated_bptt, gates_fn=schedule), of_gates(schedule)),
     "randomized": Entry(
         partial(randomized_bptt, keep_prob=0.5), of_gates(partial(truncation.randomized, keep_prob=0.5))

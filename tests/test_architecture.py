@@ -15,7 +15,7 @@ import jbptt
 
 ROOT = Path(jbptt.__file__).parent
 CORE = ["types", "norms", "dependence", "validation", "recurrence", "cells", "truncation", "adjoint", "windows"]
-CORE += ["streams", "estimators", "clipping", "brute_force", "testing"]
+CORE += ["streams", "estimators", "decay", "adaptive", "clipping", "brute_force", "testing"]
 FLOORS = ["core", "analysis", "experiments", "report"]
 OPTIONAL = {"matplotlib", "rich", "tyro", "jinja2", "torch", "xarray", "zarr", "flax", "haiku", "equinox"}
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted(ROOT.rglob("*.py"))}

@@ -1,0 +1,147 @@
+"""A window that follows the model: as short as a bound on the bias allows, and data, so that nothing recompiles."""
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from jbptt import validation
+from jbptt.adjoint import Sums, batch_steps, estimate_of, loss_weights, parallel_pullback
+from jbptt.decay import bound_bias
+from jbptt.norms import norm
+from jbptt.streams import sum_pieces
+from jbptt.types import Batch, Carry, Estimate, Estimator, Loss, Params, Step, split_inexact, weighted_mean
+from jbptt.windows import History, Passed, empty_history, latest, overlapping_sums, pass_forward
+
+
+class RunningMeans(NamedTuple):
+    """Of probes, by lag, `[max_window]` each: sums in which the past fades, and their weights.
+
+    Attributes:
+      cotangent_norms: of ‖∂ℓ_t/∂carries[t−k]‖.
+      grad_norms: of ‖G[t, t−k]‖, the mean over examples.
+      weights: what both are divided by; 0 at lags that no probe has met.
+    """
+
+    cotangent_norms: jax.Array
+    grad_norms: jax.Array
+    weights: jax.Array
+
+
+class AdaptiveState(NamedTuple):
+    """The live carry, the steps that a window may reach back to, the running means, and the next window.
+
+    Attributes:
+      carry: the live carry.
+      history: the latest max_window − 1 steps.
+      means: what the probes saw.
+      window: for the next update, an int array.
+    """
+
+    carry: Carry
+    history: History
+    means: RunningMeans
+    window: jax.Array
+
+
+def adaptive_bptt(step: Step, loss: Loss, *, tolerance: float, max_window: int, smoothing: float = 0.9) -> Estimator:
+    """Truncated BPTT whose sliding window keeps a bound on the relative bias (Aicher, Foti & Fox, 2019).
+
+        K = min {k : δ(k) ≤ tolerance},   δ(k) = E(k) / (‖ĝ‖ − E(k)),   E(k) = M Σ_{j ≥ k−1} φ_j
+
+    with φ_j the adjoint's norm at lag j and an exponential tail beyond the lags measured. Every max_window steps
+    one loss is a probe: it goes back max_window − 1 steps and updates running means of φ_j and of what the lags
+    add to the gradient, from which the *next* update's window follows (`decay.bound_bias`). The first update, which
+    knows nothing, takes max_window. Where no window up to max_window keeps the bound, as with a gradient that does
+    not decay, max_window is taken, and `info["bias_bound"]` says what is left of the promise: inf, if nothing.
+    Nothing is promised by fewer than 8 lags.
+
+    `info["window"]` is the window of the update, `info["bias_bound"]` its δ by all that has been seen, this
+    update included; `info["next_window"]` what follows from it. M is measured, not proved, and ‖ĝ‖ is that of
+    the update's own gradient, so the bound is an estimate. Biased within it. Time: a window's, and one
+    backward pass over max_window steps every max_window steps; memory of a few max_windows.
+
+    Args:
+      step: `(params, carry, x) -> (carry, y)`; every inexact carry leaf begins with the batch shape.
+      loss: `(y, target) -> [*batch]`, or that and aux.
+      tolerance: of the relative bias, in (0, 1).
+      max_window: the longest window, in steps.
+      smoothing: how much of the running means one probe leaves, in [0, 1).
+
+    Raises:
+      ValueError: tolerance or smoothing out of range, max_window < 1; carries without the batch shape; what
+        `full_bptt` raises.
+    """
+    validation.check_between("tolerance", tolerance, 0, 1, "a bias of 1 is a gradient of nothing")
+    max_window = validation.check_positive_integer("max_window", max_window)
+    if smoothing != 0:
+        validation.check_between("smoothing", smoothing, 0, 1, "the past must fade; 0 keeps only the last probe")
+
+    def check(params: Params, carry: Carry, batch: Batch) -> tuple[int, ...]:
+        _, batch_shape = validation.check_problem(step, loss, params, carry, batch)
+        validation.check_carry_batch(carry, batch_shape, "the probe measures norms per example")
+        return batch_shape
+
+    def init(params: Params, carry: Carry, batch: Batch, key=None) -> AdaptiveState:
+        del key
+        history = empty_history(max_window - 1, carry, batch.xs, check(params, carry, batch))
+        zeros = jnp.zeros(max_window)
+        return AdaptiveState(carry, history, RunningMeans(zeros, zeros, zeros), jnp.array(max_window, int))
+
+    def update(params: Params, state: AdaptiveState, batch: Batch) -> tuple[Estimate, AdaptiveState]:
+        batch_shape = check(params, state.carry, batch)
+
+        def run(running, piece):
+            carry, history, means = running
+            passed = pass_forward(step, loss, params, carry, piece, history)
+            sums = overlapping_sums(passed, max_window - 1, 0, window=state.window, stride=1)
+            weights = loss_weights(piece, jnp.zeros((batch_steps(piece), *batch_shape)))[-1]
+            means = probe(passed, weights, means, smoothing)
+            return sums, (passed.carry, latest(passed.steps, max_window - 1), means)
+
+        sums, (carry, history, means) = sum_pieces(run, state[:3], batch, max_window)
+        window, bounds = choose_window(means, sums, tolerance)
+        info = {"window": state.window, "bias_bound": bounds[state.window - 1], "next_window": window}
+        return estimate_of(sums, **info), AdaptiveState(carry, history, means, window)
+
+    return Estimator(init, update)
+
+
+def probe(passed: Passed, weights: jax.Array, means: RunningMeans, smoothing: chex.Numeric) -> RunningMeans:
+    """Sends the last step's loss back as far as the means reach; `weights` `[*batch]` are that loss's."""
+    _, _, _, real, outputs_bar, core, wide = passed
+    num_lags, last = len(means.weights), real.mask.shape[0] - 1
+    total, ndim = jnp.sum(jnp.abs(weights)), weights.ndim
+
+    def body(cotangents, lag):
+        i = last - lag
+        at = jax.tree.map(lambda a: a[i][None], real)
+        own = [jnp.where(lag == 0, y[i], 0)[None] for y in outputs_bar]
+        pull = parallel_pullback(core, wide, at.carries, (at.xs, at.mask))
+        grad, cotangents = pull(([c[None] for c in cotangents], own))
+        cotangents = [c[0] for c in cotangents]
+        total_norm = jnp.sum(jnp.where(weights == 0, 0, norm(cotangents, ndim)))
+        return cotangents, (total_norm, norm(grad), real.exists[i])
+
+    start = [jnp.zeros_like(leaf[last]) for leaf in split_inexact(real.carries)[0]]
+    _, (cotangent_norms, grad_norms, exists) = jax.lax.scan(body, start, jnp.arange(num_lags))
+    # A loss without weight says nothing; what is not finite must not stay in the means for ever.
+    usable = exists & (total > 0) & jnp.isfinite(cotangent_norms) & jnp.isfinite(grad_norms)
+
+    def fade(past, new):
+        return jnp.where(usable, smoothing * past + (1 - smoothing) * new, past)
+
+    new = RunningMeans(weighted_mean(cotangent_norms, total), weighted_mean(grad_norms, total), jnp.ones(num_lags))
+    return RunningMeans(*map(fade, means, new))
+
+
+def choose_window(means: RunningMeans, sums: Sums, tolerance: float) -> tuple[jax.Array, jax.Array]:
+    """The shortest window whose bound keeps the tolerance (or the longest there is), and all bounds, `[max_window]`."""
+    num_lags = jnp.sum(means.weights > 0)
+    norms, grad_norms = (weighted_mean(total, means.weights) for total in means[:2])
+    kept = jnp.full_like(norms, norm(sums.grad) / jnp.maximum(jnp.abs(sums.weight), jnp.finfo(norms.dtype).tiny))
+    bound = bound_bias(norms, grad_norms, kept, num_lags=num_lags, tolerances=(tolerance,))
+    window = bound.bound_window[0]
+    longest = len(norms)
+    return jnp.where((window < 1) | (window > longest), longest, window).astype(int), bound.bias_bound
