@@ -54,7 +54,7 @@ def _dispatch(arguments: list[str]) -> int:
             )
     except SystemExit as end:
         if end.code:
-            raise UsageError(_one_line(errors.getvalue())) from None
+            raise UsageError(_one_line(errors.getvalue(), arguments)) from None
         return 0
     return run()
 
@@ -63,6 +63,7 @@ def _commands(arguments: list[str]) -> Any:
     """Every subcommand; each returns what is left to run once the whole line has been understood."""
     import tyro
 
+    from jbptt.report import comparing
     from jbptt.report.study import Settings
 
     commands = tyro.extras.SubcommandApp()
@@ -104,7 +105,47 @@ def _commands(arguments: list[str]) -> Any:
         options = {"max_window": max_window, "learning_rate": learning_rate, "measure": measure}
         return lambda: run_diagnosis(model, **options)
 
+    @commands.command(name="compare")
+    def compare(
+        settings: tyro.conf.OmitArgPrefixes[comparing.Settings] = comparing.Settings(),  # noqa: B008
+        *,
+        out: Path | None = None,
+    ):
+        """Train a small model on a task and compare truncated gradients with the exact one: bias, variance, cost.
+
+        Args:
+            out: a folder to write comparison.json and comparison.svg into; nothing is written if not given.
+        """
+        return lambda: run_compare(settings, out=out, command=command)
+
     return commands
+
+
+def run_compare(settings: Any, *, out: Path | None = None, command: str = "jbptt compare") -> int:
+    """Compares estimators on a task, prints two tables and writes what was asked for.
+
+    Raises: UsageError, before anything runs where that can be known.
+    """
+    from jbptt.report import comparing, output, plots
+    from jbptt.report.themes import to_svg
+
+    files = "comparison.json", "comparison.svg"
+    try:
+        comparing.check_settings(settings)
+        if out is not None:
+            output.check_target(Path(out), files)
+        found, cost = comparing.run_comparison(settings, lambda what: print(what, file=sys.stderr, flush=True))
+        if out is not None:
+            picture = to_svg(plots.plot_comparison(found).figure)
+            texts = comparing.to_json(settings, found, cost, command), picture
+            output.write_files(dict(zip(files, texts, strict=True)), Path(out))
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
+    except _device_errors() as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"the device gave up: {reason}; try a smaller --hidden-size or --batch-size") from error
+    print(found, "", "time of one update, temporary memory", cost, sep="\n")
+    return 0
 
 
 def run_diagnosis(model: str, **options: Any) -> int:
@@ -184,7 +225,7 @@ def _device_errors() -> tuple[type[Exception], ...]:
     return (jax.errors.JaxRuntimeError,)
 
 
-def _one_line(message: str) -> str:
+def _one_line(message: str, arguments: list[str]) -> str:
     """The first paragraph of a boxed message, without the box."""
     lines: list[str] = []
     for line in message.splitlines()[1:]:  # the first holds the title
@@ -195,7 +236,8 @@ def _one_line(message: str) -> str:
         elif line:
             lines.append(line)
     text = " ".join(lines) or "the command line was not understood"
-    return f"{text.rstrip('.')}; jbptt report --help lists every option"
+    command = arguments[0] if arguments[:1] in (["report"], ["diagnose"], ["compare"]) else ""
+    return f"{text.rstrip('.')}; {' '.join(['jbptt', command]).strip()} --help lists every option"
 
 
 def _own_version() -> str:

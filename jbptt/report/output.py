@@ -5,7 +5,7 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from jbptt.report.sections import SECTIONS, draw_pictures, sections_of, write_se
 FILES = ("report.html", "report.json", *(f"{name}.svg" for name in SECTIONS))
 
 
-def check_target(target: Path) -> None:
-    """A ValueError if a report could not be written into `target`; leaves nothing behind.
+def check_target(target: Path, files: Iterable[str] = FILES) -> None:
+    """A ValueError if these files could not be written into `target`; leaves nothing behind.
 
     Raises:
       ValueError: `target` or a folder above it is a file, or may not be written.
@@ -26,7 +26,7 @@ def check_target(target: Path) -> None:
     target = _absolute(target)
     if target.exists() and not target.is_dir():
         raise ValueError(f"out must be a folder, got the file {target}; name another folder")
-    for name in FILES:
+    for name in files:
         if (target / name).is_dir():
             raise ValueError(f"out must have room for the file {name}, but {target / name} is a folder; move it away")
     ancestor = _existing(target)
@@ -59,17 +59,26 @@ def write_report(data: dict[str, Any], target: Path) -> None:
     texts = {f"{name}.svg": svg for name, svg in light.items()}
     texts["report.json"] = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     texts["report.html"] = render_page(data, light, dark)
+    write_files(texts, target, FILES)
+
+
+def write_files(texts: dict[str, str], target: Path, replaced: Iterable[str] = ()) -> None:
+    """Writes files into `target`, all of them or none; those of `replaced` that are not written are removed.
+
+    Raises:
+      OSError: nothing was written.
+    """
     target = _absolute(target)
     with _folder_beside(target) as folder:
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8", newline="\n")
         with _undisturbed():
-            _move(folder, target)
+            _move(folder, target, {*texts, *replaced})
 
 
-def _move(folder: Path, target: Path) -> None:
+def _move(folder: Path, target: Path, names: Iterable[str]) -> None:
     if target.exists():
-        for name in FILES:
+        for name in names:
             if (folder / name).exists():
                 os.replace(folder / name, target / name)
             else:  # of an earlier report that answered more

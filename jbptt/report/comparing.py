@@ -1,0 +1,162 @@
+"""What `jbptt compare` does: train a small model on a task, then hold its truncated gradients against the exact one."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import optax
+
+from jbptt import cells, clipping, validation
+from jbptt.adaptive import adaptive_bptt
+from jbptt.analysis.comparison import Comparison, Cost, compare, measure_cost
+from jbptt.cells import Cell
+from jbptt.estimators import full_bptt, randomized_bptt, truncated_bptt
+from jbptt.experiments import tasks
+from jbptt.experiments.training import train
+from jbptt.types import Batch, Estimator, Loss, Step
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that shapes the numbers of a comparison.
+
+    Attributes:
+      task: characters of a text, copy memory, or the adding problem.
+      text: a UTF-8 text file; None: the documentation of Python inside CPython.
+      cell: what the model is made of.
+      hidden_size: H.
+      num_steps: T, steps per sequence; what full BPTT goes back through.
+      batch_size: B, sequences side by side.
+      num_updates: of training with full BPTT before the gradients are compared.
+      window: steps per block, and per sliding window; several are compared.
+      keep_prob: of randomized truncation; several are compared, each with and without its weights.
+      mean_length: of ARTBP, in steps; several are compared.
+      tolerance: of windows that follow a bound on the bias (at most max(window) steps); left out if not given.
+      num_samples: draws of each estimator that draws.
+      seed: of everything random, in [0, 2³²).
+    """
+
+    task: Literal["text", "copy", "adding"] = "text"
+    text: Path | None = None
+    cell: Literal["rnn", "gru", "lstm"] = "lstm"
+    hidden_size: int = 64
+    num_steps: int = 128
+    batch_size: int = 16
+    num_updates: int = 200
+    window: tuple[int, ...] = (16,)
+    keep_prob: tuple[float, ...] = (0.9375,)
+    mean_length: tuple[float, ...] = (16.0,)
+    tolerance: float | None = None
+    num_samples: int = 100
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Model:
+    """A cell with its task: batches to train on, `[N, T, ...]`, and one that it has not seen."""
+
+    cell: Cell
+    loss: Loss
+    train: Batch
+    heldout: Batch
+
+
+def check_settings(settings: Settings) -> None:
+    """A ValueError says what is wrong, before anything runs."""
+    for name in ("hidden_size", "batch_size", "num_updates"):
+        validation.check_positive_integer(name, getattr(settings, name))
+    validation.check_positive_integer("num_steps", settings.num_steps, smallest=3 if settings.task == "copy" else 2)
+    validation.check_positive_integer("num_samples", settings.num_samples, smallest=2)
+    validation.check_seed(settings.seed)
+    for window in settings.window:
+        validation.check_positive_integer("window", window)
+    for keep_prob in settings.keep_prob:
+        validation.check_probability("keep_prob", keep_prob)
+    for mean_length in settings.mean_length:
+        validation.check_mean_length(mean_length)
+    if settings.text is not None and settings.task != "text":
+        raise ValueError(f"text is read by the task text only, got task {settings.task}; leave one of them out")
+    if settings.tolerance is not None:
+        validation.check_between("tolerance", settings.tolerance, 0, 1, "a bias of 1 is a gradient of nothing")
+        if not settings.window:
+            raise ValueError("tolerance needs a window, the longest that may be taken; pass --window")
+
+
+def build(settings: Settings) -> Model:
+    """The model and the data of a task."""
+    make, hidden, steps, examples = (
+        getattr(cells, settings.cell),
+        settings.hidden_size,
+        settings.num_steps,
+        settings.batch_size,
+    )
+    if settings.task == "text":
+        task = tasks.text(tasks.read_text(settings.text), num_steps=steps, batch_size=examples)
+        size = len(task.vocabulary)
+        cell = tasks.on_tokens(cells.with_linear_readout(make(size, hidden), size), size)
+        index = jax.numpy.arange(settings.num_updates) % len(task.train.xs)
+        batches = jax.tree.map(lambda a: a[index], task.train)
+        return Model(cell, tasks.cross_entropy, batches, jax.tree.map(lambda a: a[0], task.heldout))
+    if settings.task == "copy":
+        length = max(1, steps // 8)
+        draw = partial(tasks.copy, length=length, delay=steps - 2 * length, batch_size=examples)
+        cell, loss = cells.with_linear_readout(make(10, hidden), 10), tasks.cross_entropy
+    else:
+        draw = partial(tasks.adding, num_steps=steps, batch_size=examples)
+        cell, loss = cells.with_linear_readout(make(2, hidden), 1), tasks.squared_error
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(settings.seed), 1), settings.num_updates + 1)
+    return Model(cell, loss, jax.jit(jax.vmap(draw))(keys[1:]), jax.jit(draw)(keys[0]))
+
+
+def estimators_of(settings: Settings, step: Step, loss: Loss) -> dict[str, Estimator]:
+    """What is compared, by name; full BPTT first."""
+    found = {"full": full_bptt(step, loss)}
+    for window in dict.fromkeys(settings.window):
+        found[f"blocks of {window}"] = truncated_bptt(step, loss, window=window)
+        found[f"sliding {window}"] = truncated_bptt(step, loss, window=window, stride=1)
+    for keep_prob in dict.fromkeys(settings.keep_prob):
+        found[f"keep {keep_prob:g}"] = randomized_bptt(step, loss, keep_prob=keep_prob)
+        found[f"keep {keep_prob:g}, no 1/π"] = randomized_bptt(step, loss, keep_prob=keep_prob, reweight=False)
+    for length in dict.fromkeys(settings.mean_length):
+        found[f"artbp {length:g}"] = randomized_bptt(step, loss, mean_length=length)
+    if settings.tolerance is not None:
+        longest = max(settings.window)
+        found[f"adaptive {settings.tolerance:g}"] = adaptive_bptt(
+            step, loss, tolerance=settings.tolerance, max_window=longest
+        )
+    return found
+
+
+def run_comparison(settings: Settings, say: Callable[[str], None]) -> tuple[Comparison, Cost]:
+    """Trains, compares and measures."""
+    model = build(settings)
+    key = jax.random.fold_in(jax.random.key(settings.seed), 0)
+    estimators = estimators_of(settings, model.cell.step, model.loss)
+    say(f"train: {settings.num_updates} updates with full BPTT")
+    optimizer = optax.chain(clipping.clip_by_global_norm(1.0), optax.adam(3e-3))
+    run = jax.jit(partial(train, estimators["full"], optimizer))
+    carry = model.cell.initial_carry((settings.batch_size,))
+    params, _ = run(jax.jit(model.cell.init)(key), carry, model.train)
+    problem = params, carry, model.heldout
+    say(f"compare: {len(estimators)} estimators, {settings.num_samples} draws of each that draws")
+    look = jax.jit(partial(compare, estimators, reference="full", num_samples=settings.num_samples))
+    found = jax.block_until_ready(look(*problem, key=jax.random.fold_in(key, 1)))
+    say("measure time and memory")
+    return found, measure_cost(estimators, *problem, key=key)
+
+
+def to_json(settings: Settings, found: Comparison, cost: Cost, command: str) -> str:
+    """Every number, as JSON; what is not finite becomes null."""
+    from jbptt.report.study import to_json as plain
+
+    fields = ("relative_bias", "relative_bias_error", "variance", "cosine", "norm_ratio", "alignment")
+    data: dict[str, Any] = {name: getattr(found, name) for name in fields}
+    data |= {"names": found.names, "num_samples": found.num_samples, "settings": asdict(settings), "command": command}
+    data |= {"seconds": cost.median_seconds, "seconds_spread": cost.spread_seconds}
+    data |= {"temporary_bytes": cost.temporary_bytes}
+    data["settings"]["text"] = None if settings.text is None else str(settings.text)
+    return json.dumps(plain(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
