@@ -34,6 +34,7 @@ class Plan(NamedTuple):
       num_repeats: timed updates of each.
       spectrum_steps: of the trajectory behind a Lyapunov spectrum.
       num_exponents: how many of its exponents, the leading ones.
+      num_draws: of each random way to cut; 0 leaves the price of randomness out.
       remedies: whether the remedies are compared, which trains some hundred small networks.
     """
 
@@ -46,16 +47,17 @@ class Plan(NamedTuple):
     num_repeats: int
     spectrum_steps: int
     num_exponents: int
+    num_draws: int
     remedies: bool
 
     def total_work(self, num_cells: int) -> float:
         """In the units in which the functions of this study report progress: some seconds each."""
         per_cell = (num_cells if self.windows_of_all_cells else 1) * (5 + len(self.cost_windows))
-        return num_cells + per_cell + 3 * self.num_seeds + 3 + 8 * self.remedies
+        return num_cells + per_cell + 3 * self.num_seeds + 3 + 4 * (self.num_draws > 0) + 8 * self.remedies
 
 
-FULL = Plan(600, 12, 4, (4, 16, 64), 2, True, 7, 1024, 64, True)
-QUICK = Plan(60, 3, 2, (), 1, False, 3, 256, 8, False)
+FULL = Plan(600, 12, 4, (4, 16, 64), 2, True, 7, 1024, 64, 64, True)
+QUICK = Plan(60, 3, 2, (), 1, False, 3, 256, 8, 0, False)
 
 
 class Progress:
@@ -160,14 +162,15 @@ def reach(trained: Trained, progress: Progress, device: Any) -> list[dict[str, A
     def look(params, carry, batch):
         num_steps = batch.xs.shape[0]
         profile = lag_profile(model.cell.step, tasks.cross_entropy, params, carry, batch, max_lag=num_steps)
-        return profile.cotangent_norms, fit_decay(profile.cotangent_norms)
+        return *profile, fit_decay(profile.cotangent_norms)
 
     def curve(stage, params, carry):
-        norms, decay = jax.device_get(look(*jax.device_put((params, carry, trained.batch), device)))
+        norms, grad_norms, decay = jax.device_get(look(*jax.device_put((params, carry, trained.batch), device)))
         return {
             "cell": model.name,
             "stage": stage,
             "norms": norms,
+            "grad_norms": grad_norms,
             "half_life": float(decay.half_life),
             "reach": int(decay.reach) if decay.reach < len(norms) else None,
             "verdict": VERDICTS[decay.verdict_index],

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jbptt.report import anatomy_pictures, anatomy_words, pictures, sentences, tables
+from jbptt.report import anatomy_pictures, anatomy_words, pictures, randomness, sentences, tables
 from jbptt.report.tables import Table
 from jbptt.report.themes import LIGHT, Theme, style, to_svg
 
@@ -150,6 +150,18 @@ SECTIONS: dict[str, Section] = {
         sentences.describe_learning,
         tables.learning_table,
         _alt_learning,
+    ),
+    "randomness": Section(
+        "What is the price of randomness?",
+        "Ways to cut the gradient of one held-out batch, windows of the same mean length. Filled: how far the mean "
+        "over all draws is from the exact gradient, with two standard errors; an estimate without bias shows about one of "
+        "them, never 0. Hollow: how far one draw scatters around that mean. Lengths of least variance: fitted to how "
+        "this gradient falls with the lag.",
+        0.8,
+        randomness.draw_price,
+        randomness.describe_price,
+        randomness.price_table,
+        randomness.alt_price,
     ),
     "flow": Section(
         "Which loss depends on which step?",

@@ -13,7 +13,7 @@ import numpy as np
 
 from jbptt import truncation, validation
 from jbptt.experiments import tasks
-from jbptt.report import anatomy
+from jbptt.report import anatomy, randomness
 from jbptt.report.learning import learn
 from jbptt.report.measurements import (
     FULL,
@@ -114,6 +114,11 @@ def run_study(settings: Settings, text: str, progress: Callable[[str, float], No
     *looked, flow = in_parallel(count, [*jobs, look(anatomy.flow, last)])
     size = len(chosen)
     diagnoses, spectra, curves = looked[:size], looked[size : 2 * size], looked[2 * size :]
+    random = {}
+    if plan.num_draws:
+        norms = np.asarray(curves[last][1]["grad_norms"])
+        price = randomness.price(trained[last], norms, settings.keep_prob, plan, count, jax.devices()[0])
+        random["randomness"] = randomness.time_them(trained[last], price, settings.keep_prob, plan, count)
     measured = [windows(trained[i], found, plan, count) for i, found in zip(chosen, diagnoses, strict=True)]
     curves = [curve for found in curves for curve in found]
     result = {
@@ -133,6 +138,7 @@ def run_study(settings: Settings, text: str, progress: Callable[[str, float], No
         "learning": taught[0][0],
         "flow": flow,
         "spectra": {"models": [model for found in spectra for model in found]},
+        **random,
         **others,
     }
     return to_json(result)

@@ -1,0 +1,132 @@
+"""The price of randomness: random cuts with and without their weights, beside fixed ones of the same mean length."""
+
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import numpy as np
+
+from jbptt.analysis.comparison import compare, fresh_blocks, measure_cost
+from jbptt.analysis.lags import LagProfile
+from jbptt.analysis.schedules import optimize_schedule
+from jbptt.estimators import full_bptt, randomized_bptt, truncated_bptt
+from jbptt.experiments import tasks
+from jbptt.report.axes import numbers
+from jbptt.report.measurements import Plan, Progress, Trained
+from jbptt.report.plots import plot_comparison
+from jbptt.report.tables import Table, format_number, format_seconds
+from jbptt.report.themes import LIGHT, Theme
+from jbptt.types import Estimator, Loss, Step
+
+
+def estimators_of(step: Step, loss: Loss, keep_prob: float, grad_norms: np.ndarray) -> dict[str, Estimator]:
+    """By what they are; of the same mean length where that is longer than a step and shorter than the batch."""
+    num_steps = len(grad_norms)
+    length = 1 / (1 - keep_prob) if keep_prob < 1 else float(num_steps)
+    window = max(1, min(num_steps, round(length)))
+    found = {
+        "full": full_bptt(step, loss),
+        f"blocks of {window}": fresh_blocks(truncated_bptt(step, loss, window=window), window),
+        f"keep {keep_prob:g}": randomized_bptt(step, loss, keep_prob=keep_prob),
+        f"keep {keep_prob:g}, no 1/π": randomized_bptt(step, loss, keep_prob=keep_prob, reweight=False),
+    }
+    if 1 < length < num_steps:
+        found[f"artbp {length:.3g}"] = randomized_bptt(step, loss, mean_length=length)
+        # The same mean as constant π cut off by the end of the batch.
+        mean = (1 - keep_prob**num_steps) / (1 - keep_prob)
+        if num_steps >= 3 and mean > 1 and np.all(np.isfinite(grad_norms)):
+            best = optimize_schedule(LagProfile(cotangent_norms=None, grad_norms=grad_norms), mean)
+            found["lengths of least variance"] = randomized_bptt(step, loss, length_probs=best.length_probs)
+    return found
+
+
+def price(
+    trained: Trained, grad_norms: np.ndarray, keep_prob: float, plan: Plan, progress: Progress, device: Any
+) -> dict[str, Any]:
+    """Bias, spread and direction of each way to cut, on one held-out batch of the trained model."""
+    name = trained.model.name
+    progress(f"{name}: the price of randomness")
+    estimators = estimators_of(trained.model.cell.step, tasks.cross_entropy, keep_prob, grad_norms)
+    look = jax.jit(partial(compare, estimators, reference="full", num_samples=plan.num_draws))
+    where = jax.device_put((trained.params, trained.carry, trained.batch), device)
+    found = jax.device_get(look(*where, key=jax.device_put(jax.random.key(1), device)))
+    progress(f"{name}: drawn {plan.num_draws} times", 3)
+    fields = ("relative_bias", "relative_bias_error", "variance", "cosine", "norm_ratio")
+    return {
+        "cell": name,
+        "keep_prob": keep_prob,
+        "num_samples": found.num_samples,
+        "names": found.names,
+        **{field: getattr(found, field) for field in fields},
+    }
+
+
+def time_them(trained: Trained, price: dict[str, Any], keep_prob: float, plan: Plan, progress: Progress):
+    """Adds the time of one update of the first three: full, blocks, random cuts."""
+    progress(f"{trained.model.name}: time of random cuts")
+    found = estimators_of(trained.model.cell.step, tasks.cross_entropy, keep_prob, np.ones(len(trained.batch.xs)))
+    first = {name: found[name] for name in price["names"][:3]}
+    where = jax.device_put((trained.params, trained.carry, trained.batch), jax.devices()[0])
+    cost = measure_cost(first, *where, num_repeats=plan.num_repeats)
+    progress(f"{trained.model.name}: timed", 1)
+    missing = [None] * (len(price["names"]) - 3)
+    return price | {"seconds": [*cost.median_seconds, *missing]}
+
+
+def draw_price(price: dict[str, Any], *, ax: Any = None, theme: Theme = LIGHT) -> Any:
+    """Bias and standard deviation of each way to cut."""
+    return plot_comparison(SimpleNamespace(**price), ax=ax, theme=theme)
+
+
+def _row(price: dict[str, Any], i: int) -> dict[str, float]:
+    fields = ("relative_bias", "relative_bias_error", "variance", "cosine", "norm_ratio")
+    return {field: float(numbers(price[field])[i]) for field in fields}
+
+
+def describe_price(price: dict[str, Any]) -> str:
+    """What the draws say about bias, and what they cost in spread and time."""
+    blocks, kept, bare = (_row(price, i) for i in (1, 2, 3))
+    if not np.all(np.isfinite([*blocks.values(), *kept.values(), *bare.values()])):
+        return f"The gradient of the {price['cell']} is not finite or zero, so that nothing can be said of random cuts."
+    names, draws = price["names"], price["num_samples"]
+    seen = kept["relative_bias"] <= 2 * kept["relative_bias_error"]
+    bias = "no bias that they show" if seen else "a bias that luck does not explain"
+    spread, bare_spread = np.sqrt(kept["variance"]), np.sqrt(bare["variance"])
+    off = {names[1]: blocks["relative_bias"], names[2]: float(np.hypot(kept["relative_bias"], spread))}
+    closer, further = sorted(off, key=lambda name: off[name])
+    seconds = numbers(price["seconds"])
+    time = ""
+    if np.all(np.isfinite(seconds[:3])):
+        time = f" An update takes {seconds[2] / seconds[0]:.2f} times as long as full BPTT, whose gradient is exact."
+    return (
+        f"In {draws} draws of {names[2]}, the gradient of the trained {price['cell']} has {bias} "
+        f"({_percent(kept['relative_bias'])} ± {_percent(kept['relative_bias_error'])} of its norm), but one draw "
+        f"scatters by {_percent(spread)}; without 1/π the bias is {_percent(bare['relative_bias'])} and the scatter "
+        f"{_percent(bare_spread)}. {names[1].capitalize()} are off by {_percent(blocks['relative_bias'])}, the same "
+        f"way every time: a single gradient of {closer} is closer to the exact one ({_percent(off[closer])} off) than one "
+        f"of {further} ({_percent(off[further])}).{time}"
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{format_number(100 * share)} %"
+
+
+def price_table(price: dict[str, Any]) -> Table:
+    """One row for each way to cut."""
+    rows = []
+    for i, name in enumerate(price["names"]):
+        row = _row(price, i)
+        bias = f"{format_number(row['relative_bias'])} ± {format_number(row['relative_bias_error'])}"
+        spread = format_number(float(np.sqrt(row["variance"])))
+        seconds = price["seconds"][i]
+        time = "not timed" if seconds is None else format_seconds(seconds)
+        rows.append((name, bias, spread, format_number(row["cosine"]), format_number(row["norm_ratio"]), time))
+    columns = ("gradient", "relative bias ± s.e.", "std / norm", "mean cosine", "mean norm ratio", "time of an update")
+    return Table("The price of randomness", columns, rows)
+
+
+def alt_price(price: dict[str, Any]) -> str:
+    """What stands in the picture."""
+    return f"Dot plot of relative bias and standard deviation for {', '.join(price['names'])}."
