@@ -128,9 +128,13 @@ class Diagnosis:
         return write_page(self) if np.ndim(self.verdict_index) == 0 else repr(self)
 
 
-def first_windows(errors: jax.Array, tolerances: tuple[float, ...]) -> jax.Array:
-    """For each tolerance the smallest window whose error is within it; 0 if there is none."""
-    good = errors <= jnp.array(tolerances)[:, None]
+def first_windows(errors: jax.Array, tolerances: tuple[float, ...], num_steps: int) -> jax.Array:
+    """For each tolerance the smallest window whose error is within it; 0 if there is none.
+
+    A window of T is exact, whatever rounding to half precision makes of the sum over its lags.
+    """
+    exact = jnp.arange(1, len(errors) + 1) >= num_steps
+    good = exact | (errors <= jnp.array(tolerances)[:, None])
     return jnp.where(jnp.any(good, axis=1), jnp.argmax(good, axis=1) + 1, 0)
 
 
@@ -229,7 +233,7 @@ def _read(step, loss, batch_shape, largest, params, carry, batch, gates, learnin
     nonfinite = jax.eval_shape(partial(find_nonfinite, step, loss), params, carry, batch, gates=gates)
     return Diagnosis(
         **decay._replace(verdict_index=verdict)._asdict(),
-        sliding_window=first_windows(curve.relative_error, TOLERANCES),
+        sliding_window=jnp.where(broken, 0, first_windows(curve.relative_error, TOLERANCES, num_steps)),
         block_window=jnp.where(broken, 0, blocks),
         bias_bound=bound.bias_bound,
         bound_window=jnp.where(broken, 0, bound.bound_window),

@@ -120,7 +120,7 @@ def leading_exponent(
         pull = jax.vjp(lambda leaves: split_inexact(held(core)(wide, rebuild(leaves), more)[0])[0], leaves)[1]
         (cotangents,) = pull(cotangents)
         growth = norm(cotangents, ndim)
-        return [unit(c, growth) for c in cotangents], growth
+        return [unit(c, growth).astype(c.dtype) for c in cotangents], growth
 
     drawn = [random.normal(size=c.shape[ndim:]) for c in split_inexact(carry)[0]]
     length = math.sqrt(sum(float(np.sum(d**2)) for d in drawn)) or 1.0

@@ -11,7 +11,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 
 from jbptt import validation
 from jbptt.adjoint import counted_steps, loss_weights, step_losses, weighted_losses
-from jbptt.analysis.flow import adjoints
+from jbptt.analysis.flow import adjoints, carry_cotangents
 from jbptt.recurrence import held, times_gate, trajectory, zero_masked
 from jbptt.types import Batch, Carry, Loss, Params, Step, split_inexact
 
@@ -111,7 +111,7 @@ def find_nonfinite(
 
     total = jnp.sum(loss_weights(batch, jnp.zeros((num_steps, *batch_shape))))
     entering = jax.tree.map(lambda a: a[:-1], path.carries)
-    emitted = jax.tree.map(lambda a: a[1:], path.cotangents)
+    emitted = [c[1:] for c in carry_cotangents(path)]
     back = partial(_step_back, step, loss, params, total)
     flags_back = jax.lax.map(back, (entering, emitted, batch, gates))
 
@@ -131,7 +131,7 @@ def _flags(trees: dict[str, Any], num_steps: int) -> jax.Array:
 
 def _step_back(step, loss, params, total, inputs):
     """Which leaves of the carry's adjoint and of the gradient one step's derivative makes non-finite."""
-    carry, cotangent, batch, gate = inputs
+    carry, cotangents, batch, gate = inputs
     leaves, rebuild = split_inexact(carry)
 
     def run(params, leaves):
@@ -141,7 +141,7 @@ def _step_back(step, loss, params, total, inputs):
         return split_inexact(after)[0], value / jnp.where(total == 0, 1, total)
 
     (_, value), pull = jax.vjp(run, params, leaves)
-    grad, adjoint = pull((split_inexact(cotangent)[0], jnp.ones_like(value)))
+    grad, adjoint = pull((cotangents, jnp.ones_like(value)))
     if gate is not None:
         adjoint = [times_gate(a, gate) for a in adjoint]
     return jnp.concatenate([_bad(adjoint), _bad(grad)])

@@ -32,7 +32,9 @@ ANALYSES = (
     Mutant("flow_is_no_root_mean_square", FLOW, "/ jnp.sqrt(jnp.maximum(count, 1))", "/ jnp.maximum(count, 1)"),
     Mutant("flow_counts_the_source_examples", FLOW, "count = jnp.roll(counted, -lag)", "count = counted"),
     Mutant("flow_reads_the_wrong_step", FLOW, "rows[jnp.maximum(t - s, 0), s]", "rows[jnp.maximum(t - s, 0), t]"),
-    Mutant("sources_read_the_carry_received", FLOW, "a[1:], path.cotangents", "a[:-1], path.cotangents"),
+    Mutant(
+        "sources_read_the_carry_received", FLOW, "c[1:] for c in carry_cotangents", "c[:-1] for c in carry_cotangents"
+    ),
     Mutant("sources_forget_the_weight", FLOW, "c * exact.weight.astype(c.dtype)", "c"),
     Mutant(
         "sources_of_the_ungated_gradient",
