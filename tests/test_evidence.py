@@ -10,7 +10,7 @@ import problems
 import pytest
 
 from jbptt import Batch
-from jbptt.analysis import evidence
+from jbptt.analysis import evidence, stuck
 from jbptt.analysis.blocks import candidate_windows, choose_blocks
 from jbptt.analysis.lyapunov import lyapunov_spectrum
 
@@ -174,15 +174,26 @@ def test_windows_tried(num_steps):
 
 @pytest.mark.parametrize("num_steps", [1, 2, 5, 100])
 def test_the_choice_among_them(num_steps):
-    """Of those that keep the tolerance, while half of them do not, the one with the smallest error."""
+    """Of those that keep the tolerance, while half of them do not, the one with the smallest error; T is the last."""
     windows, tried = candidate_windows(num_steps)
     errors = np.random.default_rng(num_steps).random((20, len(tried)))
     errors[:, -1] = 0
     errors[-1] = np.nan
     levels = (0.5, 0.1)
-    chosen = jax.jit(jax.vmap(lambda e: choose_blocks(e, tried, windows, levels)))(errors)
-    for row, found in zip(errors[:-1], chosen.tolist(), strict=False):
+    chosen, their = jax.jit(jax.vmap(lambda e: choose_blocks(e, tried, windows, levels)))(errors)
+    for row, found, of_found in zip(errors[:-1], chosen.tolist(), their, strict=False):
         error = {0: np.inf, **dict(zip(tried, row, strict=True))}
         for level, window in zip(levels, found, strict=True):
-            assert window == min((w for w in windows if error[w] <= level < error[w // 2]), key=error.get)
-    assert chosen[-1].tolist() == [num_steps] * 2
+            shorter = [w for w in windows[:-1] if error[w] <= level < error[w // 2]]
+            assert window == min(shorter, key=error.get, default=num_steps)
+        np.testing.assert_array_equal(of_found, [error[window] for window in found])
+    assert chosen[-1].tolist() == [num_steps] * 2 and np.all(np.isnan(their[-1]) | (num_steps == 1))
+
+
+def test_full_bptt_is_no_window_while_a_shorter_one_will_do():
+    """Half of T misses 1 % by a hair; 16 steps keep it."""
+    windows, tried = candidate_windows(64)
+    errors = {w: 0.0 for w in tried} | {1: 0.4, 2: 0.3, 3: 0.3, 4: 0.2, 5: 0.2, 6: 0.2, 8: 0.03, 11: 0.02, 16: 0.008}
+    errors |= {22: 0.006, 32: 0.0102, 64: 0.0}
+    chosen, error = choose_blocks(jnp.array([errors[w] for w in tried]), tried, windows, (0.1, 0.01))
+    assert chosen.tolist() == [11, 22] and error.tolist() == [0.02, 0.006]

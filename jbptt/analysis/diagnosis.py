@@ -1,28 +1,28 @@
 """How far does my gradient reach, which window do I need, what does it cost, and what should I change?"""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 
 from jbptt import truncation, validation
 from jbptt.adjoint import Sums, batch_steps, gradient_sums
-from jbptt.analysis.advice import TOLERANCES, Advice, advise
+from jbptt.analysis.advice import TOLERANCES
 from jbptt.analysis.blocks import candidate_windows, choose_blocks, gradients_in_turn
-from jbptt.analysis.comparison import Cost, fresh_blocks, measure_cost
+from jbptt.analysis.comparison import fresh_blocks, measure_cost
 from jbptt.analysis.evidence import (
     bound_bias,
     curvature_along,
     fit_decay,
     leading_exponent,
-    share_stuck,
     split_batch,
+    starts_below_precision,
 )
+from jbptt.analysis.findings import Diagnosis
 from jbptt.analysis.lags import (
     LagProfile,
     TruncationCurve,
@@ -32,100 +32,11 @@ from jbptt.analysis.lags import (
     profile_reader,
     scan_lags,
 )
-from jbptt.analysis.nonfinite import NonFinite, find_nonfinite
-from jbptt.analysis.page import write_page
+from jbptt.analysis.nonfinite import find_nonfinite
+from jbptt.analysis.stuck import share_stuck, stays_zero
 from jbptt.estimators import full_bptt, truncated_bptt
 from jbptt.norms import norm
 from jbptt.types import Batch, Carry, Loss, Params, Step, align_leading, weighted_mean
-
-VERDICTS = ("vanishing", "stable", "exploding", "non-finite")
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Diagnosis:
-    """What `diagnose` found; `print` it. Arrays but for `cost`, so that it passes through jit and vmap.
-
-    Attributes:
-      verdict_index: into `VERDICTS`; `.verdict` is the word.
-      rate: fitted change of the log gradient norm per step back (nats per step).
-      rate_error: its standard error, from the fit's residuals; inf for a fit to two lags.
-      residual: root mean square of the fit's residuals, in ln norm.
-      half_life: `ln 2 / −rate` in steps; inf where the gradient does not shrink.
-      half_life_interval: `[2]`, the half-lives of rate ∓ 2 standard errors.
-      reach: number of lags up to the last whose norm is at least 1 % of lag 0's.
-      zero_lag: the first lag at which the gradient is exactly zero; −1: at none of those measured.
-      underflow: whether it is zero there because it became smaller than its dtype can hold.
-      sliding_window: `[2]`, the smallest window with at most 10 % and 1 % relative error; 0: none measured.
-      block_window: `[2]`, for blocks cut at multiples of the window: it keeps the error, its half does not,
-        and of the windows tried of which that is true its error is the smallest; T where only full BPTT does.
-      bias_bound: `[max_window]`, Aicher, Foti & Fox's bound on the error of sliding windows 1, 2, …
-      bound_window: `[2]`, the windows it asks for, which may exceed T; 0: none, the gradient does not decay.
-      loss: weighted mean loss of the batch.
-      gradient_norm: of its exact gradient.
-      part_norms: `[≤ 16]`, the norm of the exact gradient of each part of the batch; NaN without weight.
-      exponent: leading Lyapunov exponent (nats per step), mean over examples; −∞ where the carry is wiped out.
-      exponent_spread: its standard deviation over examples.
-      saturated: share of the carry's entries that are at ±1 at nearly every step and example.
-      dead: share of those that are exactly zero at every one.
-      nonfinite: the first number that is not finite, as `find_nonfinite` says.
-      profile: the gradient by lag.
-      curve: the error by window.
-      num_steps: T.
-      learning_rate: as given, or None.
-      curvature: of the loss along its gradient, `gᵀHg / gᵀg`; None without a learning rate.
-      cost: time and memory of full BPTT and of each recommended window; None if not measured.
-    """
-
-    verdict_index: jax.Array
-    rate: jax.Array
-    rate_error: jax.Array
-    residual: jax.Array
-    half_life: jax.Array
-    half_life_interval: jax.Array
-    reach: jax.Array
-    zero_lag: jax.Array
-    underflow: jax.Array
-    sliding_window: jax.Array
-    block_window: jax.Array
-    bias_bound: jax.Array
-    bound_window: jax.Array
-    loss: jax.Array
-    gradient_norm: jax.Array
-    part_norms: jax.Array
-    exponent: jax.Array
-    exponent_spread: jax.Array
-    saturated: jax.Array
-    dead: jax.Array
-    nonfinite: NonFinite
-    profile: LagProfile
-    curve: TruncationCurve
-    num_steps: int = field(metadata={"static": True})
-    learning_rate: jax.Array | None = None
-    curvature: jax.Array | None = None
-    cost: Cost | None = field(default=None, metadata={"static": True})
-
-    @property
-    def verdict(self) -> str:
-        """One of `VERDICTS`; only outside of jit and vmap."""
-        return VERDICTS[int(self.verdict_index)]
-
-    @property
-    def norm_quantiles(self) -> np.ndarray:
-        """`[3]`: median, 90 % quantile and largest of the parts' norms; only outside of jit and vmap."""
-        norms = np.asarray(self.part_norms)
-        empty = np.isnan(norms).all(-1, keepdims=True)
-        with np.errstate(invalid="ignore"):  # between two infinities
-            quantiles = np.nanquantile(np.where(empty, 0, norms), (0.5, 0.9, 1.0), axis=-1)
-        return np.where(empty, np.nan, np.moveaxis(quantiles, 0, -1))
-
-    @property
-    def advice(self) -> tuple[Advice, ...]:
-        """What to change, each with the number that says so; only outside of jit and vmap."""
-        return advise(self)
-
-    def __str__(self) -> str:
-        return write_page(self) if np.ndim(self.verdict_index) == 0 else repr(self)
 
 
 def first_windows(errors: jax.Array, tolerances: tuple[float, ...], num_steps: int) -> jax.Array:
@@ -205,21 +116,23 @@ def diagnose(
 def _read(step, loss, batch_shape, largest, params, carry, batch, gates, learning_rate) -> Diagnosis:
     """Everything but the search for what is not finite and the costs, as one program."""
     num_steps = batch_steps(batch)
-    sums, sizes, blocks = _blocks(step, loss, batch_shape, params, carry, batch, gates)
+    sums, sizes, (blocks, block_error) = _blocks(step, loss, batch_shape, params, carry, batch, gates)
     problem = linearise(step, loss, params, carry, batch, batch_shape)
     profile, curve, kept = _lags(problem, gates, largest, sums)
 
-    has_loss = jnp.any(problem.weights.reshape(num_steps, -1) != 0, axis=1)
-    num_lags = jnp.minimum(jnp.max(jnp.where(has_loss, jnp.arange(1, num_steps + 1), 0)), largest)
+    num_lags, num_used_steps = _used_steps(problem.weights, batch.mask, largest)
     smallest = max((float(jnp.finfo(c.dtype).tiny) for c in problem.carries), default=0.0)
-    decay = fit_decay(profile.cotangent_norms, num_lags, smallest)
+    heaviest = jnp.max(jnp.abs(problem.weights))  # the adjoints carry their loss's weight
+    decay = fit_decay(profile.cotangent_norms, num_lags, smallest / jnp.where(heaviest > 0, heaviest, 1))
+    decay = decay._replace(underflow=decay.underflow | starts_below_precision(step, loss, params, batch, problem))
     broken = ~jnp.isfinite(sizes[0]) | ~jnp.isfinite(sums.loss) | (decay.verdict_index == 3)
     verdict = jnp.where(broken, 3, decay.verdict_index)
-    bound = bound_bias(*profile, kept, rate=decay.rate, num_lags=num_lags, tolerances=TOLERANCES)
+    bound = bound_bias(*profile, kept, num_lags=num_lags, tolerances=TOLERANCES)
     exponent, exponent_spread = leading_exponent(
         step, params, carry, batch, batch_shape=batch_shape, carries=problem.carries
     )
-    saturated, dead = share_stuck(problem.carries, batch.mask, batch_shape)
+    immovable = stays_zero(step, params, problem.path, batch)
+    saturated, dead = share_stuck(problem.carries, immovable, batch.mask, batch_shape)
     curvature = None
     if learning_rate is not None:
         learning_rate = jnp.asarray(learning_rate)
@@ -234,7 +147,9 @@ def _read(step, loss, batch_shape, largest, params, carry, batch, gates, learnin
     return Diagnosis(
         **decay._replace(verdict_index=verdict)._asdict(),
         sliding_window=jnp.where(broken, 0, first_windows(curve.relative_error, TOLERANCES, num_steps)),
+        num_lags=num_lags,
         block_window=jnp.where(broken, 0, blocks),
+        block_error=jnp.where(broken, jnp.nan, block_error),
         bias_bound=bound.bias_bound,
         bound_window=jnp.where(broken, 0, bound.bound_window),
         loss=weighted_mean(sums.loss, sums.weight),
@@ -247,14 +162,26 @@ def _read(step, loss, batch_shape, largest, params, carry, batch, gates, learnin
         nonfinite=jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), nonfinite),
         profile=profile,
         curve=curve,
+        num_used_steps=num_used_steps,
         num_steps=num_steps,
+        num_carry_leaves=len(problem.carries),
         learning_rate=learning_rate,
         curvature=curvature,
     )
 
 
-def _blocks(step, loss, batch_shape, params, carry, batch, gates) -> tuple[Sums, jax.Array, jax.Array]:
-    """The exact sums, the norm of the mean gradient of the whole and of each part, and the windows of blocks."""
+def _used_steps(weights, mask, largest) -> tuple[jax.Array, jax.Array]:
+    """How many lags have pairs of a loss and a carry, and how many steps of an example lead to a loss."""
+    num_steps = len(weights)
+    steps = jnp.arange(1, num_steps + 1)
+    last = jnp.max(jnp.where(weights != 0, align_leading(steps, weights.ndim), 0), axis=0)  # the loss that counts last
+    real = jnp.ones(num_steps, bool) if mask is None else mask
+    leads = align_leading(real, weights.ndim) & (align_leading(steps, weights.ndim) <= last)
+    return jnp.minimum(jnp.max(last), largest), jnp.max(jnp.sum(leads, axis=0))
+
+
+def _blocks(step, loss, batch_shape, params, carry, batch, gates) -> tuple[Sums, jax.Array, tuple]:
+    """The exact sums, the norm of the mean gradient of the whole and of each part, windows of blocks and errors."""
     num_steps = batch_steps(batch)
     windows, tried = candidate_windows(num_steps)
     part_of, num_parts = split_batch(num_steps, batch_shape)
@@ -272,13 +199,13 @@ def _blocks(step, loss, batch_shape, params, carry, batch, gates) -> tuple[Sums,
 
 def _lags(problem, gates, largest, sums) -> tuple[LagProfile, TruncationCurve, jax.Array]:
     """Profile, curve and the norm of what each sliding window leaves: one pass over the lags serves all."""
-    read_profile, read_curve = profile_reader(problem), curve_reader(sums.grad)
+    read_profile, read_curve = profile_reader(problem, signed=False), curve_reader(sums.grad)
 
     def read(state, lag, cotangents, grad):
         grad = ravel_pytree(grad)[0]
         _, profile = read_profile(None, lag, cotangents, grad)
         state, curve = read_curve(state, lag, cotangents, grad)
-        return state, (profile, curve, weighted_mean(norm(state[0]), sums.weight))
+        return state, (profile, curve, weighted_mean(norm(state[0]), jnp.abs(sums.weight)))
 
     profile, curve, kept = scan_lags(problem, gates, largest, read, curve_start(sums.grad))
     return LagProfile(*profile), TruncationCurve(jnp.arange(1, largest + 1), *curve), kept

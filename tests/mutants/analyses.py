@@ -83,12 +83,16 @@ ANALYSES = (
     Mutant(
         "diagnosis_takes_a_window_twice_too_small",
         BLOCKS,
-        "jnp.array(windows)[first]",
-        "jnp.array(windows)[first] // 2",
+        "return jnp.array(windows)[first], error",
+        "return jnp.array(windows)[first] // 2, error",
     ),
     Mutant("diagnosis_half_life_in_e_folds", EVIDENCE, "math.log(2) / jnp.where(rates", "1.0 / jnp.where(rates"),
-    Mutant("diagnosis_verdict_per_step", EVIDENCE, "rate * (jnp.sum(measured) - 1), -jnp.inf", "rate, -jnp.inf"),
-    Mutant("diagnosis_norm_of_the_sum", BLOCKS, "weighted_mean(norm(sums.grad), sums.weight)", "norm(sums.grad)"),
+    Mutant(
+        "diagnosis_verdict_per_step", EVIDENCE, "rate * (jnp.sum(measured) - 1 - first), -jnp.inf", "rate, -jnp.inf"
+    ),
+    Mutant(
+        "diagnosis_norm_of_the_sum", BLOCKS, "weighted_mean(norm(sums.grad), jnp.abs(sums.weight))", "norm(sums.grad)"
+    ),
     # jacobians
     Mutant("jacobian_transposed", JACOBIANS, "return jax.jacfwd(run)(flat)", "return jax.jacfwd(run)(flat).T"),
     Mutant(
