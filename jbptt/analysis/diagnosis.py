@@ -38,6 +38,8 @@ from jbptt.estimators import full_bptt, truncated_bptt
 from jbptt.norms import norm
 from jbptt.types import Batch, Carry, Loss, Params, Step, align_leading, weighted_mean
 
+MEASURES_ARRAYS = "measure=True needs arrays, got traced values; pass measure=False under jit and vmap"
+
 
 def first_windows(errors: jax.Array, tolerances: tuple[float, ...], num_steps: int) -> jax.Array:
     """For each tolerance the smallest window whose error is within it; 0 if there is none.
@@ -64,14 +66,18 @@ def diagnose(
 ) -> Diagnosis:
     """How far the gradient reaches, which window leaves 10 % and 1 % of error, what each costs, what to change.
 
-    The verdict compares the fitted change of the gradient norm over the lags measured: a tenth or less
-    is vanishing, ten times or more exploding; a gradient that becomes exactly zero is never stable.
-    Costs some 35 gradients (one for each part of the batch, one for each window of blocks tried) and
-    max_window rounds of T step derivatives side by side; with `measure`, timed updates of up to five
-    estimators more; where something is not finite, `find_nonfinite`.
+    The verdict rests on the change that the rate, fitted to the lags before 1 %, makes over the lags
+    measured: a tenth or less is vanishing, ten times or more exploding; a gradient that becomes exactly zero
+    is never stable, and one lag gives no verdict (the page says so).
+    Costs some 25 gradients at T = 16, 35 at 100 and 45 at 4096 (the exact one, one for each of up to 16 parts
+    of the batch, one for each window of blocks tried), and max_window rounds of T step derivatives side by
+    side; with `measure`, timed updates of up to five estimators more; where something is not finite,
+    `find_nonfinite`.
 
     Args:
-      step: `(params, carry, x) -> (carry, y)`; every inexact carry leaf begins with the batch shape.
+      step: `(params, carry, x) -> (carry, y)`; every inexact carry leaf begins with the batch shape. As under
+        jit, a second call with the same functions and shapes compiles nothing, and does not see what they
+        close over change.
       loss: `(y, target) -> [*batch]`.
       params: the parameters.
       carry: what enters step 0.
@@ -81,11 +87,12 @@ def diagnose(
       max_window: the largest lag and sliding window considered; None: T, 512 at most.
       learning_rate: of plain gradient descent; compared with the curvature along the gradient, which costs
         one second derivative.
-      measure: whether to measure costs, on the host; False works under jit and vmap.
+      measure: whether to measure costs, on the host; under jit and vmap it must be False.
       num_repeats: timed updates of each estimator.
 
     Raises:
-      ValueError: a learning rate that is not > 0; what `truncation_curve` and `lag_profile` raise.
+      ValueError: a learning rate that is not > 0; measure where something is traced; what `truncation_curve` and
+        `lag_profile` raise.
     """
     num_steps, batch_shape = validation.check_problem(step, loss, params, carry, batch, gates)
     validation.check_carry_batch(carry, batch_shape, "the gradient is measured per example")
@@ -94,23 +101,35 @@ def diagnose(
     if learning_rate is not None:
         validation.check_above("learning_rate", learning_rate, 0, "it scales the step down the gradient")
     data = params, carry, batch, gates, learning_rate
-    traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(data))
+    # Under jit even a constant is traced: all that is given may be closed over.
+    traced = any(isinstance(leaf, Tracer) for leaf in (*jax.tree.leaves(data), jnp.zeros(())))
     if measure and traced:
-        raise ValueError("measure=True needs arrays, got traced values; pass measure=False under jit and vmap")
+        raise ValueError(MEASURES_ARRAYS)
     largest = min(num_steps, 512) if max_window is None else max_window
     largest = min(validation.check_positive_integer("max_window", largest), num_steps)
 
-    read = partial(_read, step, loss, batch_shape, largest)
-    search = partial(find_nonfinite, step, loss)
-    found = read(*data) if traced else jax.jit(read)(*data)
-    if isinstance(found.verdict_index, Tracer):  # under jit although all that was given are constants, too
-        nonfinite = lax.cond(
-            found.verdict_index == 3, lambda: search(params, carry, batch, gates=gates), lambda: found.nonfinite
-        )
-        return replace(found, nonfinite=nonfinite)
+    if traced:
+        found = _read(step, loss, batch_shape, largest, *data)
+    else:
+        found = _compiled(_read, step, loss, batch_shape, largest)(*data)
+    if isinstance(found.verdict_index, Tracer):  # or what the step closes over is traced
+        if measure:
+            raise ValueError(MEASURES_ARRAYS)
+        search = partial(find_nonfinite, step, loss, params, carry, batch, gates=gates)
+        return replace(found, nonfinite=lax.cond(found.verdict_index == 3, search, lambda: found.nonfinite))
     if found.verdict == "non-finite":
-        found = replace(found, nonfinite=jax.jit(search)(params, carry, batch, gates=gates))
+        nonfinite = _compiled(find_nonfinite, step, loss)(params, carry, batch, gates=gates)
+        found = replace(found, nonfinite=nonfinite)
     return _with_cost(found, step, loss, params, carry, batch, num_repeats) if measure else found
+
+
+def _compiled(function, *static):
+    """`function` of what is static, compiled once for equal ones; every time where they cannot be hashed."""
+    try:
+        hash(static)
+    except TypeError:
+        return jax.jit(partial(function, *static))
+    return partial(_PROGRAMS[function], *static)
 
 
 def _read(step, loss, batch_shape, largest, params, carry, batch, gates, learning_rate) -> Diagnosis:
@@ -168,6 +187,12 @@ def _read(step, loss, batch_shape, largest, params, carry, batch, gates, learnin
         learning_rate=learning_rate,
         curvature=curvature,
     )
+
+
+_PROGRAMS = {
+    _read: jax.jit(_read, static_argnums=(0, 1, 2, 3)),
+    find_nonfinite: jax.jit(find_nonfinite, static_argnums=(0, 1)),
+}
 
 
 def _used_steps(weights, mask, largest) -> tuple[jax.Array, jax.Array]:
