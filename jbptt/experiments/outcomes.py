@@ -140,7 +140,7 @@ def verdict(case: Case) -> str:
     """
     number, of_nothing = case.num_diverged, int(np.sum(np.isnan(case.nothing.loss)))
     if number != of_nothing:
-        return f"{'better' if number < of_nothing else 'worse'}, diverged {number}/{case.num_runs}"
+        return f"{'better' if number < of_nothing else 'worse'}, {number}/{case.num_runs} div."
     if number:
         return f"diverged {number}/{case.num_runs}"
     mean, spread = excess(case.after.loss, case.nothing.loss)
@@ -215,7 +215,7 @@ def _block(remedies: Remedies, patient: int) -> str:
 
 
 def _columns(*texts: str) -> str:
-    widths = -22, 15, 15, 17, 20, 21
+    widths = -22, 16, 16, 17, 21, 18
     return "".join(f"{t:<{-w}}" if w < 0 else f"{t:>{w}}" for t, w in zip(texts, widths, strict=True)).rstrip()
 
 
