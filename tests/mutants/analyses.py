@@ -17,6 +17,7 @@ LYAPUNOV = "jbptt/analysis/lyapunov.py"
 NONFINITE = "jbptt/analysis/nonfinite.py"
 POWERS = "jbptt/analysis/powers.py"
 PRODUCTS = "jbptt/analysis/products.py"
+STUCK = "jbptt/analysis/stuck.py"
 
 ANALYSES = (
     # analysis
@@ -241,6 +242,15 @@ ANALYSES = (
         "counted = mask & (number <= number[-1] - number[-1] // 4)",
         "counted = mask & (number > number[-1] // 4)",
     ),
+    Mutant(
+        "bound_by_the_first_lags",
+        EVIDENCE,
+        "rate = tail_rate(norms, num_lags)",
+        "rate = fit_decay(norms, num_lags).rate",
+    ),
+    Mutant("jump_counts_as_decay", EVIDENCE, "(num_lags > 2), 1, 0)", "(num_lags > 2), 0, 0)"),
+    Mutant("full_bptt_is_a_window_like_others", BLOCKS, ", jnp.inf).at[:, -1].set(jnp.inf)", ", jnp.inf)"),
+    Mutant("what_is_zero_is_dead", STUCK, "(a == 0) & (b == 0) for", "(a == a) | (b == 0) for"),
     Mutant("bound_sum_one_lag_short", EVIDENCE, "lag >= lag[:, None], phi", "lag > lag[:, None], phi"),
     Mutant(
         "curvature_along_no_unit_vector",
