@@ -5,7 +5,8 @@ from jbptt.adaptive import adaptive_bptt
 from jbptt.analysis import powers
 from jbptt.analysis.alignment import AdjointAlignment, adjoint_alignment
 from jbptt.analysis.comparison import Comparison, Cost, compare, measure_cost
-from jbptt.analysis.diagnosis import Diagnosis, diagnose
+from jbptt.analysis.diagnosis import diagnose
+from jbptt.analysis.findings import Diagnosis
 from jbptt.analysis.flow import Adjoints, GradientSources, adjoints, gradient_flow, gradient_sources
 from jbptt.analysis.gating import GatePaths, gate_paths
 from jbptt.analysis.jacobians import step_jacobians

@@ -273,6 +273,8 @@ def check_problem(step: Any, loss: Any, params: Any, carry: Any, batch: Batch, g
     warn_of_float64({"params": params, "carry": carry, "batch": batch})
     y = check_step(step, params, carry, batch.xs)
     batch_shape, _ = check_loss(loss, y, batch.targets)
+    if 0 in batch_shape:
+        raise ValueError(f"batch has no examples: the loss has shape {batch_shape}; pass at least one example")
     for name, array in {"mask": batch.mask, "weights": batch.weights}.items():
         if array is not None and np.shape(array)[1:] not in ((), batch_shape):
             raise ValueError(

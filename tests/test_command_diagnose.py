@@ -1,5 +1,8 @@
 """`jbptt diagnose MODULE:FUNCTION`: the page of a user's own model, or one clear line."""
 
+import queue
+import sys
+
 import pytest
 
 pytest.importorskip("tyro")
@@ -25,6 +28,25 @@ def broken():
     raise KeyError("x")
 
 
+def leaving():
+    raise SystemExit(3)
+
+
+def with_step(step):
+    return step, *problem()[1:]
+
+
+def failing_step():
+    def step(params, carry, x):
+        return carry, carry * params["nope"]
+
+    return with_step(step)
+
+
+def step_of_another_width():
+    return with_step(lambda params, carry, x: (carry, jnp.ones((2, 5)) @ params["w_h"]))
+
+
 def no_batch():
     return (*problem()[:4], None)
 
@@ -38,6 +60,9 @@ def model(tmp_path, monkeypatch):
     (tmp_path / "my_model.py").write_text(MODEL)
     (tmp_path / "wrong.py").write_text("def f(:\n")
     (tmp_path / "needs_more.py").write_text("import not_there_at_all\n")
+    (tmp_path / "bad_value.py").write_text("x = 1\nint('abc')\n")
+    (tmp_path / "leaves.py").write_text("import sys\n\nsys.exit(3)\n")
+    (tmp_path / "queue.py").write_text(MODEL)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
 
@@ -46,7 +71,7 @@ def model(tmp_path, monkeypatch):
 def test_the_page_of_a_users_model(name, capsys):
     assert cli.main(["diagnose", name, "--no-measure", "--max-window", "3"]) == 0
     page = capsys.readouterr().out
-    assert page.startswith("Gradient over 6 steps: ") and "half-life" in page and "10% sliding" in page
+    assert page.startswith("Gradient over 6 steps, 3 lags measured: ") and "half-life" in page and "10% sliding" in page
 
 
 WRONG = {
@@ -56,6 +81,14 @@ WRONG = {
     "my_model:number": "has no function 'number'",
     "my_model:nothing": "must return a tuple (step, loss, params, carry, batch), got NoneType",
     "my_model:broken": "my_model:broken failed: KeyError: 'x' (my_model.py, line 17)",
+    "my_model:leaving": "my_model:leaving failed: SystemExit: 3 (my_model.py, line 21)",
+    "my_model:failing_step": "my_model:failing_step failed: KeyError: 'nope' (my_model.py, line 30)",
+    "my_model.py:step_of_another_width": "(my_model.py, line 36)",
+    "bad_value.py:f": "bad_value.py cannot be imported: ValueError: invalid literal for int() with base 10: 'abc' "
+    "(bad_value.py, line 2)",
+    "bad_value:f": "(bad_value.py, line 2)",
+    "leaves.py:f": "leaves.py cannot be imported: SystemExit: 3 (leaves.py, line 3)",
+    "leaves:f": "leaves cannot be imported: SystemExit: 3 (leaves.py, line 3)",
     "my_model:no_batch": "batch must be a jbptt.Batch, got NoneType",
     "absent:problem": "no module 'absent'",
     "absent.py:problem": "absent.py is not a file",
@@ -75,3 +108,8 @@ def test_a_wrong_model_is_one_line_and_status_2(name, capsys):
 def test_a_wrong_option_is_refused(capsys):
     assert cli.main(["diagnose", "my_model:problem", "--max-window", "0"]) == 2
     assert "max_window must be an integer >= 1, got 0" in capsys.readouterr().err
+
+
+def test_a_file_does_not_stand_in_for_a_module_of_the_same_name(capsys):
+    assert cli.main(["diagnose", "queue.py:no_batch"]) == 2 and "batch must be" in capsys.readouterr().err
+    assert sys.modules["queue"] is queue and not hasattr(queue, "no_batch")

@@ -10,8 +10,10 @@ import problems
 import pytest
 
 from jbptt import Batch
-from jbptt.analysis import evidence
+from jbptt.adjoint import gradient_sums
+from jbptt.analysis import diagnosis, evidence, stuck
 from jbptt.analysis.blocks import candidate_windows, choose_blocks
+from jbptt.analysis.lags import linearise
 from jbptt.analysis.lyapunov import lyapunov_spectrum
 
 
@@ -32,6 +34,28 @@ def test_exact_zeros(norms, verdict, zero_lag, underflow):
     decay = jax.jit(evidence.fit_decay)(jnp.array(norms, jnp.float32))
     assert ["vanishing", "stable", "exploding"][int(decay.verdict_index)] == verdict
     assert (int(decay.zero_lag), bool(decay.underflow)) == (zero_lag, underflow)
+
+
+def test_small_weights_hide_no_underflow():
+    """Adjoints of weight 1e-6 vanish 1e6 times earlier: norms, which are without the weight, end well above tiny."""
+    norms = jnp.array([0.1**k for k in range(32)] + [0.0], jnp.float32)
+    tiny = float(jnp.finfo(jnp.float32).tiny)
+    assert not jax.jit(evidence.fit_decay)(norms).underflow
+    assert jax.jit(evidence.fit_decay)(norms, None, tiny / 1e-6).underflow
+
+
+def test_a_jump_at_the_first_lag_is_no_decay():
+    fit = jax.jit(evidence.fit_decay)
+    flat = fit(jnp.array([300.0] + [1.0] * 30))
+    assert (int(flat.first_lag), int(flat.verdict_index), int(flat.reach)) == (1, 1, 1)
+    np.testing.assert_allclose(flat.rate, 0, atol=1e-12)
+    falling = fit(jnp.array([300.0] + [0.9**k for k in range(30)]))
+    np.testing.assert_allclose([falling.rate, falling.half_life], [np.log(0.9), np.log(0.5) / np.log(0.9)])
+    assert int(falling.verdict_index) == 0
+    fast = fit(jnp.array([1e-3**k for k in range(5)]))
+    np.testing.assert_allclose(fast.rate, np.log(1e-3))
+    for norms in ([300.0, 1.0], [300.0, 0.0, 0.0], [1.0, 0.01, 0.01]):
+        assert int(fit(jnp.array(norms)).first_lag) == 0
 
 
 def test_uncertainty_of_the_fit():
@@ -123,28 +147,98 @@ def test_exponents_of_minus_infinity_and_nan(factors, wanted):
     np.testing.assert_allclose(run(jnp.array(factors)), wanted, atol=1e-12)
 
 
+def test_the_rate_of_the_tail():
+    """By loops and NumPy's least squares; the slowest of what the later half shows."""
+    rng = np.random.default_rng(3)
+    for n in (8, 13, 30, 64):
+        norms = 0.7 ** np.arange(n) * np.exp(0.05 * rng.normal(size=n))
+        start, span = (n - 1) // 2, n // 8
+        (slope, _), covariance = np.polyfit(np.arange(start, n), np.log(norms[start:]), 1, cov=True)
+        changes = [np.log(norms[k + span] / norms[k]) / span for k in range(start, n - span)]
+        wanted = max(slope + 2 * np.sqrt(covariance[0, 0]), *changes)
+        padded = jnp.append(norms, jnp.array([7.0, 0.0]))  # past the last pair nothing is read
+        np.testing.assert_allclose(jax.jit(evidence.tail_rate)(padded, n), wanted, rtol=1e-9)
+    run = jax.jit(evidence.tail_rate)
+    two = 0.2 ** np.arange(32) + 1e-4 * 0.95 ** np.arange(32)  # the slow part shows itself late
+    assert run(two, 32) >= np.log(0.95) - 1e-3 > evidence.fit_decay(two).rate
+    assert run(0.5 ** np.arange(32.0), 7) == jnp.inf == run(np.ones(32), 32), "too few lags, and no decay"
+    assert run(np.where(np.arange(32) < 20, 1.0, 0.0), 32) == -jnp.inf
+
+
 def test_bound_against_long_sums():
-    rate, num_lags = np.log(0.8), 30
+    num_lags, far = 30, 4000
     rng = np.random.default_rng(4)
-    phi = 0.8 ** np.arange(4000) * np.exp(0.1 * np.append(rng.normal(size=num_lags), np.zeros(4000 - num_lags)))
-    phi[num_lags:] = phi[num_lags - 1] * 0.8 ** np.arange(1, 4001 - num_lags)
+    phi = 0.8 ** np.arange(num_lags) * np.exp(0.02 * rng.normal(size=num_lags))
+    beta = np.exp(float(evidence.tail_rate(jnp.array(phi), num_lags)))
+    last = max(phi[k] * beta ** (num_lags - 1 - k) for k in range((num_lags - 1) // 2, num_lags))
     grads = np.append(1.0, 0.3 * phi[: num_lags - 1] * rng.random(num_lags - 1))
     kept = np.linspace(0.5, 0.6, num_lags)
+    long_phi = np.append(phi, last * beta ** np.arange(1, far))
     slope = np.max(grads[1:] / phi[: num_lags - 1])
-    error = np.array([slope * phi[k - 1 :].sum() for k in range(1, 200)])
+    error = np.array([slope * long_phi[k - 1 :].sum() for k in range(1, 200)])
     long_kept = np.append(kept, np.full(199 - num_lags, kept[-1]))
     wanted = np.where(error < long_kept, error / np.where(error < long_kept, long_kept - error, 1), np.inf)
     levels = (0.1, 0.01, 1e-6)
     run = jax.jit(evidence.bound_bias, static_argnames="tolerances")
-    found = run(phi[:num_lags], grads, kept, rate=rate, num_lags=num_lags, tolerances=levels)
+    found = run(phi, grads, kept, num_lags=num_lags, tolerances=levels)
     np.testing.assert_allclose(found.bias_bound, wanted[:num_lags], rtol=1e-9)
     assert np.isinf(found.bias_bound[0])
     windows = [int(np.argmax(wanted <= level)) + 1 for level in levels]
-    assert found.bound_window.tolist() == windows and windows[0] < num_lags < windows[2]
-    none = run(phi[:num_lags], grads, kept, rate=0.0, num_lags=num_lags, tolerances=levels)
+    assert found.bound_window.tolist()[:2] == windows[:2] and windows[0] < num_lags < windows[2]
+    assert windows[2] <= found.bound_window[2] <= windows[2] + 1  # from the last window measured on, by its own φ
+    none = run(np.ones(num_lags), grads, kept, num_lags=num_lags, tolerances=levels)
     assert none.bound_window.tolist() == [0, 0, 0] and np.all(np.isinf(none.bias_bound))
-    short = run(np.append(phi[:20], np.zeros(10)), grads, kept, rate=rate, num_lags=20, tolerances=levels)
+    short = run(np.append(phi[:20], np.zeros(10)), grads, kept, num_lags=20, tolerances=levels)
     assert np.all(np.diff(np.asarray(short.bias_bound)[10:]) < 0)  # where pairs end the decay goes on
+    exact = run(np.append(phi[:20], np.zeros(10)), np.append(grads[:20], np.zeros(10)), kept, num_lags=30,
+                tolerances=levels)  # fmt: skip
+    assert exact.bias_bound[-1] == 0 and exact.bound_window[-1] == 21  # a cut, one lag later nothing is left
+    slow = run(1 - 1e-12 * np.arange(30), 1e-30 * grads, kept, num_lags=30, tolerances=levels)
+    assert slow.bound_window.tolist() == [1, 1, 1]
+
+
+def systems():
+    """Fast and slow parts together, and the cells: `(step, loss, params, carry, batch)`."""
+    rng = np.random.default_rng(0)
+    rotation = np.linalg.qr(rng.normal(size=(4, 4)))[0]
+    xs, targets, w_x = rng.normal(size=(64, 4, 3)), rng.normal(size=(64, 4, 4)), 0.3 * rng.normal(size=(3, 4))
+    zeros, inner = jnp.zeros((4, 4)), lambda y, target: jnp.sum(y * target, -1)
+
+    def linear(params, h, x):
+        h = x @ params["w_x"] + h @ params["w_h"]
+        return h, h
+
+    def jumping(params, carry, x):
+        h = linear(params, carry[0], x)[0]
+        return (h, jnp.concatenate([x, x[:, :1]], -1)), h + 300 * carry[1]
+
+    two = {"w_x": w_x * [1, 1, 30, 30], "w_h": np.diag([0.3, 0.3, 0.98, 0.98])}
+    yield linear, inner, two, zeros, Batch(xs, targets * [1, 1, 0.005, 0.005])
+    for radius in (1.0, 0.9):
+        yield jumping, inner, {"w_x": w_x, "w_h": radius * rotation}, (zeros, zeros), Batch(xs, targets)
+    for name in ("tanh", "gru", "lstm"):
+        yield problems.make(name, 64)
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_the_bound_holds_beyond_what_was_measured(number):
+    """Against the true errors of sliding windows, measured over all lags."""
+    step, loss, params, carry, batch = list(systems())[number]
+
+    @jax.jit
+    def look(params, carry, batch):
+        problem = linearise(step, loss, params, carry, batch, batch.targets.shape[1:2])
+        return diagnosis._lags(problem, None, 64, diagnosis._flat(gradient_sums(step, loss, params, carry, batch)[0]))
+
+    profile, curve, kept = look(params, carry, batch)
+    error = np.asarray(curve.relative_error)
+    run = jax.jit(evidence.bound_bias, static_argnames="tolerances")
+    for n in (2, 4, 8, 12, 16, 32):
+        found = run(*(a[:n] for a in profile), kept[:n], num_lags=n, tolerances=(0.1, 0.01))
+        assert np.all(np.asarray(found.bias_bound) >= error[:n])
+        for tolerance, window in zip((0.1, 0.01), found.bound_window.tolist(), strict=True):
+            assert window == 0 or window > 64 or error[window - 1] <= tolerance
+    assert np.any(found.bound_window) == (number != 1), "an orthogonal memory has none, the others do"
 
 
 def test_shares_of_stuck_units():
@@ -156,10 +250,37 @@ def test_shares_of_stuck_units():
     leaf[0] = 9.0  # nor does what was given
     leaf[5, 0, 3] = 0
     alone = rng.normal(size=(8, 3))
-    share = jax.jit(functools.partial(evidence.share_stuck, batch_shape=(3,)))
-    np.testing.assert_allclose(share([leaf, alone], mask), (1 / 6, 2 / 6))
-    np.testing.assert_allclose(share([leaf, alone], None), (1 / 6, 1 / 6))
-    np.testing.assert_allclose(share([leaf[:1]], None), (0, 0))
+    still = [np.ones((8, 3, 5), bool), np.ones((8, 3), bool)]
+    share = jax.jit(functools.partial(stuck.share_stuck, batch_shape=(3,)))
+    np.testing.assert_allclose(share([leaf, alone], still, mask), (1 / 6, 2 / 6))
+    np.testing.assert_allclose(share([leaf, alone], still, None), (1 / 6, 1 / 6))
+    np.testing.assert_allclose(share([leaf[:1]], [still[0][:1]], None), (0, 0))
+    still[0][7] = False  # what the last step emits enters none
+    np.testing.assert_allclose(share([leaf, alone], still, None), (1 / 6, 1 / 6))
+    still[0][4, 1, 0] = False  # moved once, where it counts
+    np.testing.assert_allclose(share([leaf, alone], still, mask), (1 / 6, 1 / 6))
+
+
+@pytest.mark.parametrize(
+    ("activation", "bias", "dead"),
+    [("relu", -9.0, True), ("relu", 0.5, False), ("tanh", 0.0, False), (None, 0.0, False)],
+)
+def test_what_is_zero_by_its_data_is_not_dead(activation, bias, dead):
+    """A dead ReLU stays at zero however it is nudged; a net at rest and a memory that is not used do not."""
+    activate = getattr(jax.nn, activation) if activation else lambda a: a
+
+    def step(params, carry, x):
+        h, memory = carry
+        h = activate(x @ params["w_x"] + h @ params["w_h"] + params["b"])
+        return (h, memory), h
+
+    rng = np.random.default_rng(0)
+    params = {"w_x": rng.normal(size=(2, 4)), "w_h": rng.normal(size=(4, 4)), "b": np.full(4, bias)}
+    carries = jnp.zeros((5, 3, 4)), jnp.zeros((5, 3, 2))
+    batch = Batch(jnp.zeros((5, 3, 2)))
+    still = jax.jit(lambda params: stuck.stays_zero(step, params, carries, batch))(params)
+    assert [bool(leaf.all()) for leaf in still] == [dead, False] and bool(still[0].any()) == dead
+    assert not still[1].any()
 
 
 @pytest.mark.parametrize("num_steps", [*range(1, 200), 1000, 4096])
@@ -174,15 +295,26 @@ def test_windows_tried(num_steps):
 
 @pytest.mark.parametrize("num_steps", [1, 2, 5, 100])
 def test_the_choice_among_them(num_steps):
-    """Of those that keep the tolerance, while half of them do not, the one with the smallest error."""
+    """Of those that keep the tolerance, while half of them do not, the one with the smallest error; T is the last."""
     windows, tried = candidate_windows(num_steps)
     errors = np.random.default_rng(num_steps).random((20, len(tried)))
     errors[:, -1] = 0
     errors[-1] = np.nan
     levels = (0.5, 0.1)
-    chosen = jax.jit(jax.vmap(lambda e: choose_blocks(e, tried, windows, levels)))(errors)
-    for row, found in zip(errors[:-1], chosen.tolist(), strict=False):
+    chosen, their = jax.jit(jax.vmap(lambda e: choose_blocks(e, tried, windows, levels)))(errors)
+    for row, found, of_found in zip(errors[:-1], chosen.tolist(), their, strict=False):
         error = {0: np.inf, **dict(zip(tried, row, strict=True))}
         for level, window in zip(levels, found, strict=True):
-            assert window == min((w for w in windows if error[w] <= level < error[w // 2]), key=error.get)
-    assert chosen[-1].tolist() == [num_steps] * 2
+            shorter = [w for w in windows[:-1] if error[w] <= level < error[w // 2]]
+            assert window == min(shorter, key=error.get, default=num_steps)
+        np.testing.assert_array_equal(of_found, [error[window] for window in found])
+    assert chosen[-1].tolist() == [num_steps] * 2 and np.all(np.isnan(their[-1]) | (num_steps == 1))
+
+
+def test_full_bptt_is_no_window_while_a_shorter_one_will_do():
+    """Half of T misses 1 % by a hair; 16 steps keep it."""
+    windows, tried = candidate_windows(64)
+    errors = {w: 0.0 for w in tried} | {1: 0.4, 2: 0.3, 3: 0.3, 4: 0.2, 5: 0.2, 6: 0.2, 8: 0.03, 11: 0.02, 16: 0.008}
+    errors |= {22: 0.006, 32: 0.0102, 64: 0.0}
+    chosen, error = choose_blocks(jnp.array([errors[w] for w in tried]), tried, windows, (0.1, 0.01))
+    assert chosen.tolist() == [11, 22] and error.tolist() == [0.02, 0.006]

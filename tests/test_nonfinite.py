@@ -43,6 +43,16 @@ def test_planted_in_what_is_given(bad):
 
 
 @pytest.mark.parametrize("bad", BAD)
+def test_planted_in_weights_and_gates(bad):
+    """As given; a weight under the mask counts for nothing."""
+    weights = plant(np.ones((T, EXAMPLES)), (2, 1), bad)
+    assert looked(LSTM._replace(batch=LSTM.batch._replace(weights=weights))) == ("given", 2, "weights")
+    mask = plant(np.ones((T, EXAMPLES), bool), (2, 1), False)
+    assert looked(LSTM._replace(batch=LSTM.batch._replace(weights=weights, mask=mask))) == ("", 0, "")
+    assert looked(LSTM, gates=plant(np.ones(T), 3, bad)) == ("given", 3, "gates")
+
+
+@pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("gate", range(4), ids="ifgo")
 def test_one_gate_of_an_lstm_breaks_at_a_step(gate, bad):
     """From finite numbers: the third input opens a trap in one gate. The cell state shows it first, or only h."""

@@ -12,6 +12,7 @@ import pytest
 from jbptt import (
     Batch,
     cells,
+    diagnose,
     full_bptt,
     gated_bptt,
     randomized_bptt,
@@ -71,6 +72,14 @@ def test_no_steps():
     refused(lambda: unroll(STEP, PARAMS, CARRY, empty().xs), "T must be >= 1", "got 0")
     refused(lambda: unroll(STEP, PARAMS, CARRY, None, length=0), "got 0")
     refused(lambda: unroll(STEP, PARAMS, CARRY, None), "length=")
+
+
+def test_no_examples():
+    nobody = jax.tree.map(lambda a: np.asarray(a)[:, :0], BATCH)
+    carry = jax.tree.map(lambda a: np.asarray(a)[:0], CARRY)
+    for estimator in ESTIMATORS:
+        refused(lambda e=estimator: e.init(PARAMS, carry, nobody, KEY), "batch has no examples", "(0,)", "at least one")
+    refused(lambda: diagnose(STEP, LOSS, PARAMS, carry, nobody), "batch has no examples", "(0,)")
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.5, 2.0, True, "3", None, np.float32(2)])

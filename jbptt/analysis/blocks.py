@@ -24,15 +24,20 @@ def candidate_windows(num_steps: int) -> tuple[list[int], list[int]]:
     return sorted(windows), sorted(windows | {w // 2 for w in windows if w > 1})
 
 
-def choose_blocks(errors: jax.Array, tried: list[int], windows: list[int], tolerances: tuple[float, ...]) -> jax.Array:
-    """For each tolerance, of the windows that keep it while half of them do not, the one of the smallest error."""
+def choose_blocks(
+    errors: jax.Array, tried: list[int], windows: list[int], tolerances: tuple[float, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """For each tolerance, of the windows that keep it while half of them do not, the one of the smallest error.
+
+    The last window, T, which has none, only where there is no other. Returns the windows and their errors.
+    """
     of = {window: i for i, window in enumerate(tried)}
     error = errors[np.array([of[w] for w in windows])]
     half = jnp.append(errors, jnp.inf)[np.array([of.get(w // 2, len(tried)) for w in windows])]
     levels = jnp.array(tolerances)[:, None]
-    kept = jnp.where((error <= levels) & (half > levels), error, jnp.inf)
+    kept = jnp.where((error <= levels) & (half > levels), error, jnp.inf).at[:, -1].set(jnp.inf)
     first = jnp.where(jnp.min(kept, axis=1) < jnp.inf, jnp.argmin(kept, axis=1), len(windows) - 1)
-    return jnp.array(windows)[first]
+    return jnp.array(windows)[first], error[first]
 
 
 def gradients_in_turn(gradient_fn: Callable, windows: list[int], num_parts: int) -> tuple[Sums, jax.Array, jax.Array]:
@@ -49,7 +54,7 @@ def gradients_in_turn(gradient_fn: Callable, windows: list[int], num_parts: int)
         sums = gradient_fn(window, part)
         exact = jax.tree.map(partial(jnp.where, i == 0), sums, exact)
         error, _ = compared_with(exact.grad)(sums.grad)
-        return exact, (error, weighted_mean(norm(sums.grad), sums.weight), sums.weight)
+        return exact, (error, weighted_mean(norm(sums.grad), jnp.abs(sums.weight)), sums.weight)
 
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradient_fn, whole, -1))
     exact, (errors, sizes, weights) = lax.scan(body, zeros, (jnp.arange(len(turns[0])), *turns))

@@ -1,28 +1,28 @@
 """How far does my gradient reach, which window do I need, what does it cost, and what should I change?"""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 
 from jbptt import truncation, validation
 from jbptt.adjoint import Sums, batch_steps, gradient_sums
-from jbptt.analysis.advice import TOLERANCES, Advice, advise
+from jbptt.analysis.advice import TOLERANCES
 from jbptt.analysis.blocks import candidate_windows, choose_blocks, gradients_in_turn
-from jbptt.analysis.comparison import Cost, fresh_blocks, measure_cost
+from jbptt.analysis.comparison import fresh_blocks, measure_cost
 from jbptt.analysis.evidence import (
     bound_bias,
     curvature_along,
     fit_decay,
     leading_exponent,
-    share_stuck,
     split_batch,
+    starts_below_precision,
 )
+from jbptt.analysis.findings import Diagnosis
 from jbptt.analysis.lags import (
     LagProfile,
     TruncationCurve,
@@ -32,105 +32,22 @@ from jbptt.analysis.lags import (
     profile_reader,
     scan_lags,
 )
-from jbptt.analysis.nonfinite import NonFinite, find_nonfinite
-from jbptt.analysis.page import write_page
+from jbptt.analysis.nonfinite import find_nonfinite
+from jbptt.analysis.stuck import share_stuck, stays_zero
 from jbptt.estimators import full_bptt, truncated_bptt
 from jbptt.norms import norm
 from jbptt.types import Batch, Carry, Loss, Params, Step, align_leading, weighted_mean
 
-VERDICTS = ("vanishing", "stable", "exploding", "non-finite")
+MEASURES_ARRAYS = "measure=True needs arrays, got traced values; pass measure=False under jit and vmap"
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Diagnosis:
-    """What `diagnose` found; `print` it. Arrays but for `cost`, so that it passes through jit and vmap.
+def first_windows(errors: jax.Array, tolerances: tuple[float, ...], num_steps: int) -> jax.Array:
+    """For each tolerance the smallest window whose error is within it; 0 if there is none.
 
-    Attributes:
-      verdict_index: into `VERDICTS`; `.verdict` is the word.
-      rate: fitted change of the log gradient norm per step back (nats per step).
-      rate_error: its standard error, from the fit's residuals; inf for a fit to two lags.
-      residual: root mean square of the fit's residuals, in ln norm.
-      half_life: `ln 2 / −rate` in steps; inf where the gradient does not shrink.
-      half_life_interval: `[2]`, the half-lives of rate ∓ 2 standard errors.
-      reach: number of lags up to the last whose norm is at least 1 % of lag 0's.
-      zero_lag: the first lag at which the gradient is exactly zero; −1: at none of those measured.
-      underflow: whether it is zero there because it became smaller than its dtype can hold.
-      sliding_window: `[2]`, the smallest window with at most 10 % and 1 % relative error; 0: none measured.
-      block_window: `[2]`, for blocks cut at multiples of the window: it keeps the error, its half does not,
-        and of the windows tried of which that is true its error is the smallest; T where only full BPTT does.
-      bias_bound: `[max_window]`, Aicher, Foti & Fox's bound on the error of sliding windows 1, 2, …
-      bound_window: `[2]`, the windows it asks for, which may exceed T; 0: none, the gradient does not decay.
-      loss: weighted mean loss of the batch.
-      gradient_norm: of its exact gradient.
-      part_norms: `[≤ 16]`, the norm of the exact gradient of each part of the batch; NaN without weight.
-      exponent: leading Lyapunov exponent (nats per step), mean over examples; −∞ where the carry is wiped out.
-      exponent_spread: its standard deviation over examples.
-      saturated: share of the carry's entries that are at ±1 at nearly every step and example.
-      dead: share of those that are exactly zero at every one.
-      nonfinite: the first number that is not finite, as `find_nonfinite` says.
-      profile: the gradient by lag.
-      curve: the error by window.
-      num_steps: T.
-      learning_rate: as given, or None.
-      curvature: of the loss along its gradient, `gᵀHg / gᵀg`; None without a learning rate.
-      cost: time and memory of full BPTT and of each recommended window; None if not measured.
+    A window of T is exact, whatever rounding to half precision makes of the sum over its lags.
     """
-
-    verdict_index: jax.Array
-    rate: jax.Array
-    rate_error: jax.Array
-    residual: jax.Array
-    half_life: jax.Array
-    half_life_interval: jax.Array
-    reach: jax.Array
-    zero_lag: jax.Array
-    underflow: jax.Array
-    sliding_window: jax.Array
-    block_window: jax.Array
-    bias_bound: jax.Array
-    bound_window: jax.Array
-    loss: jax.Array
-    gradient_norm: jax.Array
-    part_norms: jax.Array
-    exponent: jax.Array
-    exponent_spread: jax.Array
-    saturated: jax.Array
-    dead: jax.Array
-    nonfinite: NonFinite
-    profile: LagProfile
-    curve: TruncationCurve
-    num_steps: int = field(metadata={"static": True})
-    learning_rate: jax.Array | None = None
-    curvature: jax.Array | None = None
-    cost: Cost | None = field(default=None, metadata={"static": True})
-
-    @property
-    def verdict(self) -> str:
-        """One of `VERDICTS`; only outside of jit and vmap."""
-        return VERDICTS[int(self.verdict_index)]
-
-    @property
-    def norm_quantiles(self) -> np.ndarray:
-        """`[3]`: median, 90 % quantile and largest of the parts' norms; only outside of jit and vmap."""
-        norms = np.asarray(self.part_norms)
-        empty = np.isnan(norms).all(-1, keepdims=True)
-        with np.errstate(invalid="ignore"):  # between two infinities
-            quantiles = np.nanquantile(np.where(empty, 0, norms), (0.5, 0.9, 1.0), axis=-1)
-        return np.where(empty, np.nan, np.moveaxis(quantiles, 0, -1))
-
-    @property
-    def advice(self) -> tuple[Advice, ...]:
-        """What to change, each with the number that says so; only outside of jit and vmap."""
-        return advise(self)
-
-    def __str__(self) -> str:
-        return write_page(self) if np.ndim(self.verdict_index) == 0 else repr(self)
-
-
-def first_windows(errors: jax.Array, tolerances: tuple[float, ...]) -> jax.Array:
-    """For each tolerance the smallest window whose error is within it; 0 if there is none."""
-    good = errors <= jnp.array(tolerances)[:, None]
+    exact = jnp.arange(1, len(errors) + 1) >= num_steps
+    good = exact | (errors <= jnp.array(tolerances)[:, None])
     return jnp.where(jnp.any(good, axis=1), jnp.argmax(good, axis=1) + 1, 0)
 
 
@@ -149,14 +66,18 @@ def diagnose(
 ) -> Diagnosis:
     """How far the gradient reaches, which window leaves 10 % and 1 % of error, what each costs, what to change.
 
-    The verdict compares the fitted change of the gradient norm over the lags measured: a tenth or less
-    is vanishing, ten times or more exploding; a gradient that becomes exactly zero is never stable.
-    Costs some 35 gradients (one for each part of the batch, one for each window of blocks tried) and
-    max_window rounds of T step derivatives side by side; with `measure`, timed updates of up to five
-    estimators more; where something is not finite, `find_nonfinite`.
+    The verdict rests on the change that the rate, fitted to the lags before 1 %, makes over the lags
+    measured: a tenth or less is vanishing, ten times or more exploding; a gradient that becomes exactly zero
+    is never stable, and one lag gives no verdict (the page says so).
+    Costs some 25 gradients at T = 16, 35 at 100 and 45 at 4096 (the exact one, one for each of up to 16 parts
+    of the batch, one for each window of blocks tried), and max_window rounds of T step derivatives side by
+    side; with `measure`, timed updates of up to five estimators more; where something is not finite,
+    `find_nonfinite`.
 
     Args:
-      step: `(params, carry, x) -> (carry, y)`; every inexact carry leaf begins with the batch shape.
+      step: `(params, carry, x) -> (carry, y)`; every inexact carry leaf begins with the batch shape. As under
+        jit, a second call with the same functions and shapes compiles nothing, and does not see what they
+        close over change.
       loss: `(y, target) -> [*batch]`.
       params: the parameters.
       carry: what enters step 0.
@@ -166,11 +87,12 @@ def diagnose(
       max_window: the largest lag and sliding window considered; None: T, 512 at most.
       learning_rate: of plain gradient descent; compared with the curvature along the gradient, which costs
         one second derivative.
-      measure: whether to measure costs, on the host; False works under jit and vmap.
+      measure: whether to measure costs, on the host; under jit and vmap it must be False.
       num_repeats: timed updates of each estimator.
 
     Raises:
-      ValueError: a learning rate that is not > 0; what `truncation_curve` and `lag_profile` raise.
+      ValueError: a learning rate that is not > 0; measure where something is traced; what `truncation_curve` and
+        `lag_profile` raise.
     """
     num_steps, batch_shape = validation.check_problem(step, loss, params, carry, batch, gates)
     validation.check_carry_batch(carry, batch_shape, "the gradient is measured per example")
@@ -179,43 +101,57 @@ def diagnose(
     if learning_rate is not None:
         validation.check_above("learning_rate", learning_rate, 0, "it scales the step down the gradient")
     data = params, carry, batch, gates, learning_rate
-    traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(data))
+    # Under jit even a constant is traced: all that is given may be closed over.
+    traced = any(isinstance(leaf, Tracer) for leaf in (*jax.tree.leaves(data), jnp.zeros(())))
     if measure and traced:
-        raise ValueError("measure=True needs arrays, got traced values; pass measure=False under jit and vmap")
+        raise ValueError(MEASURES_ARRAYS)
     largest = min(num_steps, 512) if max_window is None else max_window
     largest = min(validation.check_positive_integer("max_window", largest), num_steps)
 
-    read = partial(_read, step, loss, batch_shape, largest)
-    search = partial(find_nonfinite, step, loss)
-    found = read(*data) if traced else jax.jit(read)(*data)
-    if isinstance(found.verdict_index, Tracer):  # under jit although all that was given are constants, too
-        nonfinite = lax.cond(
-            found.verdict_index == 3, lambda: search(params, carry, batch, gates=gates), lambda: found.nonfinite
-        )
-        return replace(found, nonfinite=nonfinite)
+    if traced:
+        found = _read(step, loss, batch_shape, largest, *data)
+    else:
+        found = _compiled(_read, step, loss, batch_shape, largest)(*data)
+    if isinstance(found.verdict_index, Tracer):  # or what the step closes over is traced
+        if measure:
+            raise ValueError(MEASURES_ARRAYS)
+        search = partial(find_nonfinite, step, loss, params, carry, batch, gates=gates)
+        return replace(found, nonfinite=lax.cond(found.verdict_index == 3, search, lambda: found.nonfinite))
     if found.verdict == "non-finite":
-        found = replace(found, nonfinite=jax.jit(search)(params, carry, batch, gates=gates))
+        nonfinite = _compiled(find_nonfinite, step, loss)(params, carry, batch, gates=gates)
+        found = replace(found, nonfinite=nonfinite)
     return _with_cost(found, step, loss, params, carry, batch, num_repeats) if measure else found
+
+
+def _compiled(function, *static):
+    """`function` of what is static, compiled once for equal ones; every time where they cannot be hashed."""
+    try:
+        hash(static)
+    except TypeError:
+        return jax.jit(partial(function, *static))
+    return partial(_PROGRAMS[function], *static)
 
 
 def _read(step, loss, batch_shape, largest, params, carry, batch, gates, learning_rate) -> Diagnosis:
     """Everything but the search for what is not finite and the costs, as one program."""
     num_steps = batch_steps(batch)
-    sums, sizes, blocks = _blocks(step, loss, batch_shape, params, carry, batch, gates)
+    sums, sizes, (blocks, block_error) = _blocks(step, loss, batch_shape, params, carry, batch, gates)
     problem = linearise(step, loss, params, carry, batch, batch_shape)
     profile, curve, kept = _lags(problem, gates, largest, sums)
 
-    has_loss = jnp.any(problem.weights.reshape(num_steps, -1) != 0, axis=1)
-    num_lags = jnp.minimum(jnp.max(jnp.where(has_loss, jnp.arange(1, num_steps + 1), 0)), largest)
+    num_lags, num_used_steps = _used_steps(problem.weights, batch.mask, largest)
     smallest = max((float(jnp.finfo(c.dtype).tiny) for c in problem.carries), default=0.0)
-    decay = fit_decay(profile.cotangent_norms, num_lags, smallest)
+    heaviest = jnp.max(jnp.abs(problem.weights))  # the adjoints carry their loss's weight
+    decay = fit_decay(profile.cotangent_norms, num_lags, smallest / jnp.where(heaviest > 0, heaviest, 1))
+    decay = decay._replace(underflow=decay.underflow | starts_below_precision(step, loss, params, batch, problem))
     broken = ~jnp.isfinite(sizes[0]) | ~jnp.isfinite(sums.loss) | (decay.verdict_index == 3)
     verdict = jnp.where(broken, 3, decay.verdict_index)
-    bound = bound_bias(*profile, kept, rate=decay.rate, num_lags=num_lags, tolerances=TOLERANCES)
+    bound = bound_bias(*profile, kept, num_lags=num_lags, tolerances=TOLERANCES)
     exponent, exponent_spread = leading_exponent(
         step, params, carry, batch, batch_shape=batch_shape, carries=problem.carries
     )
-    saturated, dead = share_stuck(problem.carries, batch.mask, batch_shape)
+    immovable = stays_zero(step, params, problem.path, batch)
+    saturated, dead = share_stuck(problem.carries, immovable, batch.mask, batch_shape)
     curvature = None
     if learning_rate is not None:
         learning_rate = jnp.asarray(learning_rate)
@@ -229,8 +165,10 @@ def _read(step, loss, batch_shape, largest, params, carry, batch, gates, learnin
     nonfinite = jax.eval_shape(partial(find_nonfinite, step, loss), params, carry, batch, gates=gates)
     return Diagnosis(
         **decay._replace(verdict_index=verdict)._asdict(),
-        sliding_window=first_windows(curve.relative_error, TOLERANCES),
+        sliding_window=jnp.where(broken, 0, first_windows(curve.relative_error, TOLERANCES, num_steps)),
+        num_lags=num_lags,
         block_window=jnp.where(broken, 0, blocks),
+        block_error=jnp.where(broken, jnp.nan, block_error),
         bias_bound=bound.bias_bound,
         bound_window=jnp.where(broken, 0, bound.bound_window),
         loss=weighted_mean(sums.loss, sums.weight),
@@ -243,14 +181,32 @@ def _read(step, loss, batch_shape, largest, params, carry, batch, gates, learnin
         nonfinite=jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), nonfinite),
         profile=profile,
         curve=curve,
+        num_used_steps=num_used_steps,
         num_steps=num_steps,
+        num_carry_leaves=len(problem.carries),
         learning_rate=learning_rate,
         curvature=curvature,
     )
 
 
-def _blocks(step, loss, batch_shape, params, carry, batch, gates) -> tuple[Sums, jax.Array, jax.Array]:
-    """The exact sums, the norm of the mean gradient of the whole and of each part, and the windows of blocks."""
+_PROGRAMS = {
+    _read: jax.jit(_read, static_argnums=(0, 1, 2, 3)),
+    find_nonfinite: jax.jit(find_nonfinite, static_argnums=(0, 1)),
+}
+
+
+def _used_steps(weights, mask, largest) -> tuple[jax.Array, jax.Array]:
+    """How many lags have pairs of a loss and a carry, and how many steps of an example lead to a loss."""
+    num_steps = len(weights)
+    steps = jnp.arange(1, num_steps + 1)
+    last = jnp.max(jnp.where(weights != 0, align_leading(steps, weights.ndim), 0), axis=0)  # the loss that counts last
+    real = jnp.ones(num_steps, bool) if mask is None else mask
+    leads = align_leading(real, weights.ndim) & (align_leading(steps, weights.ndim) <= last)
+    return jnp.minimum(jnp.max(last), largest), jnp.max(jnp.sum(leads, axis=0))
+
+
+def _blocks(step, loss, batch_shape, params, carry, batch, gates) -> tuple[Sums, jax.Array, tuple]:
+    """The exact sums, the norm of the mean gradient of the whole and of each part, windows of blocks and errors."""
     num_steps = batch_steps(batch)
     windows, tried = candidate_windows(num_steps)
     part_of, num_parts = split_batch(num_steps, batch_shape)
@@ -268,13 +224,13 @@ def _blocks(step, loss, batch_shape, params, carry, batch, gates) -> tuple[Sums,
 
 def _lags(problem, gates, largest, sums) -> tuple[LagProfile, TruncationCurve, jax.Array]:
     """Profile, curve and the norm of what each sliding window leaves: one pass over the lags serves all."""
-    read_profile, read_curve = profile_reader(problem), curve_reader(sums.grad)
+    read_profile, read_curve = profile_reader(problem, signed=False), curve_reader(sums.grad)
 
     def read(state, lag, cotangents, grad):
         grad = ravel_pytree(grad)[0]
         _, profile = read_profile(None, lag, cotangents, grad)
         state, curve = read_curve(state, lag, cotangents, grad)
-        return state, (profile, curve, weighted_mean(norm(state[0]), sums.weight))
+        return state, (profile, curve, weighted_mean(norm(state[0]), jnp.abs(sums.weight)))
 
     profile, curve, kept = scan_lags(problem, gates, largest, read, curve_start(sums.grad))
     return LagProfile(*profile), TruncationCurve(jnp.arange(1, largest + 1), *curve), kept

@@ -1,8 +1,8 @@
-"""What advice rests on: exponents, bounds, norms of parts, dead and saturated units, curvature. All data."""
+"""What advice rests on: decay, exponents, bounds, norms of parts, curvature. All data."""
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,12 @@ import numpy as np
 from jax import lax
 
 from jbptt.adjoint import batch_steps, wide_parts
-from jbptt.analysis.advice import CHANGE
+from jbptt.analysis.advice import CHANGE, TAIL_LAGS
+from jbptt.analysis.lags import Linearised
 from jbptt.norms import norm, scaled_norm, unit
 from jbptt.recurrence import held, trajectory
-from jbptt.types import Batch, Carry, Params, Step, align_leading, split_inexact
+from jbptt.types import Batch, Carry, Loss, Params, Step, align_leading, split_inexact
+from jbptt.windows import output_cotangents
 
 NUM_PARTS = 16
 
@@ -23,6 +25,7 @@ class Decay(NamedTuple):
 
     verdict_index: jax.Array
     rate: jax.Array
+    first_lag: jax.Array
     rate_error: jax.Array
     residual: jax.Array
     half_life: jax.Array
@@ -32,11 +35,12 @@ class Decay(NamedTuple):
     underflow: jax.Array
 
 
-def fit_decay(norms: jax.Array, num_lags: jax.Array | None = None, smallest: float | None = None) -> Decay:
+def fit_decay(norms: jax.Array, num_lags: Any = None, smallest: Any = None) -> Decay:
     """Reads a profile's `cotangent_norms`.
 
     The rate is the least-squares slope of `ln norms` against the lag, over the lags before 1 % of the
-    first is reached: two lags at least, however fast it falls. Its standard error is that of a slope with
+    first is reached: two lags at least, however fast it falls. Where lag 1 is below that already the fit
+    begins there: such a fall is a jump of the readout, no decay. Its standard error is that of a slope with
     independent residuals, `√(Σ r² / (n − 2) / Σ (k − k̄)²)`: how well one exponential describes these norms,
     not how they vary between batches. An exact zero is an underflow if the norms before it, continued at
     their last pace, would have come within a factor of 2¹⁰ of the smallest normal number.
@@ -44,22 +48,29 @@ def fit_decay(norms: jax.Array, num_lags: jax.Array | None = None, smallest: flo
     Args:
       norms: `[K]`.
       num_lags: the lags at which there are pairs of a loss and a carry at all; None: K.
-      smallest: normal number of the dtype that the cotangents are computed in; None: of the norms' dtype.
+      smallest: normal number of the dtype that the cotangents are computed in, over the weight that they
+        carry; None: of the norms' dtype.
     """
     tiny = float(jnp.finfo(norms.dtype).tiny)
+    smallest = tiny if smallest is None else smallest
+    num_lags = len(norms) if num_lags is None else num_lags
     lag = jnp.arange(len(norms), dtype=norms.dtype)
-    measured = lag < (len(norms) if num_lags is None else num_lags)
-    faded = jnp.min(jnp.where(norms < 1e-2 * norms[0], lag, jnp.inf))
-    used = (lag < jnp.maximum(faded, 2)) & measured
+    measured = lag < num_lags
+    one_on = norms[min(1, len(norms) - 1)]
+    first = jnp.where((one_on > 0) & (one_on < 1e-2 * norms[0]) & (num_lags > 2), 1, 0)
+    faded = jnp.min(jnp.where((lag > first) & (norms < 1e-2 * norms[first]), lag, jnp.inf))
+    used = (lag >= first) & (lag < jnp.maximum(faded, first + 2)) & measured
     rate, error, residual = _slope(lag, jnp.log(jnp.maximum(norms, tiny)), used)
 
     zero_lag = jnp.min(jnp.where((norms == 0) & measured, lag, len(norms))).astype(int)
     vanished = zero_lag < len(norms)
     before, earlier = norms[jnp.maximum(zero_lag - 1, 0)], norms[jnp.maximum(zero_lag - 2, 0)]
     next_one = before * jnp.minimum(1, before / jnp.where(earlier > 0, earlier, 1))
-    underflow = vanished & (zero_lag > 0) & (next_one <= 2.0**10 * (smallest or tiny))
+    underflow = vanished & (zero_lag > 0) & (next_one <= 2.0**10 * smallest)
 
-    change = jnp.where(norms[0] > 0, rate * (jnp.sum(measured) - 1), -jnp.inf)  # no gradient at all has vanished
+    change = jnp.where(
+        norms[0] > 0, rate * (jnp.sum(measured) - 1 - first), -jnp.inf
+    )  # no gradient at all has vanished
     limit = math.log(CHANGE)
     verdict = jnp.where(change >= limit, 2, jnp.where((change <= -limit) | vanished, 0, 1))
     rates = jnp.stack([rate, rate - 2 * error, rate + 2 * error])
@@ -68,6 +79,7 @@ def fit_decay(norms: jax.Array, num_lags: jax.Array | None = None, smallest: flo
     return Decay(
         verdict_index=jnp.where(jnp.all(jnp.isfinite(norms)), verdict, 3),
         rate=rate,
+        first_lag=first,
         rate_error=error,
         residual=residual,
         half_life=half_lives[0],
@@ -120,7 +132,7 @@ def leading_exponent(
         pull = jax.vjp(lambda leaves: split_inexact(held(core)(wide, rebuild(leaves), more)[0])[0], leaves)[1]
         (cotangents,) = pull(cotangents)
         growth = norm(cotangents, ndim)
-        return [unit(c, growth) for c in cotangents], growth
+        return [unit(c, growth).astype(c.dtype) for c in cotangents], growth
 
     drawn = [random.normal(size=c.shape[ndim:]) for c in split_inexact(carry)[0]]
     length = math.sqrt(sum(float(np.sum(d**2)) for d in drawn)) or 1.0
@@ -153,12 +165,34 @@ class BiasBound(NamedTuple):
     bound_window: jax.Array
 
 
+def tail_rate(norms: jax.Array, num_lags: jax.Array) -> jax.Array:
+    """The slowest change of ln φ per lag that the later half of the lags measured allows.
+
+    The largest of the least-squares slope over them plus two standard errors, and the mean change over any
+    eighth of all lags among them: a slow part of the gradient shows itself late. −∞ where the last one is
+    exactly zero; inf below 8 lags, too few to tell, and where there is no decay.
+
+    Args:
+      norms: φ, `[K]`.
+      num_lags: those at which there are pairs; the others are not read.
+    """
+    lag = jnp.arange(len(norms))
+    later = (lag >= (num_lags - 1) // 2) & (lag < num_lags)
+    logs = jnp.log(jnp.where(later & (norms > 0), norms, 1))
+    slope, error, _ = _slope(lag.astype(norms.dtype), logs, later)
+    span = jnp.maximum(num_lags // 8, 1)
+    ahead = lag + span
+    change = (logs[jnp.minimum(ahead, len(norms) - 1)] - logs) / span
+    rate = jnp.maximum(slope + 2 * error, jnp.max(jnp.where(later & (ahead < num_lags), change, -jnp.inf)))
+    rate = jnp.where((num_lags < TAIL_LAGS) | (rate >= 0), jnp.inf, rate)
+    return jnp.where((num_lags > 0) & (norms[jnp.maximum(num_lags - 1, 0)] == 0), -jnp.inf, rate)
+
+
 def bound_bias(
     norms: jax.Array,
     grad_norms: jax.Array,
     kept: jax.Array,
     *,
-    rate: jax.Array,
     num_lags: jax.Array,
     tolerances: tuple[float, ...],
 ) -> BiasBound:
@@ -166,25 +200,30 @@ def bound_bias(
 
         δ(K) = E(K) / (‖ĝ_K‖ − E(K)),   E(K) = M Σ_{k ≥ K−1} φ_k
 
-    φ_k are the adjoint norms, φ_{k+1} = β φ_k with β = e^rate beyond the lags measured. M, in the paper a
-    bound on ‖∂⁺h/∂w‖, is the smallest number that bounds what each lag measured adds to the gradient,
-    ‖D_k‖ ≤ M φ_{k−1}: a larger one would only weaken the bound. inf where there is no decay (β ≥ 1) or
-    E(K) ≥ ‖ĝ_K‖. Beyond the windows measured ĝ stays what it is and E(K) falls by β per step.
+    φ_k are the adjoint norms, φ_{k+1} = β φ_k beyond the lags measured, from the largest value on that the
+    later ones of them would have there. β is the decay of those later lags (`tail_rate`), not of the first
+    ones: the paper's holds beyond a lag τ. M, in the paper a bound on ‖∂⁺h/∂w‖, is the smallest number that
+    bounds what each lag measured adds to the gradient, ‖D_k‖ ≤ M φ_{k−1}: a larger one would only weaken
+    the bound. inf where there is no decay (β ≥ 1) or E(K) ≥ ‖ĝ_K‖. Beyond the windows measured ĝ stays what
+    it is and E(K) falls by β per step.
 
     Args:
       norms: φ, `[K]`, `LagProfile.cotangent_norms`.
       grad_norms: ‖D_k‖, `[K]`, `LagProfile.grad_norms`.
       kept: ‖ĝ_K‖, `[K]`, the norm of what each window leaves.
-      rate: change of ln φ per lag.
       num_lags: lags at which there are pairs.
       tolerances: of the windows.
     """
+    rate = tail_rate(norms, num_lags)
     decay, decays = jnp.exp(jnp.minimum(rate, 0)), rate < 0
     lag = jnp.arange(len(norms))
-    last = norms[jnp.maximum(num_lags - 1, 0)]
-    phi = jnp.where(lag < num_lags, norms, last * jnp.exp(rate * (lag - num_lags + 1)))
+    to_last = num_lags - 1 - lag
+    later = (lag >= (num_lags - 1) // 2) & (to_last >= 0)
+    last = jnp.max(jnp.where(later, norms * decay ** jnp.maximum(to_last, 0), 0))
+    phi = jnp.where(to_last >= 0, norms, last * decay ** jnp.maximum(-to_last, 0))
     slope = jnp.max(grad_norms[1:] / jnp.where(phi[:-1] > 0, phi[:-1], jnp.inf), initial=0)
-    beyond = jnp.where(decays, phi[-1] * decay / jnp.where(decays, 1 - decay, 1), jnp.inf)
+    reached = jnp.where(num_lags == len(norms), last, phi[-1])
+    beyond = jnp.where(decays, reached * decay / jnp.where(decays, 1 - decay, 1), jnp.inf)
     error = slope * (jnp.sum(jnp.where(lag >= lag[:, None], phi, 0), axis=1) + beyond)
     bound = jnp.where(kept > error, error / jnp.where(kept > error, kept - error, 1), jnp.inf)
 
@@ -192,34 +231,24 @@ def bound_bias(
     first = jnp.min(jnp.where(bound <= levels[:, None], lag + 1, jnp.iinfo(lag.dtype).max), axis=1)
     ratio = error[-1] * (1 + 1 / levels) / kept[-1]
     far = len(norms) + jnp.ceil(jnp.log(ratio) / jnp.abs(rate))
-    far = jnp.where(decays & (far < 1e9), far, 0).astype(lag.dtype)
+    far = jnp.where(decays & (far < 1e9), jnp.maximum(far, 1), 0).astype(lag.dtype)
     return BiasBound(bound, jnp.where(first <= len(norms), first, far))
 
 
-def share_stuck(carries: list, mask: jax.Array | None, batch_shape: tuple) -> tuple[jax.Array, jax.Array]:
-    """The shares of the carry's entries that are saturated, and that are exactly zero, at every step and example.
+def starts_below_precision(step: Step, loss: Loss, params: Params, batch: Batch, problem: Linearised) -> jax.Array:
+    """Whether the losses' cotangents are zero at the outputs only because they are smaller than the dtype can hold.
 
-    Saturated: within 0.01 of ±1 (where tanh' < 0.02) at 95 % of the steps and examples at least. Carries
-    that a step emitted and the next one read, masked steps left out; 0 where there is none.
-
-    Args:
-      carries: the inexact leaves of the carries that enter the steps, `[T, *batch, ...]`.
-      mask: as in `Batch`.
-      batch_shape: of the loss.
+    One more backward pass through losses and readout, with weights as large as the dtype bears.
     """
-    axes = tuple(range(1 + len(batch_shape)))
-    saturated, zero, total = jnp.zeros(()), jnp.zeros(()), 0
-    for leaf in carries:
-        emitted = jnp.abs(leaf[1:])
-        counted = jnp.ones(emitted.shape[: len(axes)], bool)
-        if mask is not None:
-            counted = counted & align_leading(mask[:-1], len(axes))
-        count, counted = jnp.sum(counted), align_leading(counted, emitted.ndim)
-        near = jnp.sum(counted & (jnp.abs(emitted - 1) <= 0.01), axes) >= 0.95 * count
-        saturated += jnp.sum(near & (count > 0))
-        zero += jnp.sum(jnp.all(~counted | (emitted == 0), axes) & (count > 0))
-        total += near.size
-    return saturated / max(total, 1), zero / max(total, 1)
+    _, readout, wide = wide_parts(step, params)
+    tiny = max((float(jnp.finfo(leaf.dtype).tiny) for leaf in problem.outputs_bar), default=1.0)
+    heaviest = jnp.max(jnp.abs(problem.weights))
+    weights = problem.weights / jnp.where(heaviest > 0, heaviest, 1) * min(1 / tiny, 1e30)
+    larger = output_cotangents(readout, loss, wide, problem.outputs, batch._replace(weights=weights))[1]
+    zero, still_zero = (
+        jnp.all(jnp.array([jnp.all(leaf == 0) for leaf in bar])) for bar in (problem.outputs_bar, larger)
+    )
+    return zero & ~still_zero
 
 
 def split_batch(num_steps: int, batch_shape: tuple) -> tuple[jax.Array, int]:

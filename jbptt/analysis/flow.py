@@ -61,6 +61,12 @@ def adjoints(
     return Adjoints(carries, jax.tree.map(lambda a: next(filled) if is_inexact(a) else jnp.zeros(a.shape), carries))
 
 
+def carry_cotangents(path: Adjoints) -> list[jax.Array]:
+    """The cotangents of the inexact leaves alone: the zeros beside integers and keys are none."""
+    pairs = zip(jax.tree.leaves(path.carries), jax.tree.leaves(path.cotangents), strict=True)
+    return [cotangent for leaf, cotangent in pairs if is_inexact(leaf)]
+
+
 def gradient_flow(
     step: Step,
     loss: Loss,
@@ -149,7 +155,7 @@ def gradient_sources(
     def one(inputs):  # the gates are in the cotangents already
         i, entering, emitted = inputs
         piece = steps_from(batch, i, 1)
-        cotangent = [c * exact.weight.astype(c.dtype) for c in split_inexact(emitted)[0]]
+        cotangent = [c * exact.weight.astype(c.dtype) for c in emitted]
         source = segment_sums(step, loss, params, entering, piece, None, cotangent)[1].grad
         dots = jax.tree.map(
             lambda a, b: jnp.sum(jnp.real(jnp.conj(unit(a, largest)) * unit(b, largest))), source, exact.grad
@@ -159,5 +165,5 @@ def gradient_sources(
         return norm(mean), leafwise(norm)(mean), share
 
     entering = jax.tree.map(lambda a: a[:-1], path.carries)
-    emitted = jax.tree.map(lambda a: a[1:], path.cotangents)
+    emitted = [c[1:] for c in carry_cotangents(path)]
     return GradientSources(*jax.lax.map(one, (jnp.arange(num_steps), entering, emitted)))

@@ -29,7 +29,7 @@ class LagProfile(NamedTuple):
     Attributes:
       cotangent_norms: weighted mean over pairs (t, t−k) and examples of `‖∂ℓ_t/∂carries[t−k]‖`; lag 0 is
         the carry that enters step t. By leaf: a list over the carry's inexact leaves.
-      grad_norms: `‖Σ_t w_t G[t, t−k]‖ / Σ w`. By leaf: a tree like the parameters.
+      grad_norms: `‖Σ_t w_t G[t, t−k]‖ / |Σ w|`. By leaf: a tree like the parameters.
     """
 
     cotangent_norms: Any
@@ -63,6 +63,8 @@ class Linearised(NamedTuple):
       pull: the derivatives of all steps at once (`adjoint.parallel_pullback`).
       outputs_bar: `w_t ∂ℓ_t` in the core's outputs, inexact leaves `[T, ...]`.
       carries: the inexact leaves of the carries that enter the steps, `[T, ...]`.
+      path: those carries, all leaves.
+      outputs: the core's, `[T, ...]`.
       readout_grad: what the readout adds to the gradient at lag 0.
       weights: `mask · weights`, `[T, *batch]`.
     """
@@ -70,6 +72,8 @@ class Linearised(NamedTuple):
     pull: Callable
     outputs_bar: list
     carries: list
+    path: Carry
+    outputs: Any
     readout_grad: Params
     weights: jax.Array
 
@@ -81,7 +85,7 @@ def linearise(step: Step, loss: Loss, params: Params, carry: Carry, batch: Batch
     sums, outputs_bar = output_cotangents(readout, loss, wide, outputs, batch)
     pull = parallel_pullback(held(core), wide, carries, (batch.xs, batch.mask))
     weights = loss_weights(batch, jnp.zeros((batch_steps(batch), *batch_shape)))
-    return Linearised(pull, outputs_bar, split_inexact(carries)[0], sums.grad, weights)
+    return Linearised(pull, outputs_bar, split_inexact(carries)[0], carries, outputs, sums.grad, weights)
 
 
 def scan_lags(problem: Linearised, gates: jax.Array | None, num_lags: int, read: Callable, state: Any):
@@ -139,18 +143,19 @@ def lag_profile(
     return LagProfile(*scan_lags(problem, gates, max_lag, profile_reader(problem, per_leaf), None))
 
 
-def profile_reader(problem: Linearised, per_leaf: bool = False) -> Callable:
-    """Reads one lag of a `LagProfile`, for `scan_lags`."""
-    weights, total = problem.weights, jnp.sum(problem.weights)
+def profile_reader(problem: Linearised, per_leaf: bool = False, signed: bool = True) -> Callable:
+    """Reads one lag of a `LagProfile`, for `scan_lags`; not `signed`: the mean over pairs weighs them by |w|."""
+    weights, total = problem.weights, jnp.abs(jnp.sum(problem.weights))
     norm_fn = leafwise(norm) if per_leaf else norm
 
     def read(state, lag, cotangents, grad):
         # The adjoints carry their loss's weight: ‖w ∂ℓ‖ = |w| ‖∂ℓ‖, and w's sign is put back.
         valid = align_leading(jnp.arange(len(weights)) < len(weights) - lag, weights.ndim)
         weight = jnp.where(valid, jnp.roll(weights, -lag, axis=0), 0)
+        weight, sign = (weight, jnp.sign(weight)) if signed else (jnp.abs(weight), 1)
 
         def mean(norms):
-            return weighted_mean(jnp.sum(jnp.where(weight == 0, 0, jnp.sign(weight) * norms)), jnp.sum(weight))
+            return weighted_mean(jnp.sum(jnp.where(weight == 0, 0, sign * norms)), jnp.sum(weight))
 
         by_carry = jax.tree.map(mean, norm_fn(cotangents, weights.ndim))
         return state, (by_carry, jax.tree.map(partial(weighted_mean, weight=total), norm_fn(grad)))

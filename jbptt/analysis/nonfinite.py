@@ -11,9 +11,9 @@ from jax.tree_util import keystr, tree_leaves_with_path
 
 from jbptt import validation
 from jbptt.adjoint import counted_steps, loss_weights, step_losses, weighted_losses
-from jbptt.analysis.flow import adjoints
+from jbptt.analysis.flow import adjoints, carry_cotangents
 from jbptt.recurrence import held, times_gate, trajectory, zero_masked
-from jbptt.types import Batch, Carry, Loss, Params, Step, split_inexact
+from jbptt.types import Batch, Carry, Loss, Params, Step, align_leading, split_inexact
 
 PHASES = ("given", "forward", "backward")
 
@@ -25,7 +25,7 @@ class NonFinite:
 
     Attributes:
       found: whether there is one.
-      phase_index: into `PHASES`: given (parameters, initial carry, inputs, targets), forward (carries,
+      phase_index: into `PHASES`: given (parameters, initial carry, inputs, targets, weights, gates), forward (carries,
         outputs, losses), backward (adjoints, gradients).
       step: the step that read or produced it; 0 for parameters and the initial carry.
       leaf_index: into `leaves`.
@@ -79,8 +79,8 @@ def find_nonfinite(
 ) -> NonFinite:
     """Which step, which leaf, forward or backward: where a loss or a gradient first stops being finite.
 
-    In the order of computation: parameters and initial carry; then step by step inputs, the new carry,
-    the output, the target, the loss; then back step by step the adjoint of the carry received and the
+    In the order of computation: parameters and initial carry; then step by step inputs, gates, the new carry,
+    the output, the target, the weight, the loss; then back step by step the adjoint of the carry received and the
     step's part of the parameter gradient. Padding and losses of weight 0 do not count. Two forward
     passes and one backward, and every step's derivative once more, one after another; memory O(T) carries.
     Works under jit and vmap (all fields are data but the names).
@@ -107,11 +107,16 @@ def find_nonfinite(
     xs, ys = (tree if batch.mask is None else per_step(batch.mask, tree) for tree in (batch.xs, ys))
     counted = counted_steps(batch)
     targets = batch.targets if counted is None else per_step(counted, batch.targets)
-    forward = {"xs": xs, "carry": after, "y": ys, "targets": targets, "loss": losses}
+    weights = None if batch.weights is None else jnp.asarray(batch.weights)
+    if batch.mask is not None and weights is not None:  # what is masked has no weight, whatever stands there
+        ndim = max(batch.mask.ndim, weights.ndim)
+        weights = jnp.where(align_leading(batch.mask, ndim), align_leading(weights, ndim), 0)
+    forward = {"xs": xs, "gates": gates, "carry": after, "y": ys, "targets": targets, "weights": weights}
+    forward |= {"loss": losses}
 
     total = jnp.sum(loss_weights(batch, jnp.zeros((num_steps, *batch_shape))))
     entering = jax.tree.map(lambda a: a[:-1], path.carries)
-    emitted = jax.tree.map(lambda a: a[1:], path.cotangents)
+    emitted = [c[1:] for c in carry_cotangents(path)]
     back = partial(_step_back, step, loss, params, total)
     flags_back = jax.lax.map(back, (entering, emitted, batch, gates))
 
@@ -119,7 +124,7 @@ def find_nonfinite(
     names_start = _names("params", params) + _names("carry", carry)
     names_there = [name for prefix, tree in forward.items() for name in _names(prefix, tree)]
     names_back = _names("the adjoint of carry", carry) + _names("the gradient of params", params)
-    given = [name.startswith(("xs", "targets")) for name in names_there]
+    given = [name.startswith(("xs", "gates", "targets", "weights")) for name in names_there]
     return _first(start, there, flags_back[::-1], given, (*names_start, *names_there, *names_back))
 
 
@@ -131,7 +136,7 @@ def _flags(trees: dict[str, Any], num_steps: int) -> jax.Array:
 
 def _step_back(step, loss, params, total, inputs):
     """Which leaves of the carry's adjoint and of the gradient one step's derivative makes non-finite."""
-    carry, cotangent, batch, gate = inputs
+    carry, cotangents, batch, gate = inputs
     leaves, rebuild = split_inexact(carry)
 
     def run(params, leaves):
@@ -141,7 +146,7 @@ def _step_back(step, loss, params, total, inputs):
         return split_inexact(after)[0], value / jnp.where(total == 0, 1, total)
 
     (_, value), pull = jax.vjp(run, params, leaves)
-    grad, adjoint = pull((split_inexact(cotangent)[0], jnp.ones_like(value)))
+    grad, adjoint = pull((cotangents, jnp.ones_like(value)))
     if gate is not None:
         adjoint = [times_gate(a, gate) for a in adjoint]
     return jnp.concatenate([_bad(adjoint), _bad(grad)])

@@ -5,33 +5,55 @@ from typing import Any
 
 import numpy as np
 
-from jbptt.analysis.advice import TOLERANCES
+from jbptt.analysis.advice import TAIL_LAGS, TOLERANCES
 
 NO_PATH = (
     "  no gradient path: every gradient is exactly zero; the loss ignores y or has no weight, all",
     "  units are dead, or the output depends on neither parameters nor carry",
 )
+PERFECT = ("  loss and gradient are exactly zero: a perfect fit, nothing is left to learn",)
+BELOW = (
+    "  vanished below precision: every gradient is exactly zero because the loss's derivative is",
+    "  smaller than its dtype can hold; scale the loss up, or compute in float32",
+)
+ONE_LAG = "not measured (one lag)"
 
 
 def write_page(found: Any) -> str:
     """The page of one `Diagnosis`."""
     lines = [f"  loss {float(found.loss):.4g}, gradient norm {float(found.gradient_norm):.3g}"]
     norms = np.asarray(found.profile.cotangent_norms)
-    title = found.verdict
+    span, title = f"{found.num_steps} step{'s' * (found.num_steps > 1)}", verdict_words(found)
     if found.verdict == "non-finite":
         lines += _nonfinite(found)
     elif norms.max() == 0 and found.gradient_norm == 0:
-        title = "no gradient path"
-        lines += NO_PATH
+        title, words = _no_gradient(found)
+        lines += words
     elif norms.max() == 0:
         title = "no gradient path through the carry"
         lines.append("  no gradient flows back through the carry: every window is exact")
     elif found.num_steps == 1:
         lines.append("  one step: there is nothing to go back through, and nothing to truncate")
     else:
+        span += f", {int(found.num_lags)} lags measured" if 1 < found.num_lags < found.num_steps else ""
         lines += [*_decay(found, norms), *_dynamics(found), "", *_windows(found)]
-    title = f"Gradient over {found.num_steps} step{'s' * (found.num_steps > 1)}: {title}"
-    return "\n".join([title, *lines, *_advice(found)])
+    advice = [f"  {advice}" for advice in found.advice]
+    return "\n".join([f"Gradient over {span}: {title}", *lines, *(["", "  advice", *advice] if advice else [])])
+
+
+def verdict_words(found: Any) -> str:
+    """The verdict, or that one lag gives none."""
+    one = found.num_lags == 1 < found.num_steps and found.verdict != "non-finite"
+    return ONE_LAG if one else found.verdict
+
+
+def _no_gradient(found: Any) -> tuple[str, tuple[str, ...]]:
+    """Title and words where not even lag 0 has a gradient."""
+    if found.underflow:
+        return "vanished below precision", BELOW
+    if found.loss == 0 and found.num_lags > 0:
+        return "zero loss", PERFECT
+    return "no gradient path", NO_PATH
 
 
 def _nonfinite(found: Any) -> list[str]:
@@ -43,7 +65,7 @@ def _nonfinite(found: Any) -> list[str]:
 
 def _decay(found: Any, norms: np.ndarray) -> list[str]:
     """Half-life, fit and reach."""
-    largest = len(norms)
+    largest = int(found.num_lags)
     rate, half_life = float(found.rate), float(found.half_life)
     low, high = (float(h) for h in found.half_life_interval)
     halves = "none (it does not shrink)"
@@ -52,20 +74,23 @@ def _decay(found: Any, norms: np.ndarray) -> list[str]:
     elif math.isfinite(half_life):
         halves = f"{half_life:.3g} steps ({low:.3g} to {'∞' if math.isinf(high) else f'{high:.3g}'})"
     if largest == 1:
-        halves = "not measured (one lag)"
+        halves = ONE_LAG
     elif found.zero_lag == 1:
         halves = "under one step"
-    lines = [f"  half-life {halves}; norm {norms[0]:.3g} at lag 0, {norms[-1]:.3g} at lag {largest - 1}"]
+    lines = [f"  half-life {halves}; norm {norms[0]:.3g} at lag 0, {norms[largest - 1]:.3g} at lag {largest - 1}"]
     if largest > 1 and found.zero_lag != 1:
         error = float(found.rate_error)
         spread = f"± {error:.2g}" if math.isfinite(error) else "(two lags)"
         lines.append(f"  decay     {rate:+.3g} {spread} per step (ln norm; residual {float(found.residual):.2g})")
+    if found.first_lag == 1:
+        lines.append(f"  jump      to {norms[1]:.3g} at lag 1: half-life and decay are those from there on")
     if found.zero_lag > 0 and found.underflow:
         lag = int(found.zero_lag)
         lines.append(f"  vanished below precision: exactly zero from lag {lag} on ({norms[lag - 1]:.2g} before)")
     elif found.zero_lag > 0:
         lines.append(f"  exactly zero from lag {int(found.zero_lag)} on: a cut, a reset, or dead or saturated units")
-    reach = f"{int(found.reach)} steps" if found.reach < largest else f"all {largest} steps measured"
+    reach = int(found.reach)
+    reach = f"all {largest} steps measured" if reach >= largest else f"{reach} step{'s' * (reach > 1)}"
     return [*lines, f"  reach     {reach} (at least 1 % of lag 0)"]
 
 
@@ -110,8 +135,10 @@ def _windows(found: Any) -> list[str]:
 
 def _bound(found: Any) -> str:
     """The windows that the bound asks for."""
-    if not found.rate < 0:
-        return "none: decay ≥ 1"
+    if found.num_lags < TAIL_LAGS:
+        return ONE_LAG if found.num_lags == 1 else f"not measured (fewer than {TAIL_LAGS} lags)"
+    if not np.any(found.bound_window):
+        return "none: the later lags do not decay"
     windows = zip(TOLERANCES, found.bound_window, strict=True)
     return ", ".join(f"{int(w)} for {tolerance:.0%}" if w else f"none for {tolerance:.0%}" for tolerance, w in windows)
 
@@ -122,13 +149,3 @@ def _cost_cells(costs: dict, name: str) -> str:
     (seconds, size), (full_seconds, full_size) = costs[name], costs["full"]
     ratio = "" if name == "full" else f"{seconds / full_seconds:.2f}× time, {size / max(full_size, 1):.2f}× memory"
     return f"{1e3 * seconds:>9.2f} ms{size / 2**20:>8.2f} MiB{ratio:>28}".rstrip()
-
-
-def _advice(found: Any) -> list[str]:
-    """One line each: topic, the number against its limit, what to do."""
-    lines = ["", "  advice"]
-    for advice in found.advice:
-        sign = "<" if advice.value < advice.threshold else ">"
-        number = f"{advice.evidence} {advice.value:.3g} {sign} {advice.threshold:.3g}"
-        lines.append(f"  {advice.topic}: {number}: {advice.remedy}")
-    return lines if found.advice else []

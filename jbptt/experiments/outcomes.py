@@ -135,10 +135,14 @@ def _plus_minus(mean: float, spread: float) -> str:
 def verdict(case: Case) -> str:
     """The loss after training against that with no remedy: better, worse, same, or how many runs diverged.
 
-    A difference counts if its mean over the seeds exceeds their spread, and 1 % of the loss with no remedy.
+    Fewer diverged runs than with no remedy are better, more are worse, whatever the others lost. Else a
+    difference counts if its mean over the seeds exceeds their spread, and 1 % of the loss with no remedy.
     """
-    if case.num_diverged:
-        return f"diverged {case.num_diverged}/{case.num_runs}"
+    number, of_nothing = case.num_diverged, int(np.sum(np.isnan(case.nothing.loss)))
+    if number != of_nothing:
+        return f"{'better' if number < of_nothing else 'worse'}, {number}/{case.num_runs} div."
+    if number:
+        return f"diverged {number}/{case.num_runs}"
     mean, spread = excess(case.after.loss, case.nothing.loss)
     bar = max(spread, MEANINGFUL_LOSS * _mean(case.nothing.loss))
     return "worse" if mean > bar else "better" if mean < -bar else "same" if abs(mean) <= bar else "-"
@@ -211,7 +215,7 @@ def _block(remedies: Remedies, patient: int) -> str:
 
 
 def _columns(*texts: str) -> str:
-    widths = -22, 16, 16, 18, 22, 16
+    widths = -22, 16, 16, 17, 21, 18
     return "".join(f"{t:<{-w}}" if w < 0 else f"{t:>{w}}" for t, w in zip(texts, widths, strict=True)).rstrip()
 
 

@@ -124,6 +124,10 @@ def check_doses(doses: Doses) -> None:
     if not isinstance(doses.window, Tracer):
         validation.check_positive_integer("doses.window", doses.window)
     validation.check_probability("doses.keep_prob", doses.keep_prob)
+    if jnp.ndim(doses.keep_prob):
+        raise ValueError(
+            f"doses.keep_prob must be a scalar, got shape {jnp.shape(doses.keep_prob)}; one probability for all steps"
+        )
     for name in ("learning_rate", "smaller_learning_rate", "max_norm"):
         validation.check_above(f"doses.{name}", getattr(doses, name), 0, "nothing would be learnt")
     for name in ("weight_decay", "spectral", "lyapunov", "negative_slope"):

@@ -154,14 +154,15 @@ def run_diagnosis(model: str, **options: Any) -> int:
     Raises: UsageError, for whatever the user can put right.
     """
     from jbptt.analysis.diagnosis import diagnose
-    from jbptt.report.user_models import load_problem
+    from jbptt.report.user_models import describe, is_own, load_problem
 
     try:
         found = diagnose(*load_problem(model), **options)
-    except (ValueError, TypeError) as error:
-        raise UsageError(str(error)) from error
     except _device_errors() as error:
         raise UsageError(f"the device gave up: {str(error).splitlines()[0]}; try a smaller batch") from error
+    except (Exception, SystemExit) as error:
+        said = isinstance(error, ValueError) and is_own(error)
+        raise UsageError(str(error) if said else f"{model} failed: {describe(error)}") from error
     print(found)
     return 0
 

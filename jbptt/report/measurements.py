@@ -12,7 +12,8 @@ import optax
 
 from jbptt import cells, clipping
 from jbptt.analysis.comparison import fresh_blocks, measure_cost
-from jbptt.analysis.diagnosis import TOLERANCES, VERDICTS, Diagnosis, diagnose, fit_decay
+from jbptt.analysis.diagnosis import TOLERANCES, Diagnosis, diagnose, fit_decay
+from jbptt.analysis.findings import VERDICTS
 from jbptt.analysis.lags import lag_profile
 from jbptt.cells import Cell
 from jbptt.estimators import full_bptt, truncated_bptt

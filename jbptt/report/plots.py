@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jbptt.analysis.page import verdict_words
 from jbptt.report.axes import draw_matrix, label_characters, log_scale, new_axes, numbers, positive, visible
 from jbptt.report.themes import LIGHT, Theme
 
@@ -285,17 +286,21 @@ def _finite_means(values: Any) -> np.ndarray:
 
 
 def plot_diagnosis(diagnosis: Any, *, ax: Any = None, theme: Theme = LIGHT) -> Any:
-    """The truncation curve of a diagnosis, with rings where its recommended windows are."""
+    """The truncation curve of a diagnosis, with rings at its recommended windows.
+
+    Those of blocks are at the error of blocks cut at multiples of the window, beside the curve's average over
+    where the first cut falls. T, whose error is 0, has none.
+    """
     ax = plot_truncation_curve(diagnosis.curve, ax=ax, theme=theme)
-    for windows, errors, colour in (
-        (diagnosis.sliding_window, diagnosis.curve.relative_error, theme.lines[0]),
-        (diagnosis.block_window, diagnosis.curve.block_relative_error, theme.lines[0]),
-    ):
-        for window in np.asarray(windows):
-            if 0 < window <= len(errors):
-                place = {"color": colour, "markerfacecolor": "none", "markersize": 9, "markeredgewidth": 1.6}
-                ax.plot(window, positive([errors[window - 1]]), "o", **place)
-    ax.set_title(f"{diagnosis.verdict} over {diagnosis.num_steps} steps; rings: recommended windows")
+    sliding, errors = np.asarray(diagnosis.sliding_window), np.asarray(diagnosis.curve.relative_error)
+    rings = [(int(window), float(errors[window - 1])) for window in sliding]
+    blocks = zip(np.asarray(diagnosis.block_window), np.asarray(diagnosis.block_error), strict=True)
+    rings += [(int(window), float(error)) for window, error in blocks]
+    style = {"color": theme.lines[0], "markerfacecolor": "none", "markersize": 9, "markeredgewidth": 1.6}
+    for window, error in rings:
+        if window > 0:
+            ax.plot(window, positive([error]), "o", **style)
+    ax.set_title(f"{verdict_words(diagnosis)} over {diagnosis.num_steps} steps; rings: recommended windows")
     return ax
 
 

@@ -3,11 +3,14 @@
 import importlib
 import importlib.util
 import sys
+import sysconfig
 import traceback
+import uuid
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+_OWN = Path(__file__).parents[1]
 RESULT = ("step", "loss", "params", "carry", "batch")
 
 
@@ -30,8 +33,8 @@ def load_problem(target: str) -> tuple[Any, ...]:
         raise ValueError(f"{name} has no function {function_name!r}; define def {function_name}(): ...")
     try:
         result = function()
-    except Exception as error:
-        raise ValueError(f"{target} failed: {_where(error)}") from error
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{target} failed: {describe(error)}") from error
     if not isinstance(result, tuple) or len(result) != len(RESULT):
         size = f" of {len(result)} entries" if isinstance(result, tuple) else ""
         raise ValueError(
@@ -43,29 +46,45 @@ def load_problem(target: str) -> tuple[Any, ...]:
 
 def _load_module(name: str) -> ModuleType:
     sys.path.insert(0, str(Path.cwd()))
-    try:
-        path = Path(name)
-        if path.suffix != ".py":
-            return importlib.import_module(name)
-        sys.path.insert(0, str(path.resolve().parent))
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        if not path.is_file() or spec is None or spec.loader is None:
+    path = Path(name)
+    if path.suffix == ".py":
+        if not path.is_file():
             raise ValueError(f"{name} is not a file; name a Python file, or a module as package.module:function")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[path.stem] = module  # dataclasses and pickles look their module up
-        spec.loader.exec_module(module)
-        return module
+        sys.path.insert(0, str(path.resolve().parent))
+    try:
+        return _run_file(path) if path.suffix == ".py" else importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise ValueError(f"no module {error.name!r}, needed for {name}; run it from the folder of your file") from error
-    except ValueError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{name} cannot be imported: {_where(error)}") from error
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{name} cannot be imported: {describe(error)}") from error
 
 
-def _where(error: BaseException) -> str:
-    """What happened, and the innermost line that is known."""
+def _run_file(path: Path) -> ModuleType:
+    """Under a name of its own: `queue.py` must not stand in for the standard library's."""
+    name = f"_jbptt_model_{uuid.uuid4().hex}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} cannot be loaded")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickles look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def describe(error: BaseException) -> str:
+    """Type, message and the innermost line of the user's own files."""
     if isinstance(error, SyntaxError):
         return f"{type(error).__name__}: {error}"
-    place = traceback.extract_tb(error.__traceback__)[-1]
+    places = traceback.extract_tb(error.__traceback__)
+    place = next((place for place in reversed(places) if _is_users(place.filename)), places[-1])
     return f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
+
+
+def is_own(error: BaseException) -> bool:
+    """Whether jbptt itself raised this, whose message needs no place."""
+    return Path(traceback.extract_tb(error.__traceback__)[-1].filename).is_relative_to(_OWN)
+
+
+def _is_users(filename: str) -> bool:
+    foreign = _OWN, *(sysconfig.get_path(kind) for kind in ("stdlib", "purelib", "platlib"))
+    return not filename.startswith("<") and not any(Path(filename).is_relative_to(folder) for folder in foreign)

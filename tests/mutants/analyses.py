@@ -17,6 +17,7 @@ LYAPUNOV = "jbptt/analysis/lyapunov.py"
 NONFINITE = "jbptt/analysis/nonfinite.py"
 POWERS = "jbptt/analysis/powers.py"
 PRODUCTS = "jbptt/analysis/products.py"
+STUCK = "jbptt/analysis/stuck.py"
 
 ANALYSES = (
     # analysis
@@ -32,7 +33,9 @@ ANALYSES = (
     Mutant("flow_is_no_root_mean_square", FLOW, "/ jnp.sqrt(jnp.maximum(count, 1))", "/ jnp.maximum(count, 1)"),
     Mutant("flow_counts_the_source_examples", FLOW, "count = jnp.roll(counted, -lag)", "count = counted"),
     Mutant("flow_reads_the_wrong_step", FLOW, "rows[jnp.maximum(t - s, 0), s]", "rows[jnp.maximum(t - s, 0), t]"),
-    Mutant("sources_read_the_carry_received", FLOW, "a[1:], path.cotangents", "a[:-1], path.cotangents"),
+    Mutant(
+        "sources_read_the_carry_received", FLOW, "c[1:] for c in carry_cotangents", "c[:-1] for c in carry_cotangents"
+    ),
     Mutant("sources_forget_the_weight", FLOW, "c * exact.weight.astype(c.dtype)", "c"),
     Mutant(
         "sources_of_the_ungated_gradient",
@@ -81,12 +84,16 @@ ANALYSES = (
     Mutant(
         "diagnosis_takes_a_window_twice_too_small",
         BLOCKS,
-        "jnp.array(windows)[first]",
-        "jnp.array(windows)[first] // 2",
+        "return jnp.array(windows)[first], error",
+        "return jnp.array(windows)[first] // 2, error",
     ),
     Mutant("diagnosis_half_life_in_e_folds", EVIDENCE, "math.log(2) / jnp.where(rates", "1.0 / jnp.where(rates"),
-    Mutant("diagnosis_verdict_per_step", EVIDENCE, "rate * (jnp.sum(measured) - 1), -jnp.inf", "rate, -jnp.inf"),
-    Mutant("diagnosis_norm_of_the_sum", BLOCKS, "weighted_mean(norm(sums.grad), sums.weight)", "norm(sums.grad)"),
+    Mutant(
+        "diagnosis_verdict_per_step", EVIDENCE, "rate * (jnp.sum(measured) - 1 - first), -jnp.inf", "rate, -jnp.inf"
+    ),
+    Mutant(
+        "diagnosis_norm_of_the_sum", BLOCKS, "weighted_mean(norm(sums.grad), jnp.abs(sums.weight))", "norm(sums.grad)"
+    ),
     # jacobians
     Mutant("jacobian_transposed", JACOBIANS, "return jax.jacfwd(run)(flat)", "return jax.jacfwd(run)(flat).T"),
     Mutant(
@@ -235,6 +242,15 @@ ANALYSES = (
         "counted = mask & (number <= number[-1] - number[-1] // 4)",
         "counted = mask & (number > number[-1] // 4)",
     ),
+    Mutant(
+        "bound_by_the_first_lags",
+        EVIDENCE,
+        "rate = tail_rate(norms, num_lags)",
+        "rate = fit_decay(norms, num_lags).rate",
+    ),
+    Mutant("jump_counts_as_decay", EVIDENCE, "(num_lags > 2), 1, 0)", "(num_lags > 2), 0, 0)"),
+    Mutant("full_bptt_is_a_window_like_others", BLOCKS, ", jnp.inf).at[:, -1].set(jnp.inf)", ", jnp.inf)"),
+    Mutant("what_is_zero_is_dead", STUCK, "(a == 0) & (b == 0) for", "(a == a) | (b == 0) for"),
     Mutant("bound_sum_one_lag_short", EVIDENCE, "lag >= lag[:, None], phi", "lag > lag[:, None], phi"),
     Mutant(
         "curvature_along_no_unit_vector",

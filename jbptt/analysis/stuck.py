@@ -1,0 +1,72 @@
+"""Units that pass no gradient: dead (exactly zero whatever comes in) or saturated (at ±1)."""
+
+import jax
+import jax.numpy as jnp
+
+from jbptt.adjoint import wide_parts
+from jbptt.norms import norm
+from jbptt.recurrence import held
+from jbptt.types import Batch, Carry, Params, Step, align_leading, split_inexact
+
+NUDGE = 1e-3  # of a leaf's root mean square
+
+
+def share_stuck(
+    carries: list, immovable: list, mask: jax.Array | None, batch_shape: tuple
+) -> tuple[jax.Array, jax.Array]:
+    """The shares of the carry's entries that are saturated, and that are dead, at every step and example.
+
+    Saturated: within 0.01 of ±1 (where tanh' < 0.02) at 95 % of the steps and examples at least. Dead: exactly
+    zero at every one, and immovable. Carries that a step emitted and the next one read, masked steps left out;
+    0 where there is none.
+
+    Args:
+      carries: the inexact leaves of the carries that enter the steps, `[T, *batch, ...]`.
+      immovable: for each, whether the entry that step t emits stays zero when the step is nudged (`stays_zero`).
+      mask: as in `Batch`.
+      batch_shape: of the loss.
+    """
+    axes = tuple(range(1 + len(batch_shape)))
+    saturated, dead, total = jnp.zeros(()), jnp.zeros(()), 0
+    for leaf, still in zip(carries, immovable, strict=True):
+        emitted = jnp.abs(leaf[1:])
+        counted = jnp.ones(emitted.shape[: len(axes)], bool)
+        if mask is not None:
+            counted = counted & align_leading(mask[:-1], len(axes))
+        count, counted = jnp.sum(counted), align_leading(counted, emitted.ndim)
+        near = jnp.sum(counted & (jnp.abs(emitted - 1) <= 0.01), axes) >= 0.95 * count
+        saturated += jnp.sum(near & (count > 0))
+        dead += jnp.sum(jnp.all(~counted | ((emitted == 0) & still[:-1]), axes) & (count > 0))
+        total += near.size
+    return saturated / max(total, 1), dead / max(total, 1)
+
+
+def stays_zero(step: Step, params: Params, carries: Carry, batch: Batch) -> list:
+    """Which entries of the carry each step emits as zero however it is nudged, inexact leaves `[T, *batch, ...]`.
+
+    Parameters, carry and input are moved a little at random, once either way: a dead ReLU stays at zero, while
+    what is zero by its data moves. Two evaluations of the steps side by side and no derivative.
+
+    Args:
+      step: `(params, carry, x) -> (carry, y)`.
+      params: the parameters.
+      carries: what enters the steps, leaves `[T, ...]`.
+      batch: its inputs and mask.
+    """
+    core, _, wide = wide_parts(step, params)
+    leaves, rebuild = split_inexact((wide, carries, batch.xs))
+
+    def emitted(size):
+        moved = [_nudged(leaf, jax.random.key(i), size) for i, leaf in enumerate(leaves)]
+        params, carry, xs = rebuild(moved)
+        after = jax.vmap(held(core), in_axes=(None, 0, 0))(params, carry, (xs, batch.mask))[0]
+        return split_inexact(after)[0]
+
+    return [(a == 0) & (b == 0) for a, b in zip(emitted(NUDGE), emitted(-NUDGE), strict=True)]
+
+
+def _nudged(leaf: jax.Array, key: jax.Array, size: float) -> jax.Array:
+    """`leaf` with random numbers added, of `size` times its root mean square; of `size` where that is 0."""
+    scale = norm(leaf) / max(leaf.size, 1) ** 0.5
+    scale = size * jnp.where(scale == 0, 1, scale)
+    return leaf + (scale * jax.random.normal(key, leaf.shape, scale.dtype)).astype(leaf.dtype)
