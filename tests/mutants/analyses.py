@@ -7,6 +7,7 @@ ALIGNMENT = "jbptt/analysis/alignment.py"
 BLOCKS = "jbptt/analysis/blocks.py"
 DEPENDENCE = "jbptt/dependence.py"
 DIAGNOSIS = "jbptt/analysis/diagnosis.py"
+DOMINANCE = "jbptt/analysis/dominance.py"
 EVIDENCE = "jbptt/analysis/evidence.py"
 FLOW = "jbptt/analysis/flow.py"
 GATING = "jbptt/analysis/gating.py"
@@ -209,9 +210,17 @@ ANALYSES = (
         "(q @ turn, (inner - turn) @ r)",
     ),
     # powers of a matrix
+    Mutant("defective_only_where_the_largest_is", DOMINANCE, "defective = jnp.any(split)", "defective = split[0]"),
+    Mutant("rounding_of_powers_grows_with_n", DOMINANCE, "20 * math.sqrt(size) * eps", "100 * size * eps"),
+    Mutant(
+        "doubts_of_the_whole_matrix",
+        DOMINANCE,
+        "jnp.sum(jnp.abs(spectrum.left).T * reached, axis=0)",
+        "norm(matrix) / spectrum.sharpness",
+    ),
     Mutant(
         "left_eigenvectors_are_the_right_ones",
-        POWERS,
+        DOMINANCE,
         "left = vectors.T if symmetric else jnp.linalg.inv(vectors)",
         "left = vectors.T",
     ),
@@ -219,8 +228,8 @@ ANALYSES = (
     Mutant(
         "powers_angle_one_step_late",
         POWERS,
-        "        return _normalised(matrix @ y), _angle(y, spectrum.dominant)",
-        "        y = _normalised(matrix @ y)\n        return y, _angle(y, spectrum.dominant)",
+        "        return normalised(matrix @ y), _angle(y, direction)",
+        "        y = normalised(matrix @ y)\n        return y, _angle(y, direction)",
     ),
     # evidence and advice
     Mutant(
