@@ -218,6 +218,26 @@ SAID = {
 }
 
 
+def check_what_is_said(case, name, matrix, x, found):
+    """That the case is what a loop of NumPy sees: by how much M^j x turns in a step, and where it is from v₁."""
+    turned, sine = [], np.asarray(found.misalignment)
+    for _ in range(60):
+        x = x / np.linalg.norm(x)
+        after = matrix @ x
+        if not np.any(np.abs(after) > 1e-12):
+            assert case == "defective" and name.startswith("nilpotent"), name
+            return
+        turned.append(np.linalg.norm(after - x * (x @ after)) / np.linalg.norm(after))
+        x = after
+    if case == "complex pair":
+        assert min(turned) > 0.05, name  # keeps turning
+    elif case == "tie":
+        assert sine[60] > 0.01 and (turned[-1] > 0.05 or turned[-1] < 1e-6), name  # to and fro, or at rest elsewhere
+    else:
+        assert sine[60] > 1e-3, name  # not exponentially
+        assert sine[60] < sine[30] or "weakly" in name, name
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("case", FAILING)
 def test_cases(case, dtype):
@@ -229,6 +249,8 @@ def test_cases(case, dtype):
             assert SAID[case] in str(found), name
             assert found.misalignment.dtype == dtype
             assert not np.isnan(found.predicted_rate), name
+            if case != "aligns" and np.any(matrix):
+                check_what_is_said(case, name, matrix.astype(float), x, found)
 
 
 @pytest.mark.parametrize("size", [32, 100])
