@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 
 from jbptt import cells
 from jbptt.adjoint import at_least_float32
-from jbptt.analysis.jacobians import check_system
+from jbptt.analysis.jacobians import check_system, push_tangents
 from jbptt.norms import norm
 from jbptt.recurrence import trajectory
 from jbptt.types import Carry, Params, PyTree, Step
@@ -116,6 +116,6 @@ def path_jacobian(step, params, carry, x, straight, columns) -> jax.Array:
     def run(nudge):
         nudge_h, *_ = jax.tree.leaves(unravel(nudge))
         nudged = {**params, bias: params[bias] + (nudge_h @ params["w_h"]) * columns.astype(nudge_h.dtype)}
-        return ravel_pytree(step(nudged, unravel(flat + straight * nudge), x)[0])[0]
+        return ravel_pytree(step(nudged, unravel(flat + straight * nudge), x)[0])[0], ()
 
-    return jax.jacfwd(run)(jnp.zeros_like(flat))
+    return push_tangents(run, jnp.zeros_like(flat), jnp.eye(flat.size, dtype=flat.dtype))[0]

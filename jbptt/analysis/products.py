@@ -113,7 +113,7 @@ def jacobian_products(
       mask: bool `[T]`; a masked step is the identity.
 
     Returns:
-      A `JacobianProducts`. NaN where a Jacobian is not finite.
+      A `JacobianProducts`. NaN where a Jacobian, or a carry that leaves a step, is not finite.
 
     Raises:
       ValueError: spans that are empty or < 1; a static start < 0 or with start + span > T; what

@@ -89,12 +89,12 @@ ANALYSES = (
     Mutant("diagnosis_verdict_per_step", EVIDENCE, "rate * (jnp.sum(measured) - 1), -jnp.inf", "rate, -jnp.inf"),
     Mutant("diagnosis_norm_of_the_sum", BLOCKS, "weighted_mean(norm(sums.grad), sums.weight)", "norm(sums.grad)"),
     # jacobians
-    Mutant("jacobian_transposed", JACOBIANS, "return jax.jacfwd(run)(flat)", "return jax.jacfwd(run)(flat).T"),
+    Mutant("jacobian_transposed", JACOBIANS, "dtype=flat.dtype))[0]", "dtype=flat.dtype))[0].T"),
     Mutant(
         "jacobian_in_reverse_mode_transposed",
         JACOBIANS,
-        "return jax.jacrev(run)(flat)",
-        "return jax.jacrev(run)(flat).T",
+        "jax.jacrev(lambda flat: run(flat)[0])(flat)",
+        "jax.jacrev(lambda flat: run(flat)[0])(flat).T",
     ),
     Mutant(
         "jacobian_of_a_masked_step",
@@ -120,8 +120,8 @@ ANALYSES = (
     Mutant(
         "push_forgets_the_first_basis",
         GRADED,
-        "return matrix_product(basis, q), Graded(rows, exponents)",
-        "return q, Graded(rows, exponents)",
+        "return matrix_product(basis, q), Graded(",
+        "return q, Graded(",
     ),
     Mutant(
         "product_multiplied_from_the_right",  # the product of the transposes has the singular values of that
@@ -185,6 +185,9 @@ ANALYSES = (
         "return cotangents",
     ),
     # Lyapunov exponents
+    Mutant("lyapunov_forgets_the_scale_of_the_frame", LYAPUNOV, "(growth + shift, largest", "(growth, largest"),
+    Mutant("lyapunov_forgets_the_scale_of_the_largest", LYAPUNOV, "largest + shift)", "largest)"),
+    Mutant(),
     Mutant(
         "lyapunov_deviation_for_error",
         LYAPUNOV,
