@@ -393,6 +393,17 @@ def test_one_singular_step_is_enough(dtype):
     np.testing.assert_array_equal(np.isfinite(found.history[:, -1]), np.arange(40) < 17)
 
 
+def test_singular_is_to_rounding():
+    """What float32 cannot tell, both ways, and float64 can."""
+    stiff, dense = np.diag([1.0, 1e-6]), np.random.default_rng(0).normal(size=(20, 3, 3))
+    dense[5] = np.outer([1.0, 2.0, 3.0], [1.0, 0.5, -1.0])
+    for dtype, singular in ((np.float32, True), (np.float64, False)):
+        found = spectrum(linear_step, stiff.astype(dtype), jnp.zeros(2, dtype), None, length=50).exponents
+        assert np.isneginf(found).tolist() == [False, singular]
+        found = spectrum(matrix_step, None, jnp.zeros(3, dtype), dense.astype(dtype)).exponents
+        assert np.isneginf(found).tolist() == [False, not singular, not singular]
+
+
 def test_float32_knows_noise_from_numbers():
     """Of rank 4 only to rounding: the others are −inf in both precisions. Near-singular steps are not, in float32."""
     rng = np.random.default_rng(12)
@@ -461,9 +472,19 @@ def test_no_invariant_subspace_traps_the_frame():
 
 
 def test_half_precision_carry():
-    found = spectrum(linear_step, jnp.eye(2, dtype=jnp.bfloat16) / 2, jnp.zeros(2, jnp.bfloat16), None, length=10)
-    assert found.exponents.dtype == jnp.float32
-    np.testing.assert_allclose(found.exponents, -math.log(2), rtol=1e-2)
+    """The frame is rounded to bfloat16 at every step, the same way: an error below its ε that no error bar shows."""
+    eps = float(jnp.finfo(jnp.bfloat16).eps)
+    found = spectrum(linear_step, jnp.eye(2, dtype=jnp.bfloat16) / 2, jnp.zeros(2, jnp.bfloat16), None, length=1000)
+    assert found.exponents.dtype == found.standard_errors.dtype == jnp.float32
+    error = np.abs(found.exponents + math.log(2))
+    assert np.all(error < eps) and np.all(error > 1e-3) and np.all(found.standard_errors < 1e-6)
+    for seed in range(3):
+        drawn = np.random.default_rng(seed).normal(size=(4, 4)) / 2 + np.diag([2, 1, 0.5, 0.2])
+        matrix = jnp.asarray(drawn, jnp.bfloat16)
+        options = {"length": 200, "num_discarded": 100, "num_exponents": 1}
+        found = spectrum(linear_step, matrix, jnp.zeros(4, jnp.bfloat16), None, **options).exponents
+        exact = np.max(np.abs(np.linalg.eigvals(np.asarray(matrix, float))))
+        np.testing.assert_allclose(found, math.log(exact), rtol=0, atol=eps)
 
 
 def test_dtypes_are_those_of_the_carry():

@@ -31,9 +31,11 @@ class LyapunovSpectrum(NamedTuple):
     """The k largest Lyapunov exponents of one trajectory, natural logarithm per step, descending.
 
     Attributes:
-      exponents: `[k]`. −inf where the Jacobians are singular, or as good as singular in this precision.
+      exponents: `[k]`. −inf where the Jacobians are singular to rounding: a regular spread of more than 13 nats per
+        interval is so in float32, while one step alone that is singular in a general position is not seen there.
       standard_errors: `[k]`, by batch means over the kept steps: how far a trajectory of this length
-        scatters about an infinitely long one. NaN with fewer than two intervals; 0 for an exponent of −inf.
+        scatters about an infinitely long one, not how far rounding moves both. NaN with fewer than two intervals; 0
+        for an exponent of −inf.
       history: `[num_intervals, k]`, the estimate after each kept interval, its columns in the order of
         `exponents`; the last row is `exponents`. `num_intervals = ⌈kept steps / qr_every⌉`.
     """
@@ -65,15 +67,20 @@ def lyapunov_spectrum(
     dimensions; for the spectrum of each example use `jax.vmap`. For exponents per unit of time divide by
     the time that one step takes.
 
-    Costs one step and k tangents per step (forward mode; no Jacobian is formed) and O(n k²) per QR; memory
-    O(n k) and the history. Differentiable in `params` and `carry`, forward and in reverse (intervals are
-    then recomputed in segments); an exponent of −inf has derivative 0. In chaos the derivative of a
-    long-time average grows like exp(λ_1 T), here as in every such calculation.
+    Costs one step and k tangents per step (forward mode; no Jacobian is formed, but for a step with a
+    `custom_vjp`, in reverse mode) and O(n k²) per QR; memory O(n k) and the history. Differentiable in
+    `params` and `carry`, forward and in reverse (intervals are then recomputed in segments); an exponent of
+    −inf has derivative 0. In chaos the derivative of a long-time average grows like exp(λ_1 T), here as in
+    every such calculation.
 
     −inf: exact, where R has a zero, or R_ii below the rounding of the largest entry of R: in float64 for
     one interval (2⁻⁴⁸), in float32 on average (16 eps). A spread of more than that (33 and 13 nats) within
-    one interval cannot be resolved; lower `qr_every`. A carry that stops being finite makes all exponents
-    NaN, also where the derivative would not notice (a ReLU's at NaN is 0, a linear step's is its matrix).
+    one interval cannot be resolved; lower `qr_every`. With `qr_every=1` in float32, diag(1, 1e-6) is taken for
+    singular, and a single singular step whose zero rounding hides for regular; take float64. A carry that
+    stops being finite makes all exponents NaN, also where the derivative would not notice (a ReLU's at NaN is
+    0, a linear step's is its matrix). A carry narrower than float32 rounds the frame to its own precision at
+    every step, always the same way: exponents are then off by up to its ε (bfloat16: 0.008), whatever T and the
+    standard errors.
 
     Args:
       step: `(params, carry, x) -> (carry, y)`; y is not used.

@@ -187,7 +187,6 @@ ANALYSES = (
     # Lyapunov exponents
     Mutant("lyapunov_forgets_the_scale_of_the_frame", LYAPUNOV, "(growth + shift, largest", "(growth, largest"),
     Mutant("lyapunov_forgets_the_scale_of_the_largest", LYAPUNOV, "largest + shift)", "largest)"),
-    Mutant(),
     Mutant(
         "lyapunov_deviation_for_error",
         LYAPUNOV,
