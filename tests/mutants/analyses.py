@@ -102,6 +102,18 @@ ANALYSES = (
         "step_jacobian(held(core), params, c, x))",
         "step_jacobian(core, params, c, x[0]))",
     ),
+    Mutant(
+        "jacobian_hides_a_state_that_is_not_finite",
+        JACOBIANS,
+        "jnp.where(jnp.isfinite(new).all(), pushed, jnp.nan)",
+        "pushed",
+    ),
+    Mutant(
+        "product_hides_a_jacobian_that_is_not_finite",
+        GRADED,
+        "Graded(jnp.where(finite, rows, jnp.nan), exponents)",
+        "Graded(rows, exponents)",
+    ),
     Mutant("jacobian_swaps_real_and_imaginary", JACOBIANS, "(a.real, a.imag) if", "(a.imag, a.real) if"),
     # graded matrices and products
     Mutant(
