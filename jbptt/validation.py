@@ -238,7 +238,7 @@ def check_loss(loss: Any, y: Any, targets: Any) -> tuple[tuple[int, ...], Any]:
     return value.shape, aux
 
 
-def warn_of_float64(trees: dict[str, Any]) -> None:
+def warn_of_float64(trees: dict[str, Any], stacklevel: int = 4) -> None:
     """A warning where JAX is about to round float64 to float32, which it does without a word."""
     if jax.dtypes.canonicalize_dtype(np.float64) == np.float64:
         return
@@ -248,7 +248,7 @@ def warn_of_float64(trees: dict[str, Any]) -> None:
                 warnings.warn(
                     f"{name}{keystr(path)} is {leaf.dtype}, which is computed in single precision while x64 is off; "
                     "cast it to float32, or jax.config.update('jax_enable_x64', True) before anything else",
-                    stacklevel=4,
+                    stacklevel=stacklevel,
                 )
                 return
 

@@ -157,6 +157,8 @@ def test_alignment(name):
     assert f"{sine[0]:.3g} at k = 0" in str(found)
 
 
+DEFECTIVE_PAIR = np.kron(np.eye(2), turn(1.0, 1.0)) + np.kron(np.eye(2, k=1), np.eye(2))  # [[R, 1], [0, R]]
+
 FAILING = {
     "tie": {
         "identity": np.eye(3),
@@ -168,11 +170,16 @@ FAILING = {
         "zero": np.zeros((2, 2)),
         "beside a defective smaller one": similar(block(np.eye(2), jordan(0.5, 2))),
         "beside a complex pair": similar(block(np.eye(1), turn(1.0, 1.0), np.diag([0.3]))),
+        "two defective": block(jordan(1.0, 2), jordan(-1.0, 2)),
+        "two defective, general": similar(block(jordan(1.0, 2), jordan(-1.0, 2))),
     },
     "complex pair": {
         "in the plane": turn(0.9, 0.9),
         "general": similar(block(turn(1.0, 2.0), np.diag([0.5, 0.1]))),
         "two pairs": similar(block(turn(1.0, 2.0), turn(1.0, 0.5))),
+        "defective": DEFECTIVE_PAIR,
+        "defective, general": similar(DEFECTIVE_PAIR),
+        "defective, beside a tie": similar(block(np.eye(1), DEFECTIVE_PAIR)),
     },
     "defective": {
         "of two": jordan(0.9, 2),
@@ -185,6 +192,12 @@ FAILING = {
         "nilpotent": jordan(0.0, 2),
         "nilpotent, full": np.triu(np.ones((3, 3)), 1),
         "nilpotent, general": similar(jordan(0.0, 3)),
+        **{
+            f"{where} {other}{general}": make(block(*blocks))
+            for other, size in (("1", np.eye(1)), ("−1", -np.eye(1)), ("a complex pair", turn(1.0, 1.0)))
+            for where, blocks in (("before", (jordan(1.0, 2), size)), ("behind", (size, jordan(1.0, 2))))
+            for general, make in (("", np.asarray), (", general", similar))
+        },
     },
     "aligns": {
         "one number": np.array([[3.0]]),
@@ -192,7 +205,8 @@ FAILING = {
         "slowly": np.diag([1.0, 0.9999]),
         "beside a defective smaller one": similar(block(np.diag([-1.0]), jordan(0.5, 2))),
         "beside a Jordan block": block(np.diag([1.0]), jordan(0.5, 3)),
-        "far from normal": np.array([[1.0, 10.0], [0.0, 0.9]]),  # at 100, float32 cannot tell
+        "far from normal": np.array([[1.0, 1e6], [0.0, 0.9]]),
+        "far from normal, general": similar(np.array([[1.0, 10.0], [0.0, 0.9]])),  # at 100, float32 cannot tell
     },
 }
 SAID = {
@@ -202,6 +216,26 @@ SAID = {
     "aligns": "M^k x aligns with v₁: ln sine",
     "orthogonal start": "x has no component on it",
 }
+
+
+def check_what_is_said(case, name, matrix, x, found):
+    """That the case is what a loop of NumPy sees: by how much M^j x turns in a step, and where it is from v₁."""
+    turned, sine = [], np.asarray(found.misalignment)
+    for _ in range(60):
+        x = x / np.linalg.norm(x)
+        after = matrix @ x
+        if not np.any(np.abs(after) > 1e-12):
+            assert case == "defective" and name.startswith("nilpotent"), name
+            return
+        turned.append(np.linalg.norm(after - x * (x @ after)) / np.linalg.norm(after))
+        x = after
+    if case == "complex pair":
+        assert min(turned) > 0.05, name  # keeps turning
+    elif case == "tie":
+        assert sine[60] > 0.01 and (turned[-1] > 0.05 or turned[-1] < 1e-6), name  # to and fro, or at rest elsewhere
+    else:
+        assert sine[60] > 1e-3, name  # not exponentially
+        assert sine[60] < sine[30] or "weakly" in name, name
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -215,6 +249,37 @@ def test_cases(case, dtype):
             assert SAID[case] in str(found), name
             assert found.misalignment.dtype == dtype
             assert not np.isnan(found.predicted_rate), name
+            if case != "aligns" and np.any(matrix):
+                check_what_is_said(case, name, matrix.astype(float), x, found)
+
+
+@pytest.mark.parametrize("size", [32, 100])
+def test_large_matrices(size):
+    """Random ones are far from every exception, in float32 too; their dominant eigenvalue is real or complex."""
+    found, wanted = [], []
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        plain = rng.normal(size=(size, size)) / math.sqrt(size)
+        for matrix in (plain, plain + plain.T):
+            values = np.linalg.eigvals(matrix)
+            wanted.append("aligns" if values[np.argmax(np.abs(values))].imag == 0 else "complex pair")
+            x = rng.normal(size=size)
+            found.append([powers.alignment(matrix.astype(t), x.astype(t), 2).case for t in (np.float32, np.float64)])
+    assert found == [[case] * 2 for case in wanted]
+    assert len(set(wanted)) == 2
+
+
+def test_two_orders_of_a_defective_matrix_have_one_limit():
+    """v₁ is the eigenvector of the Jordan block, to which M^k x turns, not that of the 1 beside it."""
+    x = np.array([0.5, 0.7, 0.4])
+    first = powers.alignment(block(np.eye(1), jordan(1.0, 2)), x, 300)
+    last = powers.alignment(block(jordan(1.0, 2), np.eye(1)), np.roll(x, -1), 300)
+    assert first.case == last.case == "defective"
+    # M^j x = (x₁, x₂ + j x₃, x₃)
+    j = np.arange(301)
+    sine = np.hypot(0.5, 0.4) / np.sqrt(0.5**2 + (0.7 + 0.4 * j) ** 2 + 0.4**2)
+    for found in (first, last):
+        np.testing.assert_allclose(found.misalignment, sine, rtol=1e-9)
 
 
 def test_numbers_of_the_cases():
@@ -358,3 +423,11 @@ def test_lists_and_zero_steps():
     np.testing.assert_allclose(found.cosine, [math.sqrt(0.5)], rtol=1e-12)
     np.testing.assert_allclose(found.misalignment, [math.sqrt(0.5)], rtol=1e-12)
     assert np.isnan(found.rate) and found.case == "aligns"
+
+
+def test_a_warning_of_lost_precision_names_the_call():
+    with jax.enable_x64(False):
+        for call in (lambda m: powers.alignment(m, jnp.ones(2), 1), lambda m: powers.eigenvalues(m, 1)):
+            with pytest.warns(UserWarning, match="matrix is float64") as caught:
+                call(np.eye(2))
+            assert [warning.filename for warning in caught] == [__file__]

@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 
 from jbptt import cells
 from jbptt.adjoint import at_least_float32
-from jbptt.analysis.jacobians import check_system
+from jbptt.analysis.jacobians import check_system, push_tangents
 from jbptt.norms import norm
 from jbptt.recurrence import trajectory
 from jbptt.types import Carry, Params, PyTree, Step
@@ -38,8 +38,8 @@ class GatePaths:
     shares: jax.Array
 
 
-def check_gated_cell(params: Any, carry: Any) -> tuple[str, Step]:
-    """`"gru"` or `"lstm"` and its step, told by the parameters and the carry; a ValueError for anything else."""
+def check_gated_cell(params: Any, carry: Any, xs: Any) -> tuple[str, Step]:
+    """`"gru"` or `"lstm"` and its step, told by the parameters; a ValueError for anything else."""
     shapes = {name: np.shape(leaf) for name, leaf in params.items()} if isinstance(params, Mapping) else {}
     if not {"w_x", "w_h", "b"} <= set(shapes) or len(shapes["w_h"]) != 2:
         raise ValueError(
@@ -59,6 +59,11 @@ def check_gated_cell(params: Any, carry: Any) -> tuple[str, Step]:
         raise ValueError(
             f"carry must be that of one example of a {kind}, of shape {wanted}, got {jax.tree.map(np.shape, carry)}; "
             "use jax.vmap for a batch"
+        )
+    if jax.tree.leaves(xs) and np.shape(xs)[1:] != shapes["w_x"][:1]:
+        raise ValueError(
+            f"xs has shape {np.shape(xs)}, wanted [T, {shapes['w_x'][0]}], as wide as params' w_x is high; pass the "
+            "inputs of one example (jax.vmap for a batch), or the parameters that belong to them"
         )
     return kind, getattr(cells, kind)(1, hidden).step
 
@@ -84,9 +89,9 @@ def gate_paths(params: Params, carry: Carry, xs: PyTree) -> GatePaths:
       xs: `[T, input]`.
 
     Raises:
-      ValueError: parameters or a carry of anything else; what `step_jacobians` raises.
+      ValueError: parameters, a carry or xs of anything else, a batch of them too; what `step_jacobians` raises.
     """
-    kind, step = check_gated_cell(params, carry)
+    kind, step = check_gated_cell(params, carry, xs)
     num_steps = check_system(step, params, carry, xs, None, None)
     names = (STRAIGHT[kind], *GATES[kind])
     _, (carries, _) = trajectory(step, params, carry, xs, None, num_steps)
@@ -116,6 +121,6 @@ def path_jacobian(step, params, carry, x, straight, columns) -> jax.Array:
     def run(nudge):
         nudge_h, *_ = jax.tree.leaves(unravel(nudge))
         nudged = {**params, bias: params[bias] + (nudge_h @ params["w_h"]) * columns.astype(nudge_h.dtype)}
-        return ravel_pytree(step(nudged, unravel(flat + straight * nudge), x)[0])[0]
+        return ravel_pytree(step(nudged, unravel(flat + straight * nudge), x)[0])[0], ()
 
-    return jax.jacfwd(run)(jnp.zeros_like(flat))
+    return push_tangents(run, jnp.zeros_like(flat), jnp.eye(flat.size, dtype=flat.dtype))[0]

@@ -98,8 +98,10 @@ def push(jacobian: jax.Array, frame: jax.Array, matrix: Graded) -> tuple[jax.Arr
 
     The frame stays orthonormal, its columns in the order of growth, and all that is large or small is in the
     rows of `matrix`. The first decomposition, with pivots, makes R's rows fall off in size: what a singular
-    J loses are rows of R that are nothing but rounding, and they become exact zeros.
+    J loses are rows of R that are nothing but rounding, and they become exact zeros. A J that is not finite
+    makes all of it NaN, from here on.
     """
+    finite = jnp.isfinite(jacobian).all()
     shift = jnp.frexp(jnp.max(jnp.abs(jacobian)))[1]
     jacobian = times_power(jacobian, -shift)
     columns = pivots(jacobian)
@@ -111,7 +113,7 @@ def push(jacobian: jax.Array, frame: jax.Array, matrix: Graded) -> tuple[jax.Arr
     q, r = row_sorted_qr(jnp.where(lost | (matrix.exponents == ZERO), 0, moved))
     rows, exponents = multiply(r, matrix)
     exponents = jnp.where(exponents == ZERO, ZERO, exponents + shift)
-    return matrix_product(basis, q), Graded(rows, exponents)
+    return matrix_product(basis, q), Graded(jnp.where(finite, rows, jnp.nan), exponents)
 
 
 def round_robin(num_rows: int) -> np.ndarray:
@@ -164,7 +166,6 @@ def log_singular_values(matrix: Graded) -> jax.Array:
     scaled `rows` are to dependence, not on the exponents (Demmel & Veselić, 1992).
     """
     size = len(matrix.rows)
-    matrix = Graded(*jax.tree.map(jnp.asarray, matrix))
     if size % 2:
         matrix = Graded(jnp.pad(matrix.rows, ((0, 1), (0, 0))), jnp.append(matrix.exponents, ZERO))
     rounds = jnp.asarray(round_robin(len(matrix.rows)))

@@ -2,7 +2,7 @@
 
 A frame of k orthonormal tangent vectors is pushed through the steps and made orthonormal again:
 
-    V = J_{t+m} … J_{t+1} Q,     V = Q⁺ R,     λ_i = Σ ln |R_ii| / steps
+    V = J_{t+m−1} … J_t Q,     V = Q⁺ R,     λ_i = Σ ln |R_ii| / steps
 """
 
 import math
@@ -17,6 +17,8 @@ from jax.tree_util import keystr, tree_leaves_with_path
 
 from jbptt import validation
 from jbptt.adjoint import split_inexact
+from jbptt.analysis.graded import times_power
+from jbptt.analysis.jacobians import check_differentiable, push_tangents
 from jbptt.norms import norm
 from jbptt.recurrence import default_segment, split_time, steps_from, unroll
 from jbptt.types import Carry, Params, PyTree, Step
@@ -29,9 +31,11 @@ class LyapunovSpectrum(NamedTuple):
     """The k largest Lyapunov exponents of one trajectory, natural logarithm per step, descending.
 
     Attributes:
-      exponents: `[k]`. −inf where the Jacobians are singular, or as good as singular in this precision.
+      exponents: `[k]`. −inf where the Jacobians are singular to rounding: a regular spread of more than 13 nats per
+        interval is so in float32, while one step alone that is singular in a general position is not seen there.
       standard_errors: `[k]`, by batch means over the kept steps: how far a trajectory of this length
-        scatters about an infinitely long one. NaN with fewer than two intervals; 0 for an exponent of −inf.
+        scatters about an infinitely long one, not how far rounding moves both. NaN with fewer than two intervals; 0
+        for an exponent of −inf.
       history: `[num_intervals, k]`, the estimate after each kept interval, its columns in the order of
         `exponents`; the last row is `exponents`. `num_intervals = ⌈kept steps / qr_every⌉`.
     """
@@ -56,22 +60,27 @@ def lyapunov_spectrum(
 ) -> LyapunovSpectrum:
     """The Lyapunov exponents of a driven or autonomous step, along the trajectory that starts at `carry`.
 
-        λ_1 + … + λ_i = lim 1/T · ln vol_i(J_T … J_1),     J_t = ∂carries[t] / ∂carries[t−1]
+        λ_1 + … + λ_i = lim 1/T · ln vol_i(J_{T−1} … J_0),     J_t = ∂carries[t+1] / ∂carries[t]
 
     The carry may be any pytree; its n inexact numbers, flattened, are the dimensions, and integer and key
     leaves are carried along. All of it is one system: a carry with a batch axis is a joint system of B·n
     dimensions; for the spectrum of each example use `jax.vmap`. For exponents per unit of time divide by
     the time that one step takes.
 
-    Costs one step and k tangents per step (forward mode; no Jacobian is formed) and O(n k²) per QR; memory
-    O(n k) and the history. Differentiable in `params` and `carry`, forward and in reverse (intervals are
-    then recomputed in segments); an exponent of −inf has derivative 0. In chaos the derivative of a
-    long-time average grows like exp(λ_1 T), here as in every such calculation.
+    Costs one step and k tangents per step (forward mode; no Jacobian is formed, but for a step with a
+    `custom_vjp`, in reverse mode) and O(n k²) per QR; memory O(n k) and the history. Differentiable in
+    `params` and `carry`, forward and in reverse (intervals are then recomputed in segments); an exponent of
+    −inf has derivative 0. In chaos the derivative of a long-time average grows like exp(λ_1 T), here as in
+    every such calculation.
 
     −inf: exact, where R has a zero, or R_ii below the rounding of the largest entry of R: in float64 for
     one interval (2⁻⁴⁸), in float32 on average (16 eps). A spread of more than that (33 and 13 nats) within
-    one interval cannot be resolved; lower `qr_every`. A carry that stops being finite makes all exponents
-    NaN, also where the derivative would not notice (a ReLU's at NaN is 0, a linear step's is its matrix).
+    one interval cannot be resolved; lower `qr_every`. With `qr_every=1` in float32, diag(1, 1e-6) is taken for
+    singular, and a single singular step whose zero rounding hides for regular; take float64. A carry that
+    stops being finite makes all exponents NaN, also where the derivative would not notice (a ReLU's at NaN is
+    0, a linear step's is its matrix). A carry narrower than float32 rounds the frame to its own precision at
+    every step, always the same way: exponents are then off by up to its ε (bfloat16: 0.008), whatever T and the
+    standard errors.
 
     Args:
       step: `(params, carry, x) -> (carry, y)`; y is not used.
@@ -128,13 +137,9 @@ def _check(step, params, carry, xs, length, num_discarded) -> tuple[int, int, An
             raise ValueError(
                 f"carry{keystr(path)} is complex, wanted real numbers; carry its real and imaginary part instead"
             )
+    check_differentiable(carry)
     leaves, _ = split_inexact(carry)
-    size = sum(leaf.size for leaf in leaves)
-    if size == 0:
-        raise ValueError(
-            "carry has no floating-point numbers, so that nothing can be perturbed; pass a carry with at least one"
-        )
-    return num_steps, size, jnp.result_type(jnp.float32, *leaves)
+    return num_steps, sum(leaf.size for leaf in leaves), jnp.result_type(jnp.float32, *(leaf.dtype for leaf in leaves))
 
 
 def _check_num_exponents(num_exponents: Any, size: int) -> int:
@@ -149,24 +154,24 @@ def _check_num_exponents(num_exponents: Any, size: int) -> int:
     return num_exponents
 
 
-def push(step: Step, params: Params, carry: Carry, frame: jax.Array, x: PyTree) -> tuple[Carry, jax.Array]:
-    """One step of the carry and of tangent vectors: `frame ← J frame`, `[n, k]`.
-
-    A carry that is not finite makes the frame NaN, because its derivative need not be.
-    """
+def advance(step: Step, params: Params, carry: Carry, frame: jax.Array, x: PyTree) -> tuple[Carry, jax.Array]:
+    """One step of the carry and of tangent vectors: `frame ← J frame`, `[n, k]`, NaN once the carry is not finite."""
     leaves, rebuild = split_inexact(carry)
     flat, unravel = ravel_pytree(leaves)
 
-    def advance(flat):
+    def run(flat):
         after = step(params, rebuild(unravel(flat)), x)[0]
         return ravel_pytree(split_inexact(after)[0])[0], after
 
-    def along(tangent):
-        return jax.jvp(advance, (flat,), (tangent,), has_aux=True)
+    tangents, after = push_tangents(run, flat, frame.astype(flat.dtype))
+    return after, tangents.astype(frame.dtype)
 
-    pushed = jax.vmap(along, in_axes=-1, out_axes=(None, -1, None))(frame.astype(flat.dtype))
-    flat, tangents, after = pushed
-    return after, jnp.where(jnp.isfinite(flat).all(), tangents.astype(frame.dtype), jnp.nan)
+
+def rescaled(frame: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`frame / 2^exponent`, its largest entry in [½, 1), and the exponent, a constant to every derivative."""
+    largest = lax.stop_gradient(jnp.max(jnp.abs(frame)))
+    exponent = jnp.where(jnp.isfinite(largest), jnp.frexp(largest)[1], 0)
+    return times_power(frame, -exponent), exponent
 
 
 def _evolve(step, params, state, xs, num_steps, qr_every):
@@ -174,12 +179,15 @@ def _evolve(step, params, state, xs, num_steps, qr_every):
 
     def interval(params, state, xs, length):
         def body(state, x):
-            carry, frame = state
-            return push(step, params, carry, frame, x), None
+            carry, frame, total = state
+            carry, frame = advance(step, params, carry, frame, x)
+            frame, exponent = rescaled(frame)  # however long the interval, only ratios are limited
+            return (carry, frame, total + exponent), None
 
-        (carry, frame), _ = lax.scan(body, state, xs, length=length)
+        (carry, frame, total), _ = lax.scan(body, (*state, jnp.zeros((), jnp.int32)), xs, length=length)
         frame, growth, largest = orthonormalise(frame)
-        return (carry, frame), (growth, largest)
+        shift = total.astype(frame.dtype) * math.log(2)
+        return (carry, frame), (growth + shift, largest + shift)
 
     def whole_interval(params, state, xs):
         return interval(params, state, xs, qr_every)
@@ -259,9 +267,9 @@ def _batch_means_error(growth, exponents, lengths: np.ndarray, num_batches: int)
     if num_batches < 2:
         return jnp.full_like(exponents, jnp.nan)
     batch = np.arange(len(lengths)) * num_batches // len(lengths)
-    steps = np.bincount(batch, lengths, num_batches)
+    steps = jnp.asarray(np.bincount(batch, lengths, num_batches), growth.dtype)
     zero = exponents == -jnp.inf
     growth = jnp.where(zero, 0, growth)
     sums = jax.ops.segment_sum(growth, jnp.asarray(batch), num_batches)
-    deviations = (sums - jnp.asarray(steps, growth.dtype)[:, None] * jnp.where(zero, 0, exponents)) / steps.sum()
+    deviations = (sums - steps[:, None] * jnp.where(zero, 0, exponents)) / jnp.sum(steps)
     return norm(deviations.T, 1) * math.sqrt(num_batches / (num_batches - 1))

@@ -18,10 +18,8 @@ from jax import lax
 from jax.core import Tracer
 
 from jbptt import validation
-from jbptt.norms import norm, scaled_norm, unit
-
-CASES = ("aligns", "tie", "complex pair", "orthogonal start", "defective")
-"""What `Alignment.case` may say."""
+from jbptt.analysis.dominance import CASES, classify, decompose, normalised
+from jbptt.norms import norm, unit
 
 
 class Alignment(NamedTuple):
@@ -52,15 +50,6 @@ class Alignment(NamedTuple):
         if np.ndim(self.case_index):
             return repr(self)
         return _sentence(self)
-
-
-class _Spectrum(NamedTuple):
-    """Eigenvalues in descending size, v₁ of norm 1, w₁, and `1 / ‖w_i‖`: how well λ_i is determined (1: best)."""
-
-    values: jax.Array
-    dominant: jax.Array
-    left: jax.Array
-    sharpness: jax.Array
 
 
 def eigenvalues(matrix: Any, k: int, *, symmetric: bool | None = None) -> jax.Array:
@@ -101,13 +90,15 @@ def alignment(matrix: Any, x: Any, k: int, *, symmetric: bool | None = None) -> 
         sin ∠(M^j x, v₁) ∝ |λ₂/λ₁|^j
 
     if |λ₁| > |λ₂| and x has a component on v₁, w₁ᵀ x ≠ 0. Else `case` says why not; all comparisons are to rounding,
-    which grows with 1/|w₁ᵀ v₁| of unit vectors:
+    `20·sqrt(n)·ε·|w_i|ᵀ|M||v_i|` for λ_i. A case says that M cannot be told from a matrix of that kind:
 
-    - "tie": |λ₁| = |λ₂| (also λ₁ = −λ₂): two directions keep their shares.
-    - "complex pair": the dominant eigenvalues are conjugates: M^j x keeps turning; v₁ is complex.
+    - "tie": |λ₁| = |λ₂| (also λ₁ = −λ₂): two directions can keep their shares.
+    - "complex pair": the dominant eigenvalues are conjugates, defective or not: M^j x keeps turning; v₁ is complex.
     - "orthogonal start": w₁ᵀ x = 0, with the left eigenvector: x lies in the space of the other eigenvectors. M^j x
       stays there until rounding lets v₁ in.
-    - "defective": λ₁ has fewer eigenvectors than its multiplicity: the angle falls like 1/j only.
+    - "defective": a dominant eigenvalue has fewer eigenvectors than its multiplicity: v₁ is its eigenvector, and the
+      angle falls like 1/j only, if at all (of several such eigenvalues: "tie"). Powers of an M that is defective only
+      to rounding do so at first.
 
     The vectors are made of norm 1 at every step, so that nothing overflows. O(n³ + k n²); memory O(k + n²). Works
     under jit and vmap; the general case runs on CPU.
@@ -136,20 +127,22 @@ def alignment(matrix: Any, x: Any, k: int, *, symmetric: bool | None = None) -> 
 
 @partial(jax.jit, static_argnums=(2, 3))
 def _align(matrix: jax.Array, x: jax.Array, k: int, symmetric: bool) -> Alignment:
-    largest, start = jnp.max(jnp.abs(matrix)), _normalised(x)
+    largest, start = jnp.max(jnp.abs(matrix)), normalised(x)
     matrix = unit(matrix, largest)  # the eigenvectors stay, and so do the ratios of the eigenvalues
-    spectrum = _decompose(matrix, symmetric)
+    spectrum = decompose(matrix, symmetric)
     ratio, eps = _ratio(spectrum.values), float(jnp.finfo(matrix.dtype).eps)
+    dominant, case = classify(matrix, spectrum, start, eps)
+    direction = spectrum.right[:, dominant]
 
     def step(y, _):
-        return _normalised(matrix @ y), _angle(y, spectrum.dominant)
+        return normalised(matrix @ y), _angle(y, direction)
 
     _, (cosine, sine) = lax.scan(step, start, None, length=k + 1)
     # Rounding turns M^j x and v₁ by ε / (1 − |λ₂/λ₁|); sines a thousand times that have three digits.
-    floor = 1000 * len(matrix) * eps / (spectrum.sharpness[0] * jnp.maximum(1 - ratio, eps))
+    floor = 1000 * len(matrix) * eps / (spectrum.sharpness[dominant] * jnp.maximum(1 - ratio, eps))
     finite = jnp.isfinite(largest) & jnp.isfinite(x).all() & jnp.any(x != 0)
-    case = jnp.where(finite, _classify(matrix, spectrum, start, eps), -1)
-    return Alignment(cosine, sine, _slope(sine, jnp.minimum(floor, 0.01)), jnp.log(ratio), case)
+    slope = _slope(sine, jnp.minimum(floor, 0.01))
+    return Alignment(cosine, sine, slope, jnp.log(ratio), jnp.where(finite, case, -1))
 
 
 def _check_matrix(matrix: Any, symmetric: bool | None) -> tuple[jax.Array, bool]:
@@ -173,7 +166,7 @@ def _check_matrix(matrix: Any, symmetric: bool | None) -> tuple[jax.Array, bool]
 def _check_real(name: str, value: Any) -> jax.Array:
     """`value` as a real array, float32 at least, finite unless it is traced."""
     value = value if hasattr(value, "dtype") else np.asarray(value)
-    validation.warn_of_float64({name: value})
+    validation.warn_of_float64({name: value}, stacklevel=5)
     dtype = jax.dtypes.result_type(value)
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
         raise ValueError(f"{name} must be real, got {dtype}; pass floating-point numbers")
@@ -193,28 +186,12 @@ def _check_start(x: Any, size: int) -> jax.Array:
     return x
 
 
-def _decompose(matrix: jax.Array, symmetric: bool) -> _Spectrum:
-    """Eigenvalues and both dominant eigenvectors; of a defective M the left one is inf or as good as."""
-    values, vectors = jnp.linalg.eigh(matrix) if symmetric else jnp.linalg.eig(matrix)
-    order = jnp.argsort(jnp.abs(values), descending=True)
-    values, vectors = values[order], vectors[:, order]
-    left = vectors.T if symmetric else jnp.linalg.inv(vectors)
-    sharpness = 1 / norm(left, 1)
-    return _Spectrum(values, vectors[:, 0], left[0], jnp.where(jnp.isnan(sharpness), 0, sharpness))
-
-
 def _ratio(values: jax.Array) -> jax.Array:
     """|λ₂/λ₁|; 0 for n = 1, 1 where both are 0."""
     size = jnp.abs(values)
     if len(size) == 1:
         return jnp.zeros_like(size[0])
     return jnp.where(size[0] == 0, 1, size[1] / jnp.where(size[0] == 0, 1, size[0]))
-
-
-def _normalised(y: jax.Array) -> jax.Array:
-    """`y / ‖y‖`, 0 if y is, though its squares underflow."""
-    largest, spread = scaled_norm(y)
-    return unit(y, largest) / jnp.where(spread == 0, 1, spread)
 
 
 def _angle(y: jax.Array, direction: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -246,34 +223,6 @@ def _slope(sine: jax.Array, floor: jax.Array) -> jax.Array:
     return jnp.where(end < 2, jnp.nan, slope).astype(sine.dtype)
 
 
-def _classify(matrix: jax.Array, spectrum: _Spectrum, start: jax.Array, eps: float) -> jax.Array:
-    """Index into `CASES`; `start` has norm 1.
-
-    An eigenvalue is known to ε ‖M‖ / sharpness. A defective one splits by as much as that, into near-parallel
-    eigenvectors, so that its sharpness is small; an eigenvalue with as many eigenvectors as it needs is sharp.
-    """
-    values, sharpness = spectrum.values, spectrum.sharpness
-    rounding = 100 * len(values) * eps
-    tiny = jnp.finfo(sharpness.dtype).tiny
-    unsure = rounding * norm(matrix) / jnp.maximum(sharpness, tiny)
-    others = jnp.arange(len(values)) > 0
-    nearest = jnp.min(jnp.where(others, jnp.abs(values - values[0]), jnp.inf))
-    defective = (nearest <= unsure[0]) & (sharpness[0] <= rounding ** (1 / 3))
-
-    unsure = jnp.minimum(unsure, math.sqrt(rounding) * norm(matrix))  # of a smaller defective one nothing is known
-    size = jnp.abs(values)
-    dominant = size >= size[0] - unsure - unsure[0]
-    turning = ~jnp.any(dominant & (jnp.abs(values.imag) <= unsure))
-    tie = jnp.any(dominant & others)
-
-    gap = jnp.maximum((1 - _ratio(values)) * sharpness[0], math.sqrt(eps))
-    # Of w₁ itself, which may be huge: its part along x as a share of its norm.
-    component = jnp.abs(jnp.sum(_normalised(spectrum.left) * start))
-    orthogonal = component <= rounding / gap
-    found = {"defective": defective, "complex pair": turning, "tie": tie, "orthogonal start": orthogonal}
-    return jnp.select([*found.values()], [jnp.full((), CASES.index(case)) for case in found], CASES.index("aligns"))
-
-
 def _sentence(found: Alignment) -> str:
     """What happens, from the numbers."""
     sine = np.asarray(found.misalignment)
@@ -284,11 +233,12 @@ def _sentence(found: Alignment) -> str:
         verdict = f"M^k x aligns with v₁: ln sine {measured}, {predicted}"
     else:
         verdict = {
-            "tie": "M^k x need not align with v₁: |λ₁| = |λ₂|, so that two directions keep their shares",
-            "complex pair": "M^k x keeps turning and aligns with nothing: λ₁ and λ₂ are a complex pair",
-            "orthogonal start": "M^k x does not align with v₁: x has no component on it, w₁ᵀ x = 0, until rounding "
-            f"brings one in (after that, {predicted})",
-            "defective": "M^k x aligns with v₁ like 1/k at best: λ₁ has too few eigenvectors",
+            "tie": "M^k x need not align with v₁: |λ₁| = |λ₂| to rounding, so that two directions can keep shares",
+            "complex pair": "M^k x keeps turning and aligns with nothing: the eigenvalues that lead are a complex pair",
+            "orthogonal start": "M^k x does not align with v₁: x has no component on it to rounding, w₁ᵀ x = 0, until "
+            f"that brings one in (after that, {predicted})",
+            "defective": "M^k x aligns with v₁ like 1/k at best, like powers with a λ₁ that has too few eigenvectors, "
+            "from which this λ₁ cannot be told to rounding",
             "undefined": "M or x is not finite, or x is 0",
         }[found.case]
     if len(there) == 0:

@@ -60,6 +60,7 @@ CLOSEST = {
     "jbptt/analysis/gating.py": ("test_jacobians",),
     "jbptt/analysis/alignment.py": ("test_jacobians", "test_powers"),
     "jbptt/analysis/lyapunov.py": ("test_lyapunov",),
+    "jbptt/analysis/dominance.py": ("test_powers",),
     "jbptt/analysis/powers.py": ("test_powers",),
     "jbptt/analysis/advice.py": ("test_advice", "test_diagnosis"),
     "jbptt/analysis/nonfinite.py": ("test_nonfinite", "test_faults"),

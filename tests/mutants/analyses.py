@@ -7,6 +7,7 @@ ALIGNMENT = "jbptt/analysis/alignment.py"
 BLOCKS = "jbptt/analysis/blocks.py"
 DEPENDENCE = "jbptt/dependence.py"
 DIAGNOSIS = "jbptt/analysis/diagnosis.py"
+DOMINANCE = "jbptt/analysis/dominance.py"
 EVIDENCE = "jbptt/analysis/evidence.py"
 FLOW = "jbptt/analysis/flow.py"
 GATING = "jbptt/analysis/gating.py"
@@ -95,18 +96,30 @@ ANALYSES = (
         "diagnosis_norm_of_the_sum", BLOCKS, "weighted_mean(norm(sums.grad), jnp.abs(sums.weight))", "norm(sums.grad)"
     ),
     # jacobians
-    Mutant("jacobian_transposed", JACOBIANS, "return jax.jacfwd(run)(flat)", "return jax.jacfwd(run)(flat).T"),
+    Mutant("jacobian_transposed", JACOBIANS, "dtype=flat.dtype))[0]", "dtype=flat.dtype))[0].T"),
     Mutant(
         "jacobian_in_reverse_mode_transposed",
         JACOBIANS,
-        "return jax.jacrev(run)(flat)",
-        "return jax.jacrev(run)(flat).T",
+        "jax.jacrev(lambda flat: run(flat)[0])(flat)",
+        "jax.jacrev(lambda flat: run(flat)[0])(flat).T",
     ),
     Mutant(
         "jacobian_of_a_masked_step",
         JACOBIANS,
         "step_jacobian(held(core), params, c, x))",
         "step_jacobian(core, params, c, x[0]))",
+    ),
+    Mutant(
+        "jacobian_hides_a_state_that_is_not_finite",
+        JACOBIANS,
+        "jnp.where(jnp.isfinite(new).all(), pushed, jnp.nan)",
+        "pushed",
+    ),
+    Mutant(
+        "product_hides_a_jacobian_that_is_not_finite",
+        GRADED,
+        "Graded(jnp.where(finite, rows, jnp.nan), exponents)",
+        "Graded(rows, exponents)",
     ),
     Mutant("jacobian_swaps_real_and_imaginary", JACOBIANS, "(a.real, a.imag) if", "(a.imag, a.real) if"),
     # graded matrices and products
@@ -126,8 +139,8 @@ ANALYSES = (
     Mutant(
         "push_forgets_the_first_basis",
         GRADED,
-        "return matrix_product(basis, q), Graded(rows, exponents)",
-        "return q, Graded(rows, exponents)",
+        "return matrix_product(basis, q), Graded(",
+        "return q, Graded(",
     ),
     Mutant(
         "product_multiplied_from_the_right",  # the product of the transposes has the singular values of that
@@ -191,6 +204,8 @@ ANALYSES = (
         "return cotangents",
     ),
     # Lyapunov exponents
+    Mutant("lyapunov_forgets_the_scale_of_the_frame", LYAPUNOV, "(growth + shift, largest", "(growth, largest"),
+    Mutant("lyapunov_forgets_the_scale_of_the_largest", LYAPUNOV, "largest + shift)", "largest)"),
     Mutant(
         "lyapunov_deviation_for_error",
         LYAPUNOV,
@@ -216,9 +231,17 @@ ANALYSES = (
         "(q @ turn, (inner - turn) @ r)",
     ),
     # powers of a matrix
+    Mutant("defective_only_where_the_largest_is", DOMINANCE, "defective = jnp.any(split)", "defective = split[0]"),
+    Mutant("rounding_of_powers_grows_with_n", DOMINANCE, "20 * math.sqrt(size) * eps", "100 * size * eps"),
+    Mutant(
+        "doubts_of_the_whole_matrix",
+        DOMINANCE,
+        "jnp.sum(jnp.abs(spectrum.left).T * reached, axis=0)",
+        "norm(matrix) / spectrum.sharpness",
+    ),
     Mutant(
         "left_eigenvectors_are_the_right_ones",
-        POWERS,
+        DOMINANCE,
         "left = vectors.T if symmetric else jnp.linalg.inv(vectors)",
         "left = vectors.T",
     ),
@@ -226,8 +249,8 @@ ANALYSES = (
     Mutant(
         "powers_angle_one_step_late",
         POWERS,
-        "        return _normalised(matrix @ y), _angle(y, spectrum.dominant)",
-        "        y = _normalised(matrix @ y)\n        return y, _angle(y, spectrum.dominant)",
+        "        return normalised(matrix @ y), _angle(y, direction)",
+        "        y = normalised(matrix @ y)\n        return y, _angle(y, direction)",
     ),
     # evidence and advice
     Mutant(
