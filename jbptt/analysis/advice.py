@@ -9,7 +9,6 @@ WASTED = 0.25  # full BPTT wastes where a window of this part of T leaves 1 % of
 SHORT = 0.25  # a half-life of less than this part of T is short
 HEAVY = 10.0  # a largest norm of this many medians makes single updates decide
 UNEVEN = 2.0  # and of this many where the gradient explodes
-TAIL_LAGS = 8  # fewer measured lags do not tell how the later ones decay
 EVEN = 0.1  # an exponent that scatters over examples by less than this part of it is that of one matrix
 STUCK = 0.25  # this share of dead or saturated units is too much
 STABLE_CURVATURE = 2.0  # gradient descent overshoots where learning rate · curvature is larger

@@ -15,7 +15,6 @@ from jbptt.analysis.advice import TOLERANCES
 from jbptt.analysis.blocks import candidate_windows, choose_blocks, gradients_in_turn
 from jbptt.analysis.comparison import fresh_blocks, measure_cost
 from jbptt.analysis.evidence import (
-    bound_bias,
     curvature_along,
     fit_decay,
     leading_exponent,
@@ -34,6 +33,7 @@ from jbptt.analysis.lags import (
 )
 from jbptt.analysis.nonfinite import find_nonfinite
 from jbptt.analysis.stuck import share_stuck, stays_zero
+from jbptt.decay import bound_bias
 from jbptt.estimators import full_bptt, truncated_bptt
 from jbptt.norms import norm
 from jbptt.types import Batch, Carry, Loss, Params, Step, align_leading, weighted_mean

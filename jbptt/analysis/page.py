@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from jbptt.analysis.advice import TAIL_LAGS, TOLERANCES
+from jbptt.analysis.advice import TOLERANCES
+from jbptt.decay import TAIL_LAGS
 
 NO_PATH = (
     "  no gradient path: every gradient is exactly zero; the loss ignores y or has no weight, all",

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jbptt.analysis.comparison import compare, fresh_blocks, measure_cost
@@ -37,7 +38,9 @@ def estimators_of(step: Step, loss: Loss, keep_prob: float, grad_norms: np.ndarr
         mean = (1 - keep_prob**num_steps) / (1 - keep_prob)
         if num_steps >= 3 and mean > 1 and np.all(np.isfinite(grad_norms)):
             best = optimize_schedule(LagProfile(cotangent_norms=None, grad_norms=grad_norms), mean)
-            found["lengths of least variance"] = randomized_bptt(step, loss, length_probs=best.length_probs)
+            found["lengths of least variance"] = randomized_bptt(
+                step, loss, length_probs=jnp.asarray(best.length_probs)
+            )
     return found
 
 
@@ -104,8 +107,8 @@ def describe_price(price: dict[str, Any]) -> str:
         f"({_percent(kept['relative_bias'])} ± {_percent(kept['relative_bias_error'])} of its norm), but one draw "
         f"scatters by {_percent(spread)}; without 1/π the bias is {_percent(bare['relative_bias'])} and the scatter "
         f"{_percent(bare_spread)}. {names[1].capitalize()} are off by {_percent(blocks['relative_bias'])}, the same "
-        f"way every time: a single gradient of {closer} is closer to the exact one ({_percent(off[closer])} off) than one "
-        f"of {further} ({_percent(off[further])}).{time}"
+        f"way every time: a single gradient of {closer} is closer to the exact one ({_percent(off[closer])} off) than "
+        f"one of {further} ({_percent(off[further])}).{time}"
     )
 
 

@@ -5,6 +5,9 @@ from tests.mutants import Mutant
 ADVICE = "jbptt/analysis/advice.py"
 ALIGNMENT = "jbptt/analysis/alignment.py"
 BLOCKS = "jbptt/analysis/blocks.py"
+COMPARISON = "jbptt/analysis/comparison.py"
+SCHEDULES = "jbptt/analysis/schedules.py"
+DECAY = "jbptt/decay.py"
 DEPENDENCE = "jbptt/dependence.py"
 DIAGNOSIS = "jbptt/analysis/diagnosis.py"
 DOMINANCE = "jbptt/analysis/dominance.py"
@@ -255,7 +258,7 @@ ANALYSES = (
     # evidence and advice
     Mutant(
         "slope_error_of_one_parameter",
-        EVIDENCE,
+        DECAY,
         "jnp.maximum(count - 2, 1) * spread",
         "jnp.maximum(count - 1, 1) * spread",
     ),
@@ -267,14 +270,14 @@ ANALYSES = (
     ),
     Mutant(
         "bound_by_the_first_lags",
-        EVIDENCE,
+        DECAY,
         "rate = tail_rate(norms, num_lags)",
-        "rate = fit_decay(norms, num_lags).rate",
+        "rate = jnp.log(norms[1] / norms[0])",
     ),
     Mutant("jump_counts_as_decay", EVIDENCE, "(num_lags > 2), 1, 0)", "(num_lags > 2), 0, 0)"),
     Mutant("full_bptt_is_a_window_like_others", BLOCKS, ", jnp.inf).at[:, -1].set(jnp.inf)", ", jnp.inf)"),
     Mutant("what_is_zero_is_dead", STUCK, "(a == 0) & (b == 0) for", "(a == a) | (b == 0) for"),
-    Mutant("bound_sum_one_lag_short", EVIDENCE, "lag >= lag[:, None], phi", "lag > lag[:, None], phi"),
+    Mutant("bound_sum_one_lag_short", DECAY, "lag >= lag[:, None], phi", "lag > lag[:, None], phi"),
     Mutant(
         "curvature_along_no_unit_vector",
         EVIDENCE,
@@ -323,4 +326,19 @@ ANALYSES = (
         "if any(sources & reached for sources in to_params)",
         "if all(sources & reached for sources in to_params)",
     ),
+    # comparison and schedules
+    Mutant("comparison_spread_of_the_population", COMPARISON, "squares / (count - 1)", "squares / count"),
+    Mutant("comparison_error_of_one_sample", COMPARISON, "jnp.sqrt(variance / count)", "jnp.sqrt(variance)"),
+    Mutant("comparison_draws_one_key", COMPARISON, "jax.random.fold_in(key, i)", "jax.random.fold_in(key, 0 * i)"),
+    Mutant(
+        "comparison_squares_around_the_old_mean",
+        COMPARISON,
+        "after = jax.tree.map(jnp.subtract, scaled, mean)",
+        "after = before",
+    ),
+    Mutant(
+        "schedule_counts_windows_one_step_late", SCHEDULES, "num_steps - 1 - k - a, 0)]", "num_steps - 2 - k - a, 0)]"
+    ),
+    Mutant("schedule_weight_instead_of_its_square", SCHEDULES, "2 * log_survival[a] -", "log_survival[a] -"),
+    Mutant("schedule_scale_without_derivative", SCHEDULES, "root - excess(root) / slope", "root"),
 )

@@ -11,6 +11,7 @@ ADJOINT = "jbptt/adjoint.py"
 WINDOWS = "jbptt/windows.py"
 STREAMS = "jbptt/streams.py"
 ESTIMATORS = "jbptt/estimators.py"
+ADAPTIVE = "jbptt/adaptive.py"
 CLIPPING = "jbptt/clipping.py"
 NORMS = "jbptt/norms.py"
 
@@ -294,14 +295,14 @@ CORE = (
     Mutant(
         "window_one_step_too_long",
         WINDOWS,
-        "(start, zeros), jnp.arange(window))",
-        "(start, zeros), jnp.arange(window + 1))",
+        "fori_loop(0, window, body",
+        "fori_loop(0, window + 1, body",
     ),
     Mutant(
         "window_one_step_too_short",
         WINDOWS,
-        "(start, zeros), jnp.arange(window))",
-        "(start, zeros), jnp.arange(window - 1))",
+        "fori_loop(0, window, body",
+        "fori_loop(0, window - 1, body",
     ),
     Mutant(
         "window_reaches_before_the_start",
@@ -318,8 +319,8 @@ CORE = (
     Mutant(
         "empty_history_meets_the_step",
         WINDOWS,
-        "real = with_stand_ins(steps, history.mask.shape[0])",
-        "real = steps",
+        "steps, with_stand_ins(steps, num_history)",
+        "steps, steps",
     ),
     Mutant(
         "history_forgets_the_mask",
@@ -330,15 +331,15 @@ CORE = (
     Mutant(
         "sliding_loses_the_readout_gradient",
         WINDOWS,
-        "sums._replace(grad=jax.tree.map(jnp.add, sums.grad, grad))",
-        "sums._replace(grad=jax.tree.map(lambda a, b: b, sums.grad, grad))",
+        "_replace(grad=jax.tree.map(jnp.add, passed.sums.grad, grad))",
+        "_replace(grad=grad)",
     ),
     # estimators: streams, keys, means
     Mutant(
         "full_resets_the_carry",
         ESTIMATORS,
-        "_estimate(sums), CarryState(carry)",
-        "_estimate(sums), CarryState(state.carry)",
+        "estimate_of(sums), CarryState(carry)",
+        "estimate_of(sums), CarryState(state.carry)",
     ),
     Mutant(
         "truncated_resets_the_carry",
@@ -392,8 +393,8 @@ CORE = (
     Mutant(
         "history_never_moves_on",
         STREAMS,
-        "return sums, (carry, latest(steps, length))",
-        "return sums, (carry, history)",
+        "return sums, (passed.carry, latest(passed.steps, length))",
+        "return sums, (passed.carry, history)",
     ),
     Mutant(
         "key_reused_by_every_update",
@@ -409,7 +410,7 @@ CORE = (
     ),
     Mutant(
         "aux_is_a_sum",
-        ESTIMATORS,
+        ADJOINT,
         "jax.tree.map(lambda a: weighted_mean(a, sums.weight), sums.aux)",
         "sums.aux",
     ),
@@ -448,4 +449,18 @@ CORE = (
     ),
     Mutant("norm_has_no_gradient_at_zero", NORMS, "jnp.sqrt(jnp.where(total == 0, 1, total))", "jnp.sqrt(total)"),
     Mutant("cosine_of_no_unit_vector", NORMS, "jnp.zeros((), size.dtype)) / spread", "jnp.zeros((), size.dtype))"),
+    # adaptive
+    Mutant(
+        "probe_starts_one_step_early",
+        ADAPTIVE,
+        "last = len(means.weights), real.mask.shape[0] - 1",
+        "last = len(means.weights), real.mask.shape[0] - 2",
+    ),
+    Mutant("probe_injects_at_every_lag", ADAPTIVE, "jnp.where(lag == 0, y[i], 0)", "jnp.where(lag >= 0, y[i], 0)"),
+    Mutant("probes_never_fade", ADAPTIVE, "smoothing * past + (1 - smoothing) * new", "past + new"),
+    Mutant("adaptive_ignores_its_window", ADAPTIVE, "window=state.window, stride=1", "window=max_window, stride=1"),
+    Mutant("adaptive_without_bound_takes_one_step", ADAPTIVE, "longest, window).astype(int)", "1, window).astype(int)"),
+    Mutant(
+        "adaptive_keeps_what_is_not_finite", ADAPTIVE, "& jnp.isfinite(cotangent_norms) & jnp.isfinite(grad_norms)", ""
+    ),
 )
