@@ -318,3 +318,11 @@ def test_full_bptt_is_no_window_while_a_shorter_one_will_do():
     errors |= {22: 0.006, 32: 0.0102, 64: 0.0}
     chosen, error = choose_blocks(jnp.array([errors[w] for w in tried]), tried, windows, (0.1, 0.01))
     assert chosen.tolist() == [11, 22] and error.tolist() == [0.02, 0.006]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e200, 1e-200])
+def test_curvature_is_that_along_the_unit_vector(scale):
+    matrix = np.array([[2.0, 0.5, -1.0], [0.5, 1.0, 0.0], [-1.0, 0.0, 3.0]])
+    direction = np.array([1.0, 2.0, -2.0])
+    found = evidence.curvature_along(jnp.asarray(scale * direction), lambda v: matrix @ v, jnp.zeros(3))
+    np.testing.assert_allclose(found, direction @ matrix @ direction / 9, rtol=1e-12)

@@ -518,7 +518,8 @@ def test_steps_with_a_derivative_of_their_own_for_reverse_mode():
 # Derivatives and memory
 
 
-def test_derivatives():
+@pytest.mark.parametrize("num_exponents", [None, 2])
+def test_derivatives(num_exponents):
     """Of the sum and of the leading exponent, in reverse and forward, against central differences."""
     cell = cells.rnn(2, 3)
     rng = np.random.default_rng(15)
@@ -529,7 +530,7 @@ def test_derivatives():
 
     @jax.jit
     def both(flat):
-        options = {"num_discarded": 7, "qr_every": 2}
+        options = {"num_discarded": 7, "qr_every": 2, "num_exponents": num_exponents}
         exponents = lyapunov_spectrum(cell.step, unravel(flat), h, xs, **options).exponents
         return jnp.stack([jnp.sum(exponents), exponents[0]])
 
