@@ -91,6 +91,7 @@ def adaptive_bptt(step: Step, loss: Loss, *, tolerance: float, max_window: int, 
 
     def update(params: Params, state: AdaptiveState, batch: Batch) -> tuple[Estimate, AdaptiveState]:
         batch_shape = check(params, state.carry, batch)
+        validation.check_history(state.history, batch, batch_shape)
 
         def run(running, piece):
             carry, history, means = running

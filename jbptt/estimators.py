@@ -236,6 +236,8 @@ def truncated_bptt(
 
     def update(params: Params, state: WindowState, batch: Batch):
         num_steps, batch_shape = validation.check_problem(step, loss, params, state.carry, batch)
+        if state.history is not None:
+            validation.check_history(state.history, batch, batch_shape)
         if state.phase is None and stride == window:
             sums, carry, history = in_blocks(
                 step, loss, params, state.carry, batch, batch_shape, window=window, parallel=parallel_windows or 1

@@ -220,6 +220,21 @@ def check_gates(gates: Any, num_steps: int, batch_shape: tuple[int, ...], carry:
     check_gates_and_mask(gates, None, carry)
 
 
+def check_history(history: Any, batch: Batch, batch_shape: tuple[int, ...]) -> None:
+    """A ValueError unless the earlier steps of a stream's state have the shapes of the batch that goes on."""
+    kept = {"xs": history.xs, "mask": history.mask}
+    for name, tree in {"xs": batch.xs, "mask": jax.ShapeDtypeStruct((1, *batch_shape), bool)}.items():
+        past, now = tree_flatten_with_path(kept[name])[0], jax.tree.leaves(tree)
+        if len(past) != len(now) or any(
+            np.shape(a)[1:] != np.shape(b)[1:] for (_, a), b in zip(past, now, strict=True)
+        ):
+            raise ValueError(
+                f"the state's history does not fit the batch: its {name} have shapes "
+                f"{[np.shape(a)[1:] for _, a in past]} behind T, the batch's {[np.shape(b)[1:] for b in now]}; "
+                "initialise a new state for batches of another shape"
+            )
+
+
 def check_loss(loss: Any, y: Any, targets: Any) -> tuple[tuple[int, ...], Any]:
     """Runs the loss on shapes; returns the batch shape and the aux's shapes (None without aux)."""
     target = jax.tree.map(lambda leaf: jax.eval_shape(lambda a: a[0], leaf), targets)

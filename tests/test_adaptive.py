@@ -143,12 +143,20 @@ def test_wrong_options_are_refused(options, words):
         adaptive_bptt(None, None, **{"tolerance": 0.1, "max_window": 4} | options)
 
 
-def test_history_of_another_batch_is_refused():
+@pytest.mark.parametrize(
+    "make",
+    [
+        functools.partial(adaptive_bptt, tolerance=0.1, max_window=4),
+        functools.partial(truncated_bptt, window=3, stride=1),
+    ],
+)
+def test_history_of_another_batch_is_refused(make):
     step, loss, params, carry, batch = problems.make("tanh", 4)
-    estimator = adaptive_bptt(step, loss, tolerance=0.1, max_window=4)
-    state = estimator.init(params, carry, batch)
-    with pytest.raises((ValueError, TypeError)):
-        estimator.update(params, state, jax.tree.map(lambda a: a[:, :2], batch))
+    estimator = make(step, loss)
+    smaller = jax.tree.map(lambda a: a[:, :2], batch)
+    state = estimator.init(params, carry, batch)._replace(carry=carry[:2])
+    with pytest.raises(ValueError, match=r"history does not fit the batch.*initialise a new state"):
+        estimator.update(params, state, smaller)
 
 
 # Influence balancing in small (Tallec & Ollivier, 2017)
