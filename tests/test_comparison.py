@@ -9,7 +9,7 @@ import problems
 import pytest
 from problems import assert_close
 
-from jbptt import compare, full_bptt, gated_bptt, randomized_bptt, truncated_bptt, truncation
+from jbptt import Cost, compare, full_bptt, gated_bptt, randomized_bptt, truncated_bptt, truncation
 
 NUM_STEPS, NUM_SAMPLES = 6, 40
 STEP, LOSS, PARAMS, CARRY, BATCH = problems.make("gru", NUM_STEPS)
@@ -135,6 +135,14 @@ def test_table_and_dataset():
     assert float(data.relative_bias.sel(estimator="blocks")) == float(found().relative_bias[1])
     assert float(data.alignment.sel(estimator="biased", other="blocks")) == float(found().alignment[3, 1])
     assert data.attrs["num_samples"] == NUM_SAMPLES
+
+
+def test_costs_as_a_dataset():
+    pytest.importorskip("xarray")
+    cost = Cost(("a", "b"), np.array([[1.0, 2.0, 4.0], [3.0, 5.0, 6.0]]), np.array([7, 8]))
+    data = cost.to_xarray()
+    assert data.seconds.median("repeat").values.tolist() == cost.median_seconds.tolist() == [2.0, 5.0]
+    assert int(data.temporary_bytes.sel(estimator="b")) == 8
 
 
 @pytest.mark.parametrize(

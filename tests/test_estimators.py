@@ -88,7 +88,25 @@ def test_one_compilation_serves_all_seeds_and_keep_probs():
     assert compilations(update, settings) == 1
 
 
-@pytest.mark.parametrize("name", ["full", "sliding", "randomized"])
+def test_one_compilation_serves_all_windows_phases_and_lengths_of_windows():
+    step, loss, params, carry, batch = problems.make("tanh", NUM_STEPS)
+
+    def run(gates_fn):
+        return problems.one_update(
+            gated_bptt(step, loss, gates_fn=gates_fn), params, carry, batch, jax.random.key(0)
+        ).grads
+
+    def fixed(window, phase):
+        return run(lambda key, n: truncation.fixed(n, window, phase=phase))
+
+    def lengths(probs):
+        return run(lambda key, n: truncation.random_lengths(key, n, probs))
+
+    assert compilations(fixed, [(window, phase) for window in (1, 2, 5) for phase in (0, 1)]) == 1
+    assert compilations(lengths, [(jnp.array(probs),) for probs in ([0.5, 0.1], [0.0, 0.9])]) == 1
+
+
+@pytest.mark.parametrize("name", ["full", "sliding", "randomized", "adaptive", "parallel blocks", "random lengths"])
 def test_one_compilation_per_length(name):
     step, loss, params, carry, batch = problems.make("tanh", NUM_STEPS)
     estimator = ESTIMATORS[name].make(step, loss)

@@ -224,6 +224,16 @@ class Cost(NamedTuple):
         low, high = np.quantile(self.seconds, [0.25, 0.75], axis=1)
         return (high - low) / 2
 
+    def to_xarray(self) -> Any:
+        """An `xarray.Dataset` over `estimator` and `repeat`; needs xarray."""
+        import xarray
+
+        variables = {
+            "seconds": (("estimator", "repeat"), self.seconds),
+            "temporary_bytes": ("estimator", self.temporary_bytes),
+        }
+        return xarray.Dataset(variables, {"estimator": list(self.names)})
+
     def __str__(self) -> str:
         rows = zip(self.names, self.median_seconds, self.spread_seconds, self.temporary_bytes, strict=True)
         width = max(len(name) for name in self.names)
