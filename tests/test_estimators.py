@@ -106,7 +106,7 @@ def test_one_compilation_serves_all_windows_phases_and_lengths_of_windows():
     assert compilations(lengths, [(jnp.array(probs),) for probs in ([0.5, 0.1], [0.0, 0.9])]) == 1
 
 
-@pytest.mark.parametrize("name", ["full", "sliding", "randomized", "adaptive", "parallel blocks", "random lengths"])
+@pytest.mark.parametrize("name", ["full", "sliding", "randomized", "adaptive", "random lengths"])
 def test_one_compilation_per_length(name):
     step, loss, params, carry, batch = problems.make("tanh", NUM_STEPS)
     estimator = ESTIMATORS[name].make(step, loss)

@@ -53,6 +53,17 @@ def test_splits_do_not_matter(window, stride):
         assert_close(live, last)
 
 
+def test_every_cut_in_two_gives_the_whole():
+    """T = 11 in blocks of 4, ragged wherever the cut falls."""
+    step, loss, params, carry, batch = masked_problem("tanh")
+    init, update = truncated_bptt(step, loss, window=4)
+    update = jax.jit(update)
+    whole, last = stream(update, init, params, carry, batch, (NUM_STEPS,))
+    for first in range(1, NUM_STEPS):
+        total, live = stream(update, init, params, carry, batch, (first, NUM_STEPS - first))
+        assert_close((total.grad_sum, total.loss_sum, live), (whole.grad_sum, whole.loss_sum, last))
+
+
 def test_reach_grows_with_the_stream_up_to_the_window():
     step, loss, params, carry, batch = masked_problem("tanh+readout")
     init, update = truncated_bptt(step, loss, window=7, stride=2)
