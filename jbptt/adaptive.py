@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from jbptt import validation
-from jbptt.adjoint import Sums, batch_steps, estimate_of, loss_weights, parallel_pullback
-from jbptt.decay import bound_bias
+from jbptt.adjoint import batch_steps, estimate_of, loss_weights, parallel_pullback
+from jbptt.decay import TAIL_LAGS, bound_bias
 from jbptt.norms import norm
 from jbptt.streams import sum_pieces
 from jbptt.types import Batch, Carry, Estimate, Estimator, Loss, Params, Step, split_inexact, weighted_mean
@@ -50,17 +50,20 @@ def adaptive_bptt(step: Step, loss: Loss, *, tolerance: float, max_window: int, 
 
         K = min {k : δ(k) ≤ tolerance},   δ(k) = E(k) / (‖ĝ‖ − E(k)),   E(k) = M Σ_{j ≥ k−1} φ_j
 
-    with φ_j the adjoint's norm at lag j and an exponential tail beyond the lags measured. Every max_window steps
-    one loss is a probe: it goes back max_window − 1 steps and updates running means of φ_j and of what the lags
+    with φ_j the adjoint's norm at lag j and an exponential tail beyond the lags measured. The last loss of every
+    update, and of every max_window steps within it, is a probe (none if it has no weight): it goes back
+    max_window − 1 steps and updates running means of φ_j and of what the lags
     add to the gradient, from which the *next* update's window follows (`decay.bound_bias`). The first update, which
     knows nothing, takes max_window. Where no window up to max_window keeps the bound, as with a gradient that does
     not decay, max_window is taken, and `info["bias_bound"]` says what is left of the promise: inf, if nothing.
-    Nothing is promised by fewer than 8 lags.
+    Nothing is promised by fewer than 8 lags, nor by a zero that fewer than 3 probes met (a reset, perhaps).
 
     `info["window"]` is the window of the update, `info["bias_bound"]` its δ by all that has been seen, this
     update included; `info["next_window"]` what follows from it. M is measured, not proved, and ‖ĝ‖ is that of
     the update's own gradient, so the bound is an estimate. Biased within it. Time: a window's, and one
-    backward pass over max_window steps every max_window steps; memory of a few max_windows.
+    backward pass over max_window steps for each probe, so updates shorter than that are dear; memory of a few
+    max_windows. The loop over lags has as many rounds as the window says, so reverse mode does not go through
+    `update`.
 
     Args:
       step: `(params, carry, x) -> (carry, y)`; every inexact carry leaf begins with the batch shape.
@@ -94,15 +97,17 @@ def adaptive_bptt(step: Step, loss: Loss, *, tolerance: float, max_window: int, 
         validation.check_history(state.history, batch, batch_shape)
 
         def run(running, piece):
-            carry, history, means = running
+            carry, history, means, total = running
             passed = pass_forward(step, loss, params, carry, piece, history)
             sums = overlapping_sums(passed, max_window - 1, 0, window=state.window, stride=1)
-            weights = loss_weights(piece, jnp.zeros((batch_steps(piece), *batch_shape)))[-1]
-            means = probe(passed, weights, means, smoothing)
-            return sums, (passed.carry, latest(passed.steps, max_window - 1), means)
+            weights = jnp.abs(loss_weights(piece, jnp.zeros((batch_steps(piece), *batch_shape))))
+            means = probe(passed, weights[-1], means, smoothing)
+            return sums, (passed.carry, latest(passed.steps, max_window - 1), means, total + jnp.sum(weights))
 
-        sums, (carry, history, means) = sum_pieces(run, state[:3], batch, max_window)
-        window, bounds = choose_window(means, sums, tolerance)
+        start = *state[:3], jnp.zeros(())
+        sums, (carry, history, means, total) = sum_pieces(run, start, batch, max_window)
+        kept = norm(sums.grad) / jnp.where(total > 0, total, 1)  # weights of both signs: per |w|, as the probes
+        window, bounds = choose_window(means, kept, tolerance, 1 - smoothing**3)
         info = {"window": state.window, "bias_bound": bounds[state.window - 1], "next_window": window}
         return estimate_of(sums, **info), AdaptiveState(carry, history, means, window)
 
@@ -110,10 +115,10 @@ def adaptive_bptt(step: Step, loss: Loss, *, tolerance: float, max_window: int, 
 
 
 def probe(passed: Passed, weights: jax.Array, means: RunningMeans, smoothing: chex.Numeric) -> RunningMeans:
-    """Sends the last step's loss back as far as the means reach; `weights` `[*batch]` are that loss's."""
+    """Sends the last step's loss back as far as the means reach; `weights` `[*batch]` are that loss's, |w|."""
     _, _, _, real, outputs_bar, core, wide = passed
     num_lags, last = len(means.weights), real.mask.shape[0] - 1
-    total, ndim = jnp.sum(jnp.abs(weights)), weights.ndim
+    total, ndim = jnp.sum(weights), weights.ndim
 
     def body(cotangents, lag):
         i = last - lag
@@ -137,12 +142,16 @@ def probe(passed: Passed, weights: jax.Array, means: RunningMeans, smoothing: ch
     return RunningMeans(*map(fade, means, new))
 
 
-def choose_window(means: RunningMeans, sums: Sums, tolerance: float) -> tuple[jax.Array, jax.Array]:
-    """The shortest window whose bound keeps the tolerance (or the longest there is), and all bounds, `[max_window]`."""
-    num_lags = jnp.sum(means.weights > 0)
+def choose_window(means: RunningMeans, kept: jax.Array, tolerance: float, enough: float) -> tuple[jax.Array, jax.Array]:
+    """The shortest window whose bound keeps the tolerance (or the longest there is), and all bounds, `[max_window]`.
+
+    `kept` is the norm of the gradient, per weight; below the weight `enough` a zero is not taken for the end of all.
+    """
+    longest, num_lags = len(means.weights), jnp.sum(means.weights > 0)
     norms, grad_norms = (weighted_mean(total, means.weights) for total in means[:2])
-    kept = jnp.full_like(norms, norm(sums.grad) / jnp.maximum(jnp.abs(sums.weight), jnp.finfo(norms.dtype).tiny))
-    bound = bound_bias(norms, grad_norms, kept, num_lags=num_lags, tolerances=(tolerance,))
-    window = bound.bound_window[0]
-    longest = len(norms)
-    return jnp.where((window < 1) | (window > longest), longest, window).astype(int), bound.bias_bound
+    last = jnp.maximum(num_lags - 1, 0)
+    known = (num_lags >= TAIL_LAGS) & ((norms[last] > 0) | (means.weights[last] >= enough))
+    found = bound_bias(norms, grad_norms, jnp.full_like(norms, kept), num_lags=num_lags, tolerances=(tolerance,))
+    window = found.bound_window[0]
+    window = jnp.where(known & (window >= 1) & (window <= longest), window, longest)
+    return window.astype(int), jnp.where(known, found.bias_bound, jnp.inf)

@@ -257,11 +257,12 @@ def truncated_bptt(
                 parallel=parallel_windows,
             )
         phase = state.phase
+        furthest = window if phase is None else window - stride + jnp.minimum(phase + num_steps, stride)
         if phase is not None:
             phase = (phase + num_steps) % stride
         elif num_steps % stride:
             phase = jnp.asarray(num_steps % stride)
         steps = num_steps if state.history is None else num_steps + jnp.sum(state.history.exists)
-        return estimate_of(sums, reach=jnp.minimum(window, steps)), WindowState(carry, history, phase)
+        return estimate_of(sums, reach=jnp.minimum(furthest, steps)), WindowState(carry, history, phase)
 
     return Estimator(init, update)

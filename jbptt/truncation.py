@@ -8,6 +8,7 @@ carry that step t received. Hand it to `unroll(gates=...)` or, as a function of 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import Tracer
 
@@ -118,11 +119,12 @@ def random_lengths(key: chex.PRNGKey, num_steps: int, length_probs: jax.Array, *
     """
     validation.check_positive_integer("num_steps", num_steps)
     validation.check_length_probs(length_probs, num_steps if reweight else None)
-    probs = jnp.asarray(length_probs, float)
-    left = 1 - jnp.cumsum(probs)  # of being longer than k
-    before = jnp.concatenate([jnp.ones(1), left[:-1]])
+    # On the host where they are known: in float32 what is left of 1 has few digits.
+    xp = jnp if isinstance(length_probs, Tracer) else np
+    probs = xp.asarray(length_probs, float)
+    before = 1 - xp.concatenate([xp.zeros(1), xp.cumsum(probs)[:-1]])  # of being as long
     # Past a length that no window exceeds nothing is ever reached: any hazard will do there.
-    hazards = jnp.where(probs > 0, probs / jnp.where(before > 0, before, 1), 0.0)
+    hazards = xp.where(probs > 0, probs / xp.where(before > 0, before, 1), 0.0)
     hazards = jnp.append(jnp.clip(hazards, 0, 1), 0.0)
     return _renewal_gates(key, num_steps, lambda delta: hazards[jnp.minimum(delta, len(hazards)) - 1], reweight)
 

@@ -78,8 +78,9 @@ def check_length_probs(value: Any, num_steps: int | None) -> None:
         )
     if num_steps is not None and probs[: num_steps - 1].sum() > 1 - 1e-6:
         raise ValueError(
-            f"length_probs lets no window reach T = {num_steps} steps, so that pairs further apart are never seen "
-            "and no weight makes up for it; leave some probability to longer windows, or pass reweight=False"
+            f"length_probs lets hardly any window reach T = {num_steps} steps (less than 1e-6), so that pairs further "
+            "apart are never seen and no weight makes up for it; leave some probability to longer windows, "
+            "or pass reweight=False"
         )
 
 

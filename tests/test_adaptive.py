@@ -11,7 +11,7 @@ import pytest
 from oracles import brute_force
 from problems import EXAMPLES, assert_close, cut
 
-from jbptt import Batch, adaptive_bptt, decay, full_bptt, lag_profile, randomized_bptt, train, truncated_bptt
+from jbptt import Batch, adaptive_bptt, cells, decay, full_bptt, lag_profile, randomized_bptt, train, truncated_bptt
 
 MAX_WINDOW, TOLERANCE = 12, 0.2
 
@@ -113,6 +113,30 @@ def test_a_gradient_that_does_not_decay_has_no_bound_and_the_longest_window(scal
     for estimate in estimates:
         assert np.isinf(estimate.info["bias_bound"]) and int(estimate.info["next_window"]) == MAX_WINDOW
     assert int(state.window) == MAX_WINDOW
+
+
+def test_weights_of_both_signs_are_no_small_gradient():
+    """Their sum is next to nothing; what the bound compares is per |w|."""
+    step, loss, params, carry, batch = shrunk("tanh", 3 * MAX_WINDOW, 0.5)
+    weights = np.random.default_rng(5).normal(size=3 * MAX_WINDOW)
+    weights += 1e-3 - weights.mean()
+    signed = batch._replace(weights=jnp.asarray(weights))
+    (estimate,), state, _ = updates_of((step, loss, params, carry, signed), (3 * MAX_WINDOW,))
+    scaled = batch._replace(weights=jnp.asarray(1000 * weights))
+    (other,), same, _ = updates_of((step, loss, params, carry, scaled), (3 * MAX_WINDOW,))
+    assert int(state.window) == int(same.window) > 1
+    assert_close(estimate.info["bias_bound"], other.info["bias_bound"], rtol=1e-9)
+
+
+def test_one_reset_is_no_end_of_all_memory():
+    """A system that forgets nothing, reset at its first step, where the first probes end in a zero."""
+    step, loss, params, carry, batch = rotation(MAX_WINDOW + 1)
+    reset = cells.with_reset(step, lambda batch_shape=(): jnp.zeros((*batch_shape, 2)))
+    flags = jnp.zeros((MAX_WINDOW + 1, EXAMPLES), bool).at[0].set(True)
+    problem = reset, loss, params, carry, batch._replace(xs=(batch.xs, flags))
+    estimates, _, _ = updates_of(problem, (1, MAX_WINDOW - 2, 2))
+    assert all(np.isinf(estimate.info["bias_bound"]) for estimate in estimates)
+    assert all(int(estimate.info["next_window"]) == MAX_WINDOW for estimate in estimates)
 
 
 def test_masked_and_broken_losses_leave_the_means_alone():

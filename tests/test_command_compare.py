@@ -13,7 +13,7 @@ SMALL = [
     "--hidden-size=3", "--num-steps=8", "--batch-size=2", "--num-updates=2", "--num-samples=2", "--cell=rnn",
     "--window", "2", "4", "--keep-prob", "0.5", "--mean-length", "3",
 ]  # fmt: skip
-NAMES = ["full", "blocks of 2", "sliding 2", "blocks of 4", "sliding 4", "keep 0.5", "keep 0.5, no 1/π", "artbp 3"]
+NAMES = ["full", "blocks of 2", "sliding 2", "blocks of 4", "sliding 4", "keep 0.5", "keep 0.5, no 1/π", "artbp 3.0"]
 
 
 @pytest.mark.parametrize("task", ["text", "copy", "adding"])

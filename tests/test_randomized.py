@@ -183,7 +183,7 @@ def test_every_example_has_gates_of_its_own():
         ([0.5, np.nan], "each >= 0 and together at most 1"),
         ([[0.5]], "length_probs must be \\[L\\]"),
         ([], "length_probs must be"),
-        ([0.5, 0.5], "lets no window reach T = 6"),
+        ([0.5, 0.5], "lets hardly any window reach T = 6"),
     ],
 )
 def test_lengths_that_are_no_distribution_are_refused(probs, words):

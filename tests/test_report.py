@@ -218,13 +218,16 @@ def test_what_the_second_half_says(data):
 def test_the_price_of_randomness_follows_the_numbers(data):
     price, describe = data["randomness"], sections.SECTIONS["randomness"].describe
     text = describe(price)
-    assert "In 8 draws of keep 0.5, the gradient of the trained rnn has no bias that they show (10 % ± 8 %" in text
-    assert "one draw scatters by 50 %; without 1/π the bias is 40 % and the scatter 30 %" in text
+    assert "The mean of 8 draws of keep 0.5 misses the gradient of the trained rnn by 10 % of its norm" in text
+    assert "within two standard errors of 8 %; one draw scatters by 50 %." in text
+    assert "Without 1/π the mean misses it by 40 %, and one draw scatters by 30 %." in text
     assert "Blocks of 2 are off by 30 %" in text and "1.50 times as long as full BPTT" in text
-    assert "of blocks of 2 is closer to the exact one (30 % off) than one of keep 0.5 (51 %)" in text
+    assert "a gradient of blocks of 2 is closer to the exact one than one of keep 0.5 (30 % against 50 %)" in text
     other = describe({**price, "relative_bias": [0.0, 0.9, 0.2, 0.4], "seconds": [None] * 4})
-    assert "has a bias that luck does not explain" in other and "as long as" not in other
-    assert "of keep 0.5 is closer to the exact one (53.9 % off) than one of blocks of 2 (90 %)" in other
+    assert "by 20 % of its norm, beyond two, as rare large weights" in other and "as long as" not in other
+    assert "a gradient of keep 0.5 is closer to the exact one than one of blocks of 2 (50 % against 90 %)" in other
+    same = describe({**price, "relative_bias": [0.0] * 4, "variance": [0.0] * 4})
+    assert "is as far from the exact one as one of" in same
     assert "nothing can be said" in describe({**price, "variance": [0.0, 0.0, None, 0.1]})
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import problems
 import pytest
 
-from jbptt import Batch, LagProfile, full_bptt, lag_profile, optimize_schedule, plots, randomized_bptt
+from jbptt import Batch, LagProfile, full_bptt, lag_profile, optimize_schedule, plots, randomized_bptt, truncation
 from jbptt.analysis import schedules
 
 
@@ -66,7 +66,7 @@ def test_nothing_near_the_optimum_is_better():
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
         logits = jnp.log(jnp.expm1(-jnp.diff(jnp.log(1 - jnp.cumsum(jnp.asarray(found.length_probs))), prepend=0.0)))
-        at = lambda logits: float(schedules.variance(jnp.asarray(norms) ** 2, schedules.log_survival(logits, 5.0)))
+        at = lambda logits: float(schedules.variance(jnp.asarray(norms) ** 2, schedules.log_survival(logits, 0.0, 5.0)))
         np.testing.assert_allclose(at(logits), found.predicted_variance, rtol=1e-9)
         for _ in range(20):
             assert at(logits + 0.05 * rng.normal(size=15)) >= found.predicted_variance * (1 - 1e-7)
@@ -96,6 +96,16 @@ def test_measured_variance_falls():
     assert optimal + 6 * error < 0.6 * (constant - 6 * constant_error)
     ratio = found.predicted_variance / found.constant_variance
     assert f"{ratio:.3g} of that of constant" in str(found)
+
+
+@pytest.mark.parametrize(("norms", "mean_length"), [(0.5 ** np.arange(128), 16.0), (1 / (1.0 + np.arange(512)), 1.5)])
+def test_long_sequences_get_lengths_that_can_be_used(norms, mean_length):
+    """No pair is ruled out, however fast the gradient decays, and nothing overflows."""
+    found = optimize_schedule(profile(norms), mean_length)
+    left = 1 - found.length_probs.sum()
+    assert left > 0.9e-5 and np.isfinite(found.predicted_variance) and "nan" not in str(found)
+    gates = truncation.random_lengths(jax.random.key(0), len(norms), found.length_probs)
+    assert np.all(np.isfinite(gates))
 
 
 def test_a_gradient_of_lag_0_alone_needs_no_windows():

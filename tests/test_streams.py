@@ -72,6 +72,13 @@ def test_reach_grows_with_the_stream_up_to_the_window():
         estimate, state = update(params, state, cut(batch, start, start + 3))
         reached.append(int(estimate.info["reach"]))
     assert reached == [3, 6, 7]
+    # In blocks a loss sees no step before its own block, however much history there is.
+    init, update = truncated_bptt(step, loss, window=4)
+    state, reached = init(params, carry, cut(batch, 0, 3)), []
+    for start, stop in ((0, 3), (3, 4), (4, 5)):
+        estimate, state = update(params, state, cut(batch, start, stop))
+        reached.append(int(estimate.info["reach"]))
+    assert reached == [3, 4, 1]
 
 
 @pytest.mark.parametrize("make", [full_bptt, functools.partial(gated_bptt, gates_fn=lambda key, t: jnp.ones(t))])

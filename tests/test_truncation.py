@@ -95,6 +95,25 @@ def test_artbp_gates_follow_their_hazards(mean_length, alpha, reweight):
         assert_close(gates, artbp_gates(gates, mean_length, alpha, reweight), rtol=1e-14)
 
 
+@pytest.mark.parametrize("reweight", [True, False])
+def test_gates_of_random_lengths_follow_their_hazards(reweight):
+    """A hazard starts anew after every cut. 16 draws without any cut: chance below 1e-20."""
+    probs, gates_of = (
+        np.array([0.2, 0.0, 0.4, 0.1]),
+        lambda key: truncation.random_lengths(key, 40, probs, reweight=reweight),
+    )
+    draws = np.asarray(jax.vmap(gates_of)(jax.random.split(jax.random.key(0), 16)))
+    assert np.sum(draws == 0) > 16
+    for gates in draws:
+        since, wanted = 1, [1.0]
+        for gate in gates[1:]:
+            hazard = probs[since - 1] / (1 - probs[: since - 1].sum()) if since <= 4 else 0.0
+            wanted.append(0.0 if gate == 0 else 1 / (1 - hazard) if reweight else 1.0)
+            assert hazard > 0 or gate != 0
+            since = 1 if gate == 0 else since + 1
+        assert_close(gates, np.array(wanted), rtol=1e-14)
+
+
 @pytest.mark.parametrize(("mean_length", "alpha"), [(3.0, 4.0), (8.0, 5.0)])
 def test_artbp_mean_length(mean_length, alpha):
     """Σ_{n≥0} Π_{δ=1..n} (1 − c_δ) = L₀, with the tail closed by the survival's power law; and the draws agree.

@@ -27,9 +27,9 @@ class Comparison:
 
     Attributes:
       relative_bias: `‖E ĝ − g‖ / ‖g‖`, the mean over the samples. An unbiased estimator shows about its
-        standard error here, never 0.
-      relative_bias_error: standard error, `√(variance / num_samples)`: what the mean itself scatters by.
-        0 for estimators that draw nothing.
+        standard error here, never 0, and more where rare large weights, which few samples meet, carry the variance.
+      relative_bias_error: standard error, `√(variance / num_samples)`: what the mean itself scatters by; too
+        small in that case, as the variance is. 0 for estimators that draw nothing.
       variance: `E‖ĝ − E ĝ‖² / ‖g‖²`, of one estimate; 0 for estimators that draw nothing.
       cosine: between ĝ and g, mean over the samples.
       norm_ratio: `‖ĝ‖ / ‖g‖`, mean over the samples.
@@ -95,7 +95,8 @@ def compare(
 ) -> Comparison:
     """Bias, variance and direction of gradient estimators against the exact gradient, on one batch.
 
-    Each estimator updates once from a fresh state; those that draw do so `num_samples` times, sample i with
+    Each estimator updates once from a fresh state (`adaptive_bptt` then takes its longest window: hand over one whose
+    init returns a state that has seen some updates); those that draw do so `num_samples` times, sample i with
     `fold_in(key, i)` for all of them. Pure: works under jit and vmap. Time: `num_samples` updates of each
     that draws; memory: one update and two gradients for each estimator.
 

@@ -23,6 +23,8 @@ from jbptt import validation
 from jbptt.analysis.lags import LagProfile
 
 NUM_ITERATIONS = 300
+FLOOR = 1e-5
+"""Of the chance that a window outlasts the sequence: a pair that is never kept could not be weighted."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def optimize_schedule(profile: LagProfile, mean_length: float) -> Schedule:
         squares = jnp.asarray((norms / size) ** 2 if size else norms, jnp.float64)
         constant = jnp.zeros(num_steps - 1)
         rates = _descend(partial(_objective, squares, mean_length), constant) if size else constant
-        found = [np.asarray(log_survival(r, mean_length)) for r in (rates, constant)]
+        found = [np.asarray(log_survival(*of, mean_length)) for of in ((rates, FLOOR), (constant, 0.0))]
         variances = [size**2 * float(variance(squares, jnp.asarray(log_s))) for log_s in found]
     survival = np.exp(found[0])
     return Schedule(
@@ -108,12 +110,15 @@ def optimize_schedule(profile: LagProfile, mean_length: float) -> Schedule:
     )
 
 
-def log_survival(rates: jax.Array, mean_length: float) -> jax.Array:
+def log_survival(rates: jax.Array, floor: float, mean_length: float) -> jax.Array:
     """`ln P(length > j)`, j = 0 … T − 1, from T − 1 logits of the hazard, scaled to the mean length."""
     total = jnp.concatenate([jnp.zeros(1), jnp.cumsum(jax.nn.softplus(rates))])
 
+    def survival(log_scale):
+        return floor + (1 - floor) * jnp.exp(-jnp.exp(log_scale) * total)
+
     def excess(log_scale):
-        return jnp.sum(jnp.exp(-jnp.exp(log_scale) * total)) - mean_length
+        return jnp.sum(survival(log_scale)) - mean_length
 
     def halve(bounds, _):
         low, high = bounds
@@ -125,7 +130,10 @@ def log_survival(rates: jax.Array, mean_length: float) -> jax.Array:
     root = jax.lax.stop_gradient((low + high) / 2)
     # One step of Newton's method has the derivative of the root itself.
     slope = jax.lax.stop_gradient(jax.grad(excess)(root))
-    return -jnp.exp(root - excess(root) / slope) * total
+    log_scale = root - excess(root) / slope
+    if floor:
+        return jnp.log(survival(log_scale))
+    return -jnp.exp(log_scale) * total
 
 
 def variance(squares: jax.Array, log_survival: jax.Array) -> jax.Array:
@@ -148,7 +156,7 @@ def variance(squares: jax.Array, log_survival: jax.Array) -> jax.Array:
 
 
 def _objective(squares: jax.Array, mean_length: float, rates: jax.Array) -> jax.Array:
-    return jnp.log(variance(squares, log_survival(rates, mean_length)))
+    return jnp.log(variance(squares, log_survival(rates, FLOOR, mean_length)))
 
 
 def _descend(objective: Any, start: jax.Array) -> jax.Array:

@@ -12,12 +12,15 @@ import optax
 
 from jbptt import cells, clipping, validation
 from jbptt.adaptive import adaptive_bptt
-from jbptt.analysis.comparison import Comparison, Cost, compare, measure_cost
+from jbptt.analysis.comparison import Comparison, Cost, compare, fresh_blocks, measure_cost
 from jbptt.cells import Cell
 from jbptt.estimators import full_bptt, randomized_bptt, truncated_bptt
 from jbptt.experiments import tasks
 from jbptt.experiments.training import train
-from jbptt.types import Batch, Estimator, Loss, Step
+from jbptt.types import Batch, Carry, Estimator, Loss, Params, Step
+
+NUM_WARMING = 4
+"""Updates that windows which follow a bound see before they are compared."""
 
 
 @dataclass(frozen=True)
@@ -116,19 +119,32 @@ def estimators_of(settings: Settings, step: Step, loss: Loss) -> dict[str, Estim
     """What is compared, by name; full BPTT first."""
     found = {"full": full_bptt(step, loss)}
     for window in dict.fromkeys(settings.window):
-        found[f"blocks of {window}"] = truncated_bptt(step, loss, window=window)
+        found[f"blocks of {window}"] = fresh_blocks(truncated_bptt(step, loss, window=window), window)
         found[f"sliding {window}"] = truncated_bptt(step, loss, window=window, stride=1)
     for keep_prob in dict.fromkeys(settings.keep_prob):
-        found[f"keep {keep_prob:g}"] = randomized_bptt(step, loss, keep_prob=keep_prob)
-        found[f"keep {keep_prob:g}, no 1/π"] = randomized_bptt(step, loss, keep_prob=keep_prob, reweight=False)
+        found[f"keep {keep_prob}"] = randomized_bptt(step, loss, keep_prob=keep_prob)
+        found[f"keep {keep_prob}, no 1/π"] = randomized_bptt(step, loss, keep_prob=keep_prob, reweight=False)
     for length in dict.fromkeys(settings.mean_length):
-        found[f"artbp {length:g}"] = randomized_bptt(step, loss, mean_length=length)
+        found[f"artbp {length}"] = randomized_bptt(step, loss, mean_length=length)
     if settings.tolerance is not None:
         longest = max(settings.window)
-        found[f"adaptive {settings.tolerance:g}"] = adaptive_bptt(
+        found[f"adaptive {settings.tolerance}"] = adaptive_bptt(
             step, loss, tolerance=settings.tolerance, max_window=longest
         )
     return found
+
+
+def warmed(estimator: Estimator, params: Params, carry: Carry, batches: Batch) -> Estimator:
+    """The estimator as it is after it has seen some batches, at the start of another stream."""
+    first = jax.tree.map(lambda a: a[0], batches)
+    start = estimator.init(params, carry, first)
+    state, _ = jax.lax.scan(lambda state, batch: (estimator.update(params, state, batch)[1], None), start, batches)
+
+    def init(params: Params, carry: Carry, batch: Batch, key=None):
+        fresh = estimator.init(params, carry, batch, key=key)
+        return state._replace(carry=fresh.carry, history=fresh.history)
+
+    return Estimator(init, estimator.update)
 
 
 def run_comparison(settings: Settings, say: Callable[[str], None]) -> tuple[Comparison, Cost]:
@@ -142,6 +158,9 @@ def run_comparison(settings: Settings, say: Callable[[str], None]) -> tuple[Comp
     carry = model.cell.initial_carry((settings.batch_size,))
     params, _ = run(jax.jit(model.cell.init)(key), carry, model.train)
     problem = params, carry, model.heldout
+    for name in [name for name in estimators if name.startswith("adaptive")]:
+        latest = jax.tree.map(lambda a: a[-NUM_WARMING:], model.train)
+        estimators[name] = warmed(estimators[name], params, carry, latest)
     say(f"compare: {len(estimators)} estimators, {settings.num_samples} draws of each that draws")
     look = jax.jit(partial(compare, estimators, reference="full", num_samples=settings.num_samples))
     found = jax.block_until_ready(look(*problem, key=jax.random.fold_in(key, 1)))

@@ -21,26 +21,28 @@ from jbptt.report.themes import LIGHT, Theme
 from jbptt.types import Estimator, Loss, Step
 
 
-def estimators_of(step: Step, loss: Loss, keep_prob: float, grad_norms: np.ndarray) -> dict[str, Estimator]:
-    """By what they are; of the same mean length where that is longer than a step and shorter than the batch."""
-    num_steps = len(grad_norms)
-    length = 1 / (1 - keep_prob) if keep_prob < 1 else float(num_steps)
-    window = max(1, min(num_steps, round(length)))
-    found = {
+def plain_cuts(step: Step, loss: Loss, keep_prob: float, num_steps: int) -> dict[str, Estimator]:
+    """Full BPTT, blocks, and cuts of constant probability, by what they are; of the same mean length."""
+    window = max(1, min(num_steps, round(1 / (1 - keep_prob)))) if keep_prob < 1 else num_steps
+    return {
         "full": full_bptt(step, loss),
         f"blocks of {window}": fresh_blocks(truncated_bptt(step, loss, window=window), window),
         f"keep {keep_prob:g}": randomized_bptt(step, loss, keep_prob=keep_prob),
         f"keep {keep_prob:g}, no 1/π": randomized_bptt(step, loss, keep_prob=keep_prob, reweight=False),
     }
-    if 1 < length < num_steps:
-        found[f"artbp {length:.3g}"] = randomized_bptt(step, loss, mean_length=length)
-        # The same mean as constant π cut off by the end of the batch.
-        mean = (1 - keep_prob**num_steps) / (1 - keep_prob)
-        if num_steps >= 3 and mean > 1 and np.all(np.isfinite(grad_norms)):
-            best = optimize_schedule(LagProfile(cotangent_norms=None, grad_norms=grad_norms), mean)
-            found["lengths of least variance"] = randomized_bptt(
-                step, loss, length_probs=jnp.asarray(best.length_probs)
-            )
+
+
+def fitted_cuts(step: Step, loss: Loss, keep_prob: float, grad_norms: np.ndarray) -> dict[str, Estimator]:
+    """Lengths that depend on the lag, where the mean is longer than a step and shorter than the batch."""
+    num_steps, length = len(grad_norms), 1 / (1 - keep_prob) if keep_prob < 1 else np.inf
+    if not 1 < length < num_steps:
+        return {}
+    found = {f"artbp {length:.3g}": randomized_bptt(step, loss, mean_length=length)}
+    # The same mean as constant π cut off by the end of the batch.
+    mean = (1 - keep_prob**num_steps) / (1 - keep_prob)
+    if num_steps >= 3 and mean > 1 and np.all(np.isfinite(grad_norms)):
+        best = optimize_schedule(LagProfile(cotangent_norms=None, grad_norms=grad_norms), mean)
+        found["lengths of least variance"] = randomized_bptt(step, loss, length_probs=jnp.asarray(best.length_probs))
     return found
 
 
@@ -50,7 +52,8 @@ def price(
     """Bias, spread and direction of each way to cut, on one held-out batch of the trained model."""
     name = trained.model.name
     progress(f"{name}: the price of randomness")
-    estimators = estimators_of(trained.model.cell.step, tasks.cross_entropy, keep_prob, grad_norms)
+    problem = trained.model.cell.step, tasks.cross_entropy, keep_prob
+    estimators = plain_cuts(*problem, len(grad_norms)) | fitted_cuts(*problem, grad_norms)
     look = jax.jit(partial(compare, estimators, reference="full", num_samples=plan.num_draws))
     where = jax.device_put((trained.params, trained.carry, trained.batch), device)
     found = jax.device_get(look(*where, key=jax.device_put(jax.random.key(1), device)))
@@ -68,7 +71,7 @@ def price(
 def time_them(trained: Trained, price: dict[str, Any], keep_prob: float, plan: Plan, progress: Progress):
     """Adds the time of one update of the first three: full, blocks, random cuts."""
     progress(f"{trained.model.name}: time of random cuts")
-    found = estimators_of(trained.model.cell.step, tasks.cross_entropy, keep_prob, np.ones(len(trained.batch.xs)))
+    found = plain_cuts(trained.model.cell.step, tasks.cross_entropy, keep_prob, len(trained.batch.xs))
     first = {name: found[name] for name in price["names"][:3]}
     where = jax.device_put((trained.params, trained.carry, trained.batch), jax.devices()[0])
     cost = measure_cost(first, *where, num_repeats=plan.num_repeats)
@@ -94,21 +97,24 @@ def describe_price(price: dict[str, Any]) -> str:
         return f"The gradient of the {price['cell']} is not finite or zero, so that nothing can be said of random cuts."
     names, draws = price["names"], price["num_samples"]
     seen = kept["relative_bias"] <= 2 * kept["relative_bias_error"]
-    bias = "no bias that they show" if seen else "a bias that luck does not explain"
+    bias = "within two" if seen else "beyond two, as rare large weights that so few draws did not meet would put it,"
     spread, bare_spread = np.sqrt(kept["variance"]), np.sqrt(bare["variance"])
-    off = {names[1]: blocks["relative_bias"], names[2]: float(np.hypot(kept["relative_bias"], spread))}
+    off = {names[1]: blocks["relative_bias"], names[2]: float(spread)}
     closer, further = sorted(off, key=lambda name: off[name])
+    close = "as far from the exact one as" if off[closer] == off[further] else "closer to the exact one than"
     seconds = numbers(price["seconds"])
     time = ""
     if np.all(np.isfinite(seconds[:3])):
         time = f" An update takes {seconds[2] / seconds[0]:.2f} times as long as full BPTT, whose gradient is exact."
+    blocks_name, kept_name = names[1:3]
     return (
-        f"In {draws} draws of {names[2]}, the gradient of the trained {price['cell']} has {bias} "
-        f"({_percent(kept['relative_bias'])} ± {_percent(kept['relative_bias_error'])} of its norm), but one draw "
-        f"scatters by {_percent(spread)}; without 1/π the bias is {_percent(bare['relative_bias'])} and the scatter "
-        f"{_percent(bare_spread)}. {names[1].capitalize()} are off by {_percent(blocks['relative_bias'])}, the same "
-        f"way every time: a single gradient of {closer} is closer to the exact one ({_percent(off[closer])} off) than "
-        f"one of {further} ({_percent(off[further])}).{time}"
+        f"The mean of {draws} draws of {kept_name} misses the gradient of the trained {price['cell']} by "
+        f"{_percent(kept['relative_bias'])} of its norm, {bias} standard errors of "
+        f"{_percent(kept['relative_bias_error'])}; one draw scatters by {_percent(spread)}. Without 1/π the mean "
+        f"misses it by {_percent(bare['relative_bias'])}, and one draw scatters by {_percent(bare_spread)}. "
+        f"{blocks_name.capitalize()} are off by {_percent(blocks['relative_bias'])}, the same way every time: in the "
+        f"root mean square a gradient of {closer} is {close} one of {further} "
+        f"({_percent(off[closer])} against {_percent(off[further])}).{time}"
     )
 
 
