@@ -108,19 +108,25 @@ def run_study(settings: Settings, text: str, progress: Callable[[str, float], No
     def look(function: Callable, i: int, *more: Any):
         return partial(function, trained[i], *more, count, jax.devices()[i % jax.device_count()])
 
-    jobs = [look(find_windows, i) for i in chosen]
+    def reach_and_price(i: int):
+        """The lags of every model, and for the last one what random cuts that suit them cost."""
+        curves = look(reach, i)()
+        if i != last or not plan.num_draws:
+            return curves, None
+        norms = np.asarray(curves[1]["grad_norms"])
+        return curves, look(randomness.price, i, norms, settings.keep_prob, plan)()
+
+    jobs = [partial(reach_and_price, i) for i in reversed(range(len(names)))]  # what takes longest begins
+    jobs += [look(find_windows, i) for i in chosen]
     jobs += [look(anatomy.spectra, i, task.heldout, plan) for i in chosen]
-    jobs += [look(reach, i) for i in range(len(names))]
     *looked, flow = in_parallel(count, [*jobs, look(anatomy.flow, last)])
-    size = len(chosen)
-    diagnoses, spectra, curves = looked[:size], looked[size : 2 * size], looked[2 * size :]
+    (_, price), *_ = lags = looked[: len(names)]
+    diagnoses, spectra = looked[len(names) : -len(chosen)], looked[-len(chosen) :]
     random = {}
-    if plan.num_draws:
-        norms = np.asarray(curves[last][1]["grad_norms"])
-        price = randomness.price(trained[last], norms, settings.keep_prob, plan, count, jax.devices()[0])
+    if price is not None:
         random["randomness"] = randomness.time_them(trained[last], price, settings.keep_prob, plan, count)
     measured = [windows(trained[i], found, plan, count) for i, found in zip(chosen, diagnoses, strict=True)]
-    curves = [curve for found in curves for curve in found]
+    curves = [curve for found, _ in reversed(lags) for curve in found]
     result = {
         "schema_version": SCHEMA_VERSION,
         "seed": settings.seed,
