@@ -57,7 +57,7 @@ def anatomy_data():
     measures |= {name: measures["loss"] for name in ("adjoint_ratio", "exponent", "gradient_error", "gradient_cosine")}
     return {
         "randomness": {"cell": "rnn", "keep_prob": 0.5, "num_samples": 8,
-                       "names": ["full", "blocks of 2", "keep 0.5", "bare"],
+                       "names": ["full", "blocks of 2", "π = 0.5", "bare"],
                        "relative_bias": [0.0, 0.3, 0.1, 0.4], "relative_bias_error": [0.0, 0.0, 0.08, 0.05],
                        "variance": [0.0, 0.0, 0.25, 0.09], "cosine": [1.0, 0.9, 0.8, 0.85],
                        "norm_ratio": [1.0, 0.7, 1.1, 0.6], "seconds": [0.002, 0.001, 0.003, None]},
@@ -218,16 +218,16 @@ def test_what_the_second_half_says(data):
 def test_the_price_of_randomness_follows_the_numbers(data):
     price, describe = data["randomness"], sections.SECTIONS["randomness"].describe
     text = describe(price)
-    assert "The mean of 8 draws of keep 0.5 misses the gradient of the trained rnn by 10 % of its norm" in text
+    assert "The mean of 8 draws with π = 0.5 misses the gradient of the trained rnn by 10 % of its norm" in text
     assert "within two standard errors of 8 %; one draw scatters by 50 %." in text
     assert "Without 1/π the mean misses it by 40 %, and one draw scatters by 30 %." in text
     assert "Blocks of 2 are off by 30 %" in text and "1.50 times as long as full BPTT" in text
-    assert "a gradient of blocks of 2 is closer to the exact one than one of keep 0.5 (30 % against 50 %)" in text
+    assert "a gradient with blocks of 2 is closer to the exact one than one with π = 0.5 (30 % against 50 %)" in text
     other = describe({**price, "relative_bias": [0.0, 0.9, 0.2, 0.4], "seconds": [None] * 4})
     assert "by 20 % of its norm, beyond two, as rare large weights" in other and "as long as" not in other
-    assert "a gradient of keep 0.5 is closer to the exact one than one of blocks of 2 (50 % against 90 %)" in other
+    assert "a gradient with π = 0.5 is closer to the exact one than one with blocks of 2 (50 % against 90 %)" in other
     same = describe({**price, "relative_bias": [0.0] * 4, "variance": [0.0] * 4})
-    assert "is as far from the exact one as one of" in same
+    assert "is as far from the exact one as one with" in same
     assert "nothing can be said" in describe({**price, "variance": [0.0, 0.0, None, 0.1]})
 
 
@@ -419,7 +419,7 @@ def test_a_study_says_what_the_schema_promises(small_study):
     ]  # fmt: skip
     assert "remedies" not in found
     assert found["randomness"]["names"] == [
-        "full", "blocks of 2", "keep 0.5", "keep 0.5, no 1/π", "artbp 2", "lengths of least variance"
+        "full", "blocks of 2", "π = 0.5", "π = 0.5, no 1/π", "artbp 2", "fitted lengths"
     ]  # fmt: skip
     assert found["randomness"]["variance"][:2] == [0, 0] and min(found["randomness"]["variance"][2:]) > 0
     assert found["randomness"]["relative_bias"][1] > 0 and found["randomness"]["relative_bias_error"][1] == 0

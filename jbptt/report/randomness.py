@@ -27,8 +27,8 @@ def plain_cuts(step: Step, loss: Loss, keep_prob: float, num_steps: int) -> dict
     return {
         "full": full_bptt(step, loss),
         f"blocks of {window}": fresh_blocks(truncated_bptt(step, loss, window=window), window),
-        f"keep {keep_prob:g}": randomized_bptt(step, loss, keep_prob=keep_prob),
-        f"keep {keep_prob:g}, no 1/π": randomized_bptt(step, loss, keep_prob=keep_prob, reweight=False),
+        f"π = {keep_prob:g}": randomized_bptt(step, loss, keep_prob=keep_prob),
+        f"π = {keep_prob:g}, no 1/π": randomized_bptt(step, loss, keep_prob=keep_prob, reweight=False),
     }
 
 
@@ -42,7 +42,7 @@ def fitted_cuts(step: Step, loss: Loss, keep_prob: float, grad_norms: np.ndarray
     mean = (1 - keep_prob**num_steps) / (1 - keep_prob)
     if num_steps >= 3 and mean > 1 and np.all(np.isfinite(grad_norms)):
         best = optimize_schedule(LagProfile(cotangent_norms=None, grad_norms=grad_norms), mean)
-        found["lengths of least variance"] = randomized_bptt(step, loss, length_probs=jnp.asarray(best.length_probs))
+        found["fitted lengths"] = randomized_bptt(step, loss, length_probs=jnp.asarray(best.length_probs))
     return found
 
 
@@ -108,12 +108,12 @@ def describe_price(price: dict[str, Any]) -> str:
         time = f" An update takes {seconds[2] / seconds[0]:.2f} times as long as full BPTT, whose gradient is exact."
     blocks_name, kept_name = names[1:3]
     return (
-        f"The mean of {draws} draws of {kept_name} misses the gradient of the trained {price['cell']} by "
+        f"The mean of {draws} draws with {kept_name} misses the gradient of the trained {price['cell']} by "
         f"{_percent(kept['relative_bias'])} of its norm, {bias} standard errors of "
         f"{_percent(kept['relative_bias_error'])}; one draw scatters by {_percent(spread)}. Without 1/π the mean "
         f"misses it by {_percent(bare['relative_bias'])}, and one draw scatters by {_percent(bare_spread)}. "
         f"{blocks_name.capitalize()} are off by {_percent(blocks['relative_bias'])}, the same way every time: in the "
-        f"root mean square a gradient of {closer} is {close} one of {further} "
+        f"root mean square a gradient with {closer} is {close} one with {further} "
         f"({_percent(off[closer])} against {_percent(off[further])}).{time}"
     )
 

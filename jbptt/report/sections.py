@@ -155,8 +155,8 @@ SECTIONS: dict[str, Section] = {
         "What is the price of randomness?",
         "Ways to cut the gradient of one held-out batch, windows of the same mean length. Filled: how far the mean "
         "over all draws is from the exact gradient, with two standard errors; without bias it is about one of them, "
-        "never 0. Hollow: how far one draw scatters around that mean. Lengths of least variance are fitted to how this "
-        "gradient falls with the lag.",
+        "never 0. Hollow: how far one draw scatters around that mean. Fitted lengths: windows of least predicted "
+        "variance, given how this gradient falls with the lag.",
         0.8,
         randomness.draw_price,
         randomness.describe_price,
