@@ -194,7 +194,7 @@ CORE = (
         "artbp_forgets_its_weight", TRUNCATION, "1 / jnp.where(hazard < 1, 1 - hazard, 1) if reweight else 1.0", "1.0"
     ),
     Mutant("length_hazard_one_step_late", TRUNCATION, "len(hazards)) - 1]", "len(hazards) - 1)]"),
-    Mutant("length_hazard_is_the_plain_probability", TRUNCATION, "probs / jnp.where(before > 0, before, 1)", "probs"),
+    Mutant("length_hazard_is_the_plain_probability", TRUNCATION, "probs / xp.where(before > 0, before, 1)", "probs"),
     Mutant(
         "examples_share_their_draws",
         TRUNCATION,
@@ -459,7 +459,12 @@ CORE = (
     Mutant("probe_injects_at_every_lag", ADAPTIVE, "jnp.where(lag == 0, y[i], 0)", "jnp.where(lag >= 0, y[i], 0)"),
     Mutant("probes_never_fade", ADAPTIVE, "smoothing * past + (1 - smoothing) * new", "past + new"),
     Mutant("adaptive_ignores_its_window", ADAPTIVE, "window=state.window, stride=1", "window=max_window, stride=1"),
-    Mutant("adaptive_without_bound_takes_one_step", ADAPTIVE, "longest, window).astype(int)", "1, window).astype(int)"),
+    Mutant(
+        "adaptive_without_bound_takes_one_step",
+        ADAPTIVE,
+        "(window <= longest), window, longest)",
+        "(window <= longest), window, 1)",
+    ),
     Mutant(
         "adaptive_keeps_what_is_not_finite", ADAPTIVE, "& jnp.isfinite(cotangent_norms) & jnp.isfinite(grad_norms)", ""
     ),
