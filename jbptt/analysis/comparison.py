@@ -17,6 +17,9 @@ from jbptt.dependence import dependences
 from jbptt.norms import compared_with, in_units_of, norm
 from jbptt.types import Batch, Carry, Estimator, Params
 
+PER_ESTIMATOR = ("relative_bias", "relative_bias_error", "variance", "cosine", "norm_ratio")
+"""The fields of a `Comparison` that hold one number for each estimator."""
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -75,8 +78,7 @@ class Comparison:
         """An `xarray.Dataset` over `estimator` (and `other`, for the pairs); needs xarray."""
         import xarray
 
-        per_estimator = ("relative_bias", "relative_bias_error", "variance", "cosine", "norm_ratio")
-        variables: dict[str, Any] = {name: ("estimator", np.asarray(getattr(self, name))) for name in per_estimator}
+        variables: dict[str, Any] = {name: ("estimator", np.asarray(getattr(self, name))) for name in PER_ESTIMATOR}
         variables["alignment"] = (("estimator", "other"), np.asarray(self.alignment))
         names = list(self.names)
         coordinates = {"estimator": names, "other": names}

@@ -12,11 +12,12 @@ import optax
 
 from jbptt import cells, clipping, validation
 from jbptt.adaptive import adaptive_bptt
-from jbptt.analysis.comparison import Comparison, Cost, compare, fresh_blocks, measure_cost
+from jbptt.analysis.comparison import PER_ESTIMATOR, Comparison, Cost, compare, fresh_blocks, measure_cost
 from jbptt.cells import Cell
 from jbptt.estimators import full_bptt, randomized_bptt, truncated_bptt
 from jbptt.experiments import tasks
 from jbptt.experiments.training import train
+from jbptt.report.measurements import first, take
 from jbptt.types import Batch, Carry, Estimator, Loss, Params, Step
 
 NUM_WARMING = 4
@@ -101,9 +102,7 @@ def build(settings: Settings) -> Model:
         task = tasks.text(tasks.read_text(settings.text), num_steps=steps, batch_size=examples)
         size = len(task.vocabulary)
         cell = tasks.on_tokens(cells.with_linear_readout(make(size, hidden), size), size)
-        index = jax.numpy.arange(settings.num_updates) % len(task.train.xs)
-        batches = jax.tree.map(lambda a: a[index], task.train)
-        return Model(cell, tasks.cross_entropy, batches, jax.tree.map(lambda a: a[0], task.heldout))
+        return Model(cell, tasks.cross_entropy, take(task.train, 0, settings.num_updates), first(task.heldout))
     if settings.task == "copy":
         length = max(1, steps // 8)
         draw = partial(tasks.copy, length=length, delay=steps - 2 * length, batch_size=examples)
@@ -136,8 +135,7 @@ def estimators_of(settings: Settings, step: Step, loss: Loss) -> dict[str, Estim
 
 def warmed(estimator: Estimator, params: Params, carry: Carry, batches: Batch) -> Estimator:
     """The estimator as it is after it has seen some batches, at the start of another stream."""
-    first = jax.tree.map(lambda a: a[0], batches)
-    start = estimator.init(params, carry, first)
+    start = estimator.init(params, carry, first(batches))
     state, _ = jax.lax.scan(lambda state, batch: (estimator.update(params, state, batch)[1], None), start, batches)
 
     def init(params: Params, carry: Carry, batch: Batch, key=None):
@@ -172,8 +170,7 @@ def to_json(settings: Settings, found: Comparison, cost: Cost, command: str) -> 
     """Every number, as JSON; what is not finite becomes null."""
     from jbptt.report.study import to_json as plain
 
-    fields = ("relative_bias", "relative_bias_error", "variance", "cosine", "norm_ratio", "alignment")
-    data: dict[str, Any] = {name: getattr(found, name) for name in fields}
+    data: dict[str, Any] = {name: getattr(found, name) for name in (*PER_ESTIMATOR, "alignment")}
     data |= {"names": found.names, "num_samples": found.num_samples, "settings": asdict(settings), "command": command}
     data |= {"seconds": cost.median_seconds, "seconds_spread": cost.spread_seconds}
     data |= {"temporary_bytes": cost.temporary_bytes}

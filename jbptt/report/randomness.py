@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jbptt.analysis.comparison import compare, fresh_blocks, measure_cost
+from jbptt.analysis.comparison import PER_ESTIMATOR, compare, fresh_blocks, measure_cost
 from jbptt.analysis.lags import LagProfile
 from jbptt.analysis.schedules import optimize_schedule
 from jbptt.estimators import full_bptt, randomized_bptt, truncated_bptt
@@ -58,13 +58,12 @@ def price(
     where = jax.device_put((trained.params, trained.carry, trained.batch), device)
     found = jax.device_get(look(*where, key=jax.device_put(jax.random.key(1), device)))
     progress(f"{name}: drawn {plan.num_draws} times", 3)
-    fields = ("relative_bias", "relative_bias_error", "variance", "cosine", "norm_ratio")
     return {
         "cell": name,
         "keep_prob": keep_prob,
         "num_samples": found.num_samples,
         "names": found.names,
-        **{field: getattr(found, field) for field in fields},
+        **{field: getattr(found, field) for field in PER_ESTIMATOR},
     }
 
 
@@ -86,8 +85,7 @@ def draw_price(price: dict[str, Any], *, ax: Any = None, theme: Theme = LIGHT) -
 
 
 def _row(price: dict[str, Any], i: int) -> dict[str, float]:
-    fields = ("relative_bias", "relative_bias_error", "variance", "cosine", "norm_ratio")
-    return {field: float(numbers(price[field])[i]) for field in fields}
+    return {field: float(numbers(price[field])[i]) for field in PER_ESTIMATOR}
 
 
 def describe_price(price: dict[str, Any]) -> str:
