@@ -1,24 +1,75 @@
 """How far back does the gradient of your recurrent model reach, and what does each truncation cost?"""
 
-from jbptt import cells, clipping, testing, truncation
-from jbptt.adaptive import adaptive_bptt
-from jbptt.analysis import powers
-from jbptt.analysis.alignment import AdjointAlignment, adjoint_alignment
-from jbptt.analysis.comparison import Comparison, Cost, compare, measure_cost
-from jbptt.analysis.diagnosis import diagnose
-from jbptt.analysis.findings import Diagnosis
-from jbptt.analysis.flow import Adjoints, GradientSources, adjoints, gradient_flow, gradient_sources
-from jbptt.analysis.gating import GatePaths, gate_paths
-from jbptt.analysis.jacobians import step_jacobians
-from jbptt.analysis.lags import LagProfile, TruncationCurve, lag_profile, truncation_curve
-from jbptt.analysis.lyapunov import LyapunovSpectrum, lyapunov_spectrum
-from jbptt.analysis.nonfinite import NonFinite, find_nonfinite
-from jbptt.analysis.products import JacobianProducts, jacobian_products
-from jbptt.analysis.schedules import Schedule, optimize_schedule
-from jbptt.estimators import full_bptt, gated_bptt, randomized_bptt, truncated_bptt
-from jbptt.experiments import tasks
-from jbptt.experiments.remedies import Remedies, compare_remedies
-from jbptt.experiments.training import History, train
-from jbptt.recurrence import unroll
-from jbptt.report import plots
-from jbptt.types import Batch, Carry, Estimate, Estimator, Loss, Params, Step
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jbptt import cells, clipping, interop, testing, truncation
+    from jbptt.adaptive import adaptive_bptt
+    from jbptt.analysis import powers
+    from jbptt.analysis.alignment import AdjointAlignment, adjoint_alignment
+    from jbptt.analysis.comparison import Comparison, Cost, compare, measure_cost
+    from jbptt.analysis.diagnosis import diagnose
+    from jbptt.analysis.findings import Diagnosis
+    from jbptt.analysis.flow import Adjoints, GradientSources, adjoints, gradient_flow, gradient_sources
+    from jbptt.analysis.gating import GatePaths, gate_paths
+    from jbptt.analysis.jacobians import step_jacobians
+    from jbptt.analysis.lags import LagProfile, TruncationCurve, lag_profile, truncation_curve
+    from jbptt.analysis.lyapunov import LyapunovSpectrum, lyapunov_spectrum
+    from jbptt.analysis.nonfinite import NonFinite, find_nonfinite
+    from jbptt.analysis.planning import choose_plan
+    from jbptt.analysis.products import JacobianProducts, jacobian_products
+    from jbptt.analysis.schedules import Schedule, optimize_schedule
+    from jbptt.estimators import full_bptt, gated_bptt, randomized_bptt, truncated_bptt
+    from jbptt.experiments import tasks
+    from jbptt.experiments.remedies import Remedies, compare_remedies
+    from jbptt.experiments.training import History, train
+    from jbptt.plans import Plan
+    from jbptt.recurrence import unroll
+    from jbptt.report import plots
+    from jbptt.types import Batch, Carry, Estimate, Estimator, Loss, Params, Step
+
+# A name is imported when it is first asked for, so that a program waits for what it uses alone.
+_MODULES = {"powers": "analysis.powers", "tasks": "experiments.tasks", "plots": "report.plots"}
+_HOMES = {
+    name: home
+    for home, names in {
+        "adaptive": "adaptive_bptt",
+        "analysis.alignment": "AdjointAlignment adjoint_alignment",
+        "analysis.comparison": "Comparison Cost compare measure_cost",
+        "analysis.diagnosis": "diagnose",
+        "analysis.findings": "Diagnosis",
+        "analysis.flow": "Adjoints GradientSources adjoints gradient_flow gradient_sources",
+        "analysis.gating": "GatePaths gate_paths",
+        "analysis.jacobians": "step_jacobians",
+        "analysis.lags": "LagProfile TruncationCurve lag_profile truncation_curve",
+        "analysis.lyapunov": "LyapunovSpectrum lyapunov_spectrum",
+        "analysis.nonfinite": "NonFinite find_nonfinite",
+        "analysis.planning": "choose_plan",
+        "analysis.products": "JacobianProducts jacobian_products",
+        "analysis.schedules": "Schedule optimize_schedule",
+        "estimators": "full_bptt gated_bptt randomized_bptt truncated_bptt",
+        "experiments.remedies": "Remedies compare_remedies",
+        "experiments.training": "History train",
+        "plans": "Plan",
+        "recurrence": "unroll",
+        "types": "Batch Carry Estimate Estimator Loss Params Step",
+    }.items()
+    for name in names.split()
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"jbptt.{_HOMES[name]}"), name)
+    elif name in _MODULES or (not name.startswith("_") and importlib.util.find_spec(f"jbptt.{name}")):
+        value = importlib.import_module(f"jbptt.{_MODULES.get(name, name)}")
+    else:
+        raise AttributeError(f"module 'jbptt' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES, *_MODULES})

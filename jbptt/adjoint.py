@@ -16,8 +16,23 @@ import jax.numpy as jnp
 from jax import lax
 
 from jbptt.cells import split_readout
-from jbptt.recurrence import default_segment, scan_steps, steps_from, zero_masked
-from jbptt.types import Batch, Carry, Estimate, Loss, Params, PyTree, Step, align_leading, split_inexact, weighted_mean
+from jbptt.loops import cut
+from jbptt.recurrence import default_segment, gated_step, scan_steps, steps_from, zero_masked
+from jbptt.types import (
+    Batch,
+    Carry,
+    Estimate,
+    Loss,
+    Params,
+    PyTree,
+    Step,
+    align_leading,
+    at_least_float32,
+    float32_at_least,
+    split_inexact,
+    weighted_mean,
+)
+from jbptt.weights import take_apart
 
 
 class Sums(NamedTuple):
@@ -33,11 +48,6 @@ def estimate_of(sums: Sums, **info: Any) -> Estimate:
     """What an estimator returns; the aux is turned into its means."""
     aux = {} if sums.aux is None else {"aux": jax.tree.map(lambda a: weighted_mean(a, sums.weight), sums.aux)}
     return Estimate(sums.loss, sums.grad, sums.weight, {**aux, **info})
-
-
-def at_least_float32(array: jax.Array) -> jax.Array:
-    """Sums are held in float32 at least: a long sum of bfloat16 loses all but its first digits."""
-    return jnp.asarray(array, jnp.promote_types(jnp.result_type(array), jnp.float32))
 
 
 def wide_parts(step: Step, params: Params) -> tuple[Step, Any, Params]:
@@ -91,7 +101,9 @@ def loss_weights(batch: Batch, losses: jax.Array) -> jax.Array:
     """`mask · weights`, broadcast from the left to the losses' shape `[S, *batch]`."""
     weights = jnp.ones_like(at_least_float32(losses))
     if batch.weights is not None:
-        weights = weights * align_leading(jnp.asarray(batch.weights), losses.ndim)
+        given = align_leading(jnp.asarray(batch.weights), losses.ndim)
+        wide = float32_at_least(weights.dtype, given.dtype)
+        weights = weights.astype(wide) * given.astype(wide)
     if batch.mask is not None:
         weights = jnp.where(align_leading(batch.mask, losses.ndim), weights, 0)
     return weights
@@ -103,9 +115,9 @@ def weighted_losses(loss: Loss, ys: PyTree, batch: Batch) -> tuple[jax.Array, tu
     weights = loss_weights(batch, losses)
 
     def total(values):
-        values = at_least_float32(values)
         w = align_leading(weights, values.ndim)
-        return jnp.sum(jnp.where(w == 0, 0, w * values), axis=tuple(range(losses.ndim)))
+        wide = float32_at_least(values.dtype, w.dtype)
+        return jnp.sum(jnp.where(w == 0, 0, w.astype(wide) * values.astype(wide)), axis=tuple(range(losses.ndim)))
 
     return total(losses), (jnp.sum(weights), jax.tree.map(total, aux))
 
@@ -125,24 +137,46 @@ def parallel_pullback(step, params, carries, inputs):
     return jax.vjp(run, params, leaves)[1]
 
 
+def output_cotangents(
+    step: Step, loss: Loss, params: Params, outputs: PyTree, batch: Batch
+) -> tuple[Sums, list[jax.Array]]:
+    """The sums of the losses, their gradient in the readout alone, and their cotangents at the core's outputs."""
+    _, readout = split_readout(step)
+    leaves, rebuild = split_inexact(outputs)
+
+    def all_at_once(params, carry, outputs):
+        run = partial(readout, params)
+        return carry, jax.vmap(run)(outputs) if jax.tree.leaves(outputs) else run(outputs)
+
+    head = take_apart(all_at_once, params, (), outputs)
+
+    def run(others, zeros, leaves):
+        _, (ys, operands) = head.step(others, (), (rebuild(leaves), zeros))
+        value, rest = weighted_losses(loss, ys, batch)
+        return value, (*rest, operands)
+
+    zeros = head.zeros((), outputs)
+    value, pull, (weight, aux, operands) = jax.vjp(run, head.others, zeros, leaves, has_aux=True)
+    others_bar, zeros_bar, cotangents = pull(jnp.ones_like(value))
+    operands, zeros_bar = ([a[None] for a in arrays] for arrays in (operands, zeros_bar))
+    grad = head.gradient(head.weight_gradients(operands, zeros_bar), others_bar)
+    return Sums(value, grad, weight, aux), cotangents
+
+
 def segment_sums(step, loss, params, carry, batch, gates, cotangent):
     """One segment: the cotangent that leaves its first carry, its sums, and the carry after it.
 
     `cotangent` belongs to the carry after the segment, a list over its inexact leaves; None is zero.
     """
-    core, readout, wide = wide_parts(step, params)
-    leaves, rebuild = split_inexact(carry)
-
-    def run(wide, leaves):
-        after, outputs = scan_steps(core, wide, rebuild(leaves), batch.xs, gates, batch.mask, batch_steps(batch))
-        value, rest = weighted_losses(loss, readout(wide, outputs), batch)
-        return (value, split_inexact(after)[0]), (after, rest)
-
-    (value, after_leaves), pull, (after, (weight, aux)) = jax.vjp(run, wide, leaves, has_aux=True)
+    core, _ = split_readout(step)
+    inputs = batch.xs, gates, batch.mask
+    loops = cut(gated_step(core), params, carry, jax.tree.map(lambda a: a[0], inputs))
+    after, outputs, stacks = loops.forward(carry, inputs, batch_steps(batch))
+    sums, outputs_bar = output_cotangents(step, loss, params, outputs, batch)
     if cotangent is None:
-        cotangent = [jnp.zeros_like(leaf) for leaf in after_leaves]
-    grad, cotangent = pull((jnp.ones_like(value), cotangent))
-    return cotangent, Sums(value, grad, weight, aux), after
+        cotangent = [jnp.zeros_like(leaf) for leaf in split_inexact(after)[0]]
+    cotangent, grad = loops.backward(stacks, cotangent, outputs_bar)
+    return cotangent, sums._replace(grad=jax.tree.map(jnp.add, sums.grad, grad)), after
 
 
 def forward(step: Step, params: Params, carry: Carry, segment_at: Callable, num_segments: int) -> tuple[Carry, Carry]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jbptt import validation
 from jbptt.recurrence import select_leading
-from jbptt.types import Carry, Params, PyTree, Step
+from jbptt.types import Carry, Params, PyTree, Step, float32_at_least
 
 Initializer = Callable[..., jax.Array]
 
@@ -62,7 +62,7 @@ def _weights(input_size, hidden_size, num_gates, input_init, recurrent_init, dty
 
     def blocks(key, init, rows):
         # One batched draw: several QR decompositions at once can deadlock XLA's thread pool on few cores.
-        wide = jnp.promote_types(real, jnp.float32)  # QR knows no half precision
+        wide = float32_at_least(real)  # QR knows no half precision
         drawn = jax.vmap(lambda k: init(k, (rows, hidden_size), wide))(jax.random.split(key, num_gates))
         return jnp.concatenate(list(drawn), axis=1).astype(real)
 

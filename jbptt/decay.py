@@ -52,7 +52,7 @@ def tail_rate(norms: jax.Array, num_lags: jax.Array) -> jax.Array:
     slope, error, _ = slope_of(lag.astype(norms.dtype), logs, later)
     span = jnp.maximum(num_lags // 8, 1)
     ahead = lag + span
-    change = (logs[jnp.minimum(ahead, len(norms) - 1)] - logs) / span
+    change = (logs[jnp.minimum(ahead, len(norms) - 1)] - logs) / span.astype(logs.dtype)
     rate = jnp.maximum(slope + 2 * error, jnp.max(jnp.where(later & (ahead < num_lags), change, -jnp.inf)))
     rate = jnp.where((num_lags < TAIL_LAGS) | (rate >= 0), jnp.inf, rate)
     return jnp.where((num_lags > 0) & (norms[jnp.maximum(num_lags - 1, 0)] == 0), -jnp.inf, rate)
@@ -89,8 +89,8 @@ def bound_bias(
     lag = jnp.arange(len(norms))
     to_last = num_lags - 1 - lag
     later = (lag >= (num_lags - 1) // 2) & (to_last >= 0)
-    last = jnp.max(jnp.where(later, norms * decay ** jnp.maximum(to_last, 0), 0))
-    phi = jnp.where(to_last >= 0, norms, last * decay ** jnp.maximum(-to_last, 0))
+    last = jnp.max(jnp.where(later, norms * decay ** jnp.maximum(to_last, 0).astype(decay.dtype), 0))
+    phi = jnp.where(to_last >= 0, norms, last * decay ** jnp.maximum(-to_last, 0).astype(decay.dtype))
     slope = jnp.max(grad_norms[1:] / jnp.where(phi[:-1] > 0, phi[:-1], jnp.inf), initial=0)
     reached = jnp.where(num_lags == len(norms), last, phi[-1])
     beyond = jnp.where(decays, reached * decay / jnp.where(decays, 1 - decay, 1), jnp.inf)

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from jbptt import truncation, validation
-from jbptt.adjoint import estimate_of, gradient_sums
+from jbptt.adjoint import estimate_of
+from jbptt.plans import Plan, plan_of, planned_sums
 from jbptt.streams import in_blocks, in_strides
 from jbptt.types import Batch, Carry, Estimator, Loss, Params, Step
 from jbptt.windows import History, empty_history
@@ -45,7 +46,7 @@ class WindowState(NamedTuple):
     phase: jax.Array | None
 
 
-def full_bptt(step: Step, loss: Loss, *, segment: int | None = None) -> Estimator:
+def full_bptt(step: Step, loss: Loss, *, segment: int | None = None, plan: Plan | None = None) -> Estimator:
     """Full backpropagation through time (Werbos, 1990): the exact gradient of one batch.
 
         C[t, i] = 1 for every i ≤ t
@@ -57,9 +58,10 @@ def full_bptt(step: Step, loss: Loss, *, segment: int | None = None) -> Estimato
       step: `(params, carry, x) -> (carry, y)`.
       loss: `(y, target) -> [*batch]`, or that and aux.
       segment: steps recomputed at a time; None: all of T up to 128, then √T, 64 at least.
+      plan: instead, a whole `Plan`: the segment, and the devices that the batch is divided over.
 
     Raises:
-      ValueError: a segment < 1; at init or update: bad shapes, before anything is compiled.
+      ValueError: a segment < 1, or beside a plan; at init or update: bad shapes, before anything is compiled.
 
     >>> estimator = full_bptt(lambda w, h, x: (w * h + x, w * h + x), lambda y, target: y)
     >>> batch = Batch(jnp.ones(3))
@@ -67,8 +69,7 @@ def full_bptt(step: Step, loss: Loss, *, segment: int | None = None) -> Estimato
     >>> float(estimate.grads)  # (1 + w) + (1 + w + w²) + 1 over 3 steps, differentiated
     2.0
     """
-    if segment is not None:
-        validation.check_positive_integer("segment", segment)
+    plan = plan_of(segment, plan)
 
     def init(params: Params, carry: Carry, batch: Batch, key=None) -> CarryState:
         del key
@@ -76,8 +77,8 @@ def full_bptt(step: Step, loss: Loss, *, segment: int | None = None) -> Estimato
         return CarryState(carry)
 
     def update(params: Params, state: CarryState, batch: Batch):
-        validation.check_problem(step, loss, params, state.carry, batch)
-        sums, carry = gradient_sums(step, loss, params, state.carry, batch, segment=segment)
+        _, batch_shape = validation.check_problem(step, loss, params, state.carry, batch)
+        sums, carry = planned_sums(step, loss, params, state.carry, batch, None, batch_shape, plan)
         return estimate_of(sums), CarryState(carry)
 
     return Estimator(init, update)
@@ -89,6 +90,7 @@ def gated_bptt(
     *,
     gates_fn: Callable[[chex.PRNGKey | None, int], jax.Array],
     segment: int | None = None,
+    plan: Plan | None = None,
 ) -> Estimator:
     """BPTT with a gate on every crossing: any schedule, also as data under `vmap`.
 
@@ -102,13 +104,12 @@ def gated_bptt(
       loss: `(y, target) -> [*batch]`, or that and aux.
       gates_fn: `(key, T) -> gates`, `[T]` or `[T, *batch]`; windows, phases and keep probabilities in
         it may be traced. The key is split off the state's, new for every update; None without one.
-      segment: as in `full_bptt`.
+      segment, plan: as in `full_bptt`.
 
     Raises:
       ValueError: gates of the wrong length or batch shape; what `full_bptt` raises.
     """
-    if segment is not None:
-        validation.check_positive_integer("segment", segment)
+    plan = plan_of(segment, plan)
 
     def init(params: Params, carry: Carry, batch: Batch, key=None) -> KeyState:
         sizes = validation.check_problem(step, loss, params, carry, batch)
@@ -121,7 +122,7 @@ def gated_bptt(
         gates = gates_fn(fresh, sizes[0])
         validation.check_gates(gates, *sizes, state.carry)
         gates = jnp.asarray(gates)
-        sums, carry = gradient_sums(step, loss, params, state.carry, batch, gates, segment)
+        sums, carry = planned_sums(step, loss, params, state.carry, batch, gates, sizes[1], plan)
         return estimate_of(sums, gates=gates), KeyState(carry, key)
 
     return Estimator(init, update)
@@ -136,6 +137,7 @@ def randomized_bptt(
     length_probs: jax.Array | None = None,
     reweight: bool = True,
     segment: int | None = None,
+    plan: Plan | None = None,
 ) -> Estimator:
     """Randomized truncation: cuts fall at random, and what survives is weighted up (Tallec & Ollivier, 2017).
 
@@ -153,7 +155,7 @@ def randomized_bptt(
       mean_length: L₀ in steps instead: `truncation.artbp`, whose hazard falls with the lag.
       length_probs: the distribution of the windows' lengths instead: `truncation.random_lengths`.
       reweight: False leaves the weights out; biased towards short lags.
-      segment: as in `full_bptt`.
+      segment, plan: as in `full_bptt`.
 
     Raises:
       ValueError: not exactly one of keep_prob, mean_length and length_probs; a value out of range; init
@@ -176,7 +178,7 @@ def randomized_bptt(
     def gates_fn(key, num_steps):
         return schedule_fn(key, num_steps, options[given[0]], reweight=reweight)
 
-    gated = gated_bptt(step, loss, gates_fn=gates_fn, segment=segment)
+    gated = gated_bptt(step, loss, gates_fn=gates_fn, segment=segment, plan=plan)
 
     def init(params: Params, carry: Carry, batch: Batch, key=None) -> KeyState:
         if key is None:
@@ -231,7 +233,7 @@ def truncated_bptt(
         num_steps, batch_shape = validation.check_problem(step, loss, params, carry, batch)
         aligned = num_steps % stride == 0
         reach = window - stride if aligned else window - 1
-        history = empty_history(reach, carry, batch.xs, batch_shape) if reach else None
+        history = empty_history(reach, carry, batch, batch_shape) if reach else None
         return WindowState(carry, history, None if aligned else jnp.zeros((), int))
 
     def update(params: Params, state: WindowState, batch: Batch):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import tree_util
 
-from jbptt.types import PyTree, align_leading
+from jbptt.types import PyTree, align_leading, float32_at_least
 
 
 def unit(array: jax.Array, largest: jax.Array) -> jax.Array:
@@ -24,7 +24,7 @@ def scaled_norm(tree: PyTree, num_leading: int = 0) -> tuple[jax.Array, jax.Arra
     m is the largest absolute entry and `r = sqrt(Σ (x/m)²) ≥ 1`: neither overflows where m is finite,
     while their product, the norm, may. float32 at least; m = 0 gives r = 0, NaN or inf give NaN or inf.
     """
-    leaves = [jnp.asarray(a, jnp.promote_types(jnp.result_type(a), jnp.float32)) for a in tree_util.tree_leaves(tree)]
+    leaves = [jnp.asarray(a, float32_at_least(jnp.result_type(a))) for a in tree_util.tree_leaves(tree)]
 
     def rest(array):
         return tuple(range(num_leading, array.ndim))
@@ -44,6 +44,27 @@ def norm(tree: PyTree, num_leading: int = 0) -> jax.Array:
     """The Euclidean norm over all but the first `num_leading` axes; see `scaled_norm`."""
     largest, ratio = scaled_norm(tree, num_leading)
     return jnp.where(jnp.isinf(largest), largest, largest * ratio)
+
+
+def clip_to_norm(tree: PyTree, max_norm: Any, num_leading: int = 0) -> tuple[PyTree, jax.Array, jax.Array]:
+    """`tree · min(1, max_norm / ‖tree‖)` along leading axes, ‖tree‖ before, and the factor.
+
+    Where an entry is NaN or inf, everything passes unchanged, with a factor of 1.
+    """
+    largest, ratio = scaled_norm(tree, num_leading)
+    max_norm = jnp.asarray(max_norm, largest.dtype)
+    usable = jnp.isfinite(largest)
+    # ‖tree‖ = largest·ratio may overflow, so it is compared and divided by factor after factor.
+    clipped = usable & (largest * jnp.maximum(ratio, 1) > max_norm)
+    limit = max_norm / jnp.where(ratio == 0, 1, ratio)
+
+    def scale(leaf):
+        wide = leaf.astype(jnp.promote_types(leaf.dtype, largest.dtype))
+        short = unit(wide, largest) * align_leading(limit, leaf.ndim)
+        return jnp.where(align_leading(clipped, leaf.ndim), short, wide).astype(leaf.dtype)
+
+    size = jnp.where(usable, largest * ratio, largest)
+    return jax.tree.map(scale, tree), size, jnp.where(clipped, unit(limit, largest), 1)
 
 
 def leafwise(function: Callable[..., Any]) -> Callable[..., Any]:

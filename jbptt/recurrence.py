@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from jbptt import validation
-from jbptt.types import Carry, Params, PyTree, Step, align_leading, is_inexact
+from jbptt.types import Carry, Params, PyTree, Step, align_leading, float32_at_least, is_inexact
 
 
 def times_gate(cotangent: jax.Array, gate: jax.Array) -> jax.Array:
     """`gate · cotangent`, 0 where the gate is 0, in float32 at least: 1/π must not be rounded to bfloat16."""
-    wide = jnp.promote_types(cotangent.dtype, jnp.promote_types(gate.dtype, jnp.float32))
+    wide = float32_at_least(cotangent.dtype, gate.dtype)
     gate = align_leading(gate, cotangent.ndim).astype(jnp.finfo(wide).dtype)
     product = (gate * cotangent.astype(wide)).astype(cotangent.dtype)
     return jnp.where(gate == 0, jnp.zeros_like(product), product)
@@ -67,7 +67,7 @@ def gated(carry: Carry, gate: jax.Array | None, gate_fn: Callable) -> Carry:
     """Puts a gate (`()` or `[*batch]`) on what flows back into `carry`; values stay as they are."""
     if gate is None:
         return carry
-    gate = gate.astype(jnp.promote_types(gate.dtype, jnp.float32))
+    gate = gate.astype(float32_at_least(gate.dtype))
     return jax.tree.map(lambda leaf: gate_fn(jnp.asarray(leaf), gate) if is_inexact(leaf) else leaf, carry)
 
 
@@ -112,15 +112,20 @@ def held(step: Step) -> Step:
     return held_step
 
 
-def scan_steps(step, params, carry, xs, gates=None, mask=None, length=None, gate_fn: Callable = first_order_gate):
-    """`unroll` without the border checks, ys of masked steps as they come: what the engine calls."""
+def gated_step(step: Step, gate_fn: Callable = first_order_gate) -> Step:
+    """A step on `x = (x, gate, mask)`: held where the mask is False, with a gate on what flows back out of it."""
     step = held(step)
 
-    def body(carry_t, inputs_t):
-        x_t, gate_t, mask_t = inputs_t
-        return step(params, gated(carry_t, gate_t, gate_fn), (x_t, mask_t))
+    def run(params, carry, inputs):
+        x, gate, mask = inputs
+        return step(params, gated(carry, gate, gate_fn), (x, mask))
 
-    return lax.scan(body, carry, (xs, gates, mask), length=length)
+    return run
+
+
+def scan_steps(step, params, carry, xs, gates=None, mask=None, length=None, gate_fn: Callable = first_order_gate):
+    """`unroll` without the border checks, ys of masked steps as they come: what the engine calls."""
+    return lax.scan(partial(gated_step(step, gate_fn), params), carry, (xs, gates, mask), length=length)
 
 
 def trajectory(step, params, carry, xs, mask=None, length=None):
@@ -139,6 +144,15 @@ def split_time(tree: PyTree, segment: int, num_whole: int) -> tuple[PyTree, PyTr
     whole = num_whole * segment
     main = jax.tree.map(lambda a: a[:whole].reshape((num_whole, segment, *a.shape[1:])), tree)
     return main, jax.tree.map(lambda a: a[whole:], tree)
+
+
+def zeros_along(leaf: Any, length: int) -> jax.Array:
+    """`[length, ...]` zeros for a leaf (or its shape) `[T, ...]`, so placed on the devices that the two can be joined.
+
+    Placement is part of a type: the sharding in an explicit mesh, under shard_map whether devices differ.
+    """
+    zeros = lax.full_like(leaf, 0, jax.dtypes.canonicalize_dtype(leaf.dtype))
+    return jnp.broadcast_to(zeros[:1], (length, *leaf.shape[1:]))
 
 
 def steps_from(tree: PyTree, start: Any, length: int) -> PyTree:

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jbptt.adjoint import Sums, batch_steps, forward, gradient_sums, weighted_losses, wide_parts
-from jbptt.cells import split_readout
-from jbptt.recurrence import scan_steps, steps_from, trajectory
+from jbptt.adjoint import Sums, batch_steps, forward, gradient_sums
+from jbptt.cells import split_readout, with_readout
+from jbptt.recurrence import steps_from, trajectory
 from jbptt.types import Batch, Carry, Loss, Params, Step
 from jbptt.windows import History, empty_history, extend, latest, overlapping_sums, pad_front, pass_forward
 
@@ -31,7 +31,7 @@ def sum_pieces(run: Callable, state: Any, batch: Batch, length: int) -> tuple[An
 
     tail = jax.tree.map(lambda a: a[num_whole * length :], batch)
     sample = tail if rest else steps_from(batch, 0, length)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(run, state, sample)[0])
+    zeros = jax.tree.map(lambda s: lax.full_like(s, 0), jax.eval_shape(run, state, sample)[0])
     total = (zeros, state)
     if num_whole:
         total = lax.fori_loop(0, num_whole, lambda i, total: add(total, steps_from(batch, i * length, length)), total)
@@ -39,22 +39,14 @@ def sum_pieces(run: Callable, state: Any, batch: Batch, length: int) -> tuple[An
 
 
 def side_by_side(step: Step, loss: Loss, params: Params, carry: Carry, batch: Batch, window: int) -> tuple[Sums, Carry]:
-    """The sums of whole windows whose backward passes run at once, and the carry after them."""
+    """The sums of whole windows whose backward passes run at once, as examples, and the carry after them."""
     num_windows = batch_steps(batch) // window
-    core, readout, wide = wide_parts(step, params)
+    core, readout = split_readout(step)
     carry, starts = forward(step, params, carry, lambda i: (steps_from(batch, i * window, window), None), num_windows)
-    pieces = jax.tree.map(lambda a: a.reshape(num_windows, window, *a.shape[1:]), batch)
-
-    def run(wide):
-        def one(start, piece):
-            outputs = scan_steps(core, wide, start, piece.xs, None, piece.mask, window)[1]
-            return weighted_losses(loss, readout(wide, outputs), piece)
-
-        values, rest = jax.vmap(one)(starts, pieces)
-        return jnp.sum(values), jax.tree.map(lambda a: jnp.sum(a, axis=0), rest)
-
-    value, pull, (weight, aux) = jax.vjp(run, wide, has_aux=True)
-    return Sums(value, pull(jnp.ones_like(value))[0], weight, aux), carry
+    pieces = jax.tree.map(lambda a: a.reshape(num_windows, window, *a.shape[1:]).swapaxes(0, 1), batch)
+    all_windows = with_readout(jax.vmap(core, (None, 0, 0)), jax.vmap(readout, (None, 0)))
+    sums, _ = gradient_sums(all_windows, jax.vmap(loss), params, starts, pieces, segment=window)
+    return sums, carry
 
 
 def in_blocks(
@@ -96,7 +88,7 @@ def in_blocks(
         return total, after, None
     steps = batch_part(batch, num_steps - rest, num_steps)
     _, (carries, _) = trajectory(split_readout(step)[0], params, last_start, steps.xs, steps.mask, rest)
-    empty = empty_history(window - 1, carry, batch.xs, batch_shape)
+    empty = empty_history(window - 1, carry, batch, batch_shape)
     return total, after, latest(extend(empty, carries, steps), window - 1)
 
 

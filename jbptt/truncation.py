@@ -92,7 +92,7 @@ def artbp(
     validation.check_above("alpha", alpha, 2, "the mean length is infinite at alpha <= 2")
 
     def hazard(delta):
-        return (alpha - 1) / ((alpha - 2) * mean_length + delta)
+        return (alpha - 1) / ((alpha - 2) * mean_length + delta.astype(float))
 
     return _renewal_gates(key, num_steps, hazard, reweight)
 

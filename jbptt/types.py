@@ -39,6 +39,12 @@ def is_inexact(leaf: Any) -> bool:
     return jnp.issubdtype(jax.dtypes.result_type(leaf), jnp.inexact)
 
 
+def float32_at_least(*dtypes: Any) -> Any:
+    """The common dtype of these and float32, under `jax.numpy_dtype_promotion("strict")` too."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(jnp.float32, *dtypes)
+
+
 def split_inexact(tree: PyTree) -> tuple[list[jax.Array], Callable[[list[jax.Array]], PyTree]]:
     """The leaves that gradients flow through, and the way back to the whole tree."""
     leaves, structure = jax.tree.flatten(tree)
@@ -125,3 +131,8 @@ class Estimator(NamedTuple):
 
     init: Callable[..., Any]
     update: Callable[[Params, Any, Batch], tuple[Estimate, Any]]
+
+
+def at_least_float32(array: jax.Array) -> jax.Array:
+    """Sums are held in float32 at least: a long sum of bfloat16 loses all but its first digits."""
+    return jnp.asarray(array, float32_at_least(jnp.result_type(array)))

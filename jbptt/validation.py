@@ -13,7 +13,7 @@ from jax.core import Tracer
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from jbptt.dependence import missing_path
-from jbptt.types import Batch
+from jbptt.types import Batch, is_inexact
 
 
 def check_positive_integer(name: str, value: Any, smallest: int = 1) -> int:
@@ -183,15 +183,29 @@ def check_step(step: Any, params: Any, carry: Any, xs: Any) -> Any:
     return y
 
 
-def check_carry_batch(carry: Any, batch_shape: tuple[int, ...], why: str) -> None:
+def check_carry_batch(carry: Any, batch_shape: tuple[int, ...], why: str, name: str = "carry") -> None:
     """A ValueError unless every inexact carry leaf begins with the batch shape."""
     for path, leaf in tree_flatten_with_path(carry)[0]:
         inexact = jnp.issubdtype(jax.dtypes.result_type(leaf), jnp.inexact)
         if inexact and np.shape(leaf)[: len(batch_shape)] != batch_shape:
             raise ValueError(
-                f"carry{keystr(path)} has shape {np.shape(leaf)}, wanted it to begin with the batch shape "
+                f"{name}{keystr(path)} has shape {np.shape(leaf)}, wanted it to begin with the batch shape "
                 f"{batch_shape}, because {why}; give every example a carry of its own"
             )
+
+
+def check_num_leading(num_leading: Any, tree: Any) -> int:
+    """`num_leading` as an int; a ValueError unless all inexact leaves share that many leading axes."""
+    num_leading = check_positive_integer("num_leading", num_leading, smallest=0)
+    for path, leaf in tree_flatten_with_path(tree)[0]:
+        if is_inexact(leaf) and np.ndim(leaf) < num_leading:
+            raise ValueError(
+                f"num_leading must be at most the number of axes of every leaf, got {num_leading} for "
+                f"tree{keystr(path)} of shape {np.shape(leaf)}; count the batch axes that all leaves begin with"
+            )
+    for leaf in filter(is_inexact, jax.tree.leaves(tree)):
+        check_carry_batch(tree, np.shape(leaf)[:num_leading], f"num_leading is {num_leading}", "tree")
+    return num_leading
 
 
 def check_gates_and_mask(gates: Any, mask: Any, carry: Any) -> None:

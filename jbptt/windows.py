@@ -16,14 +16,13 @@ import jax.numpy as jnp
 
 from jbptt.adjoint import (
     Sums,
-    at_least_float32,
     batch_steps,
+    output_cotangents,
     parallel_pullback,
-    weighted_losses,
     wide_parts,
 )
-from jbptt.recurrence import held, trajectory
-from jbptt.types import Batch, Carry, Loss, Params, PyTree, Step, align_leading, split_inexact
+from jbptt.recurrence import held, trajectory, zeros_along
+from jbptt.types import Batch, Carry, Loss, Params, PyTree, Step, align_leading, at_least_float32, split_inexact
 
 
 class History(NamedTuple):
@@ -35,26 +34,32 @@ class History(NamedTuple):
     exists: jax.Array
 
 
-def empty_history(length: int, carry: Carry, xs: PyTree, batch_shape: tuple[int, ...]) -> History:
-    """A history of `length` steps that never were. Of `xs` only the shapes behind T are read."""
+def empty_history(length: int, carry: Carry, batch: Batch, batch_shape: tuple[int, ...]) -> History:
+    """A history of `length` steps that never were. Of `batch` only the shapes behind T are read."""
     carries = jax.tree.map(lambda a: jnp.broadcast_to(a, (length, *jnp.shape(a))), carry)
 
     def zeros(leaf):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             key = jax.random.key(0, impl=jax.random.key_impl(jnp.empty((0,), leaf.dtype)))
             return jnp.broadcast_to(key, (length, *leaf.shape[1:]))
-        return jnp.zeros((length, *leaf.shape[1:]), jax.dtypes.canonicalize_dtype(leaf.dtype))
+        return zeros_along(leaf, length)
 
-    mask, exists = jnp.ones((length, *batch_shape), bool), jnp.zeros(length, bool)
-    return History(carries, jax.tree.map(zeros, xs), mask, exists)
+    mask = None if batch.mask is None else ~zeros_along(batch.mask, length)
+    mask = _whole_mask(mask, (length, *batch_shape))
+    return History(carries, jax.tree.map(zeros, batch.xs), mask, jnp.zeros(length, bool))
+
+
+def _whole_mask(mask: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
+    """A mask `[T]` or `[T, *batch]`, or none, as `[T, *batch]`."""
+    if mask is None:
+        return jnp.ones(shape, bool)
+    return jnp.broadcast_to(align_leading(mask, len(shape)), shape)
 
 
 def extend(history: History, carries: Carry, batch: Batch) -> History:
     """The history followed by the steps of `batch`, whose entering carries are `carries`."""
     shape = (batch_steps(batch), *history.mask.shape[1:])
-    mask = jnp.ones(shape, bool) if batch.mask is None else batch.mask
-    mask = jnp.broadcast_to(mask.reshape(mask.shape + (1,) * (len(shape) - mask.ndim)), shape)
-    steps = History(carries, batch.xs, mask, jnp.ones(shape[0], bool))
+    steps = History(carries, batch.xs, _whole_mask(batch.mask, shape), jnp.ones(shape[0], bool))
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), history, steps)
 
 
@@ -84,18 +89,6 @@ def chunk_ends(num_history: int, num_steps: int, stride: int, phase: Any) -> jax
     return num_history - phase + stride * jnp.arange(1, num_chunks + 1) - 1
 
 
-def output_cotangents(readout, loss, wide, outputs, batch):
-    """The sums of the losses, their gradient in the readout alone, and their cotangents at the core's outputs."""
-    leaves, rebuild = split_inexact(outputs)
-
-    def run(wide, leaves):
-        return weighted_losses(loss, readout(wide, rebuild(leaves)), batch)
-
-    value, pull, (weight, aux) = jax.vjp(run, wide, leaves, has_aux=True)
-    grad, cotangents = pull(jnp.ones_like(value))
-    return Sums(value, grad, weight, aux), cotangents
-
-
 def carry_back(core, wide, steps: History, outputs_bar: list, ends: jax.Array, window: Any, stride: int) -> list:
     """M: for every step, the sum over chunks of the cotangents that reach the carry it emits.
 
@@ -122,7 +115,7 @@ def carry_back(core, wide, steps: History, outputs_bar: list, ends: jax.Array, w
         _, cotangents = parallel_pullback(core, wide, at.carries, (at.xs, at.mask))((cotangents, own))
         return cotangents, total
 
-    start = [jnp.zeros((ends.shape[0], *leaf.shape[1:]), leaf.dtype) for leaf in leaves]
+    start = [zeros_along(leaf, ends.shape[0]) for leaf in leaves]
     zeros = [at_least_float32(jnp.zeros_like(leaf)) for leaf in leaves]
     _, total = jax.lax.fori_loop(0, window, body, (start, zeros))
     return [m.astype(leaf.dtype) for m, leaf in zip(total, leaves, strict=True)]
@@ -152,12 +145,12 @@ class Passed(NamedTuple):
 
 def pass_forward(step: Step, loss: Loss, params: Params, carry: Carry, batch: Batch, history: History) -> Passed:
     """Runs the batch, its readouts and its losses. Earlier steps stay as they are cached, never replayed."""
-    core, readout, wide = wide_parts(step, params)
+    core, _, wide = wide_parts(step, params)
     carry, (carries, outputs) = trajectory(core, wide, carry, batch.xs, batch.mask, batch_steps(batch))
-    sums, cotangents = output_cotangents(readout, loss, wide, outputs, batch)
+    sums, cotangents = output_cotangents(step, loss, params, outputs, batch)
     steps = extend(history, carries, batch)
     num_history = history.mask.shape[0]
-    outputs_bar = [jnp.concatenate([jnp.zeros((num_history, *y.shape[1:]), y.dtype), y]) for y in cotangents]
+    outputs_bar = [jnp.concatenate([zeros_along(y, num_history), y]) for y in cotangents]
     return Passed(sums, carry, steps, with_stand_ins(steps, num_history), outputs_bar, held(core), wide)
 
 

@@ -16,6 +16,14 @@ def pytest_cmdline_main(config):
         config.option.numprocesses, config.option.dist = 2, "worksteal"
 
 
+@pytest.fixture
+def quick_compilation():
+    """Programs that run once need no optimization: they compile in half the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def fresh_caches():
     """Hundreds of live programs exhaust the process's memory maps."""

@@ -1,7 +1,7 @@
 """The house: imports go downward only, names are what they seem, and importing costs nothing optional."""
 
 import ast
-import importlib
+import importlib.util
 import inspect
 import pkgutil
 import subprocess
@@ -14,10 +14,12 @@ import pytest
 import jbptt
 
 ROOT = Path(jbptt.__file__).parent
-CORE = ["types", "norms", "dependence", "validation", "recurrence", "cells", "truncation", "adjoint", "windows"]
-CORE += ["streams", "estimators", "decay", "adaptive", "clipping", "brute_force", "testing"]
-FLOORS = ["core", "analysis", "experiments", "report"]
+CORE = ["types", "norms", "dependence", "validation", "recurrence", "cells", "truncation", "weights", "loops"]
+CORE += ["adjoint", "plans", "windows"]
+CORE += ["streams", "estimators", "decay", "adaptive", "cotangents", "clipping", "brute_force", "testing"]
+FLOORS = ["core", "interop", "analysis", "experiments", "report"]  # interop: a wing of the core, a room a library
 OPTIONAL = {"matplotlib", "rich", "tyro", "jinja2", "torch", "xarray", "zarr", "flax", "haiku", "equinox"}
+INTEROP = {"interop.nnx": "flax", "interop.linen": "flax", "interop.haiku": "haiku", "interop.equinox": "equinox"}
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted(ROOT.rglob("*.py"))}
 DOORS = {"__init__", "__main__"}  # what only opens the house to its users
 MODULES = {name: path for name, path in FILES.items() if name.split(".")[-1] not in DOORS}
@@ -87,14 +89,23 @@ def test_modules_stay_small():
 
 
 def test_public_names_exist_and_are_used_as_exported():
-    names = [alias.asname or alias.name for node in ast.parse((ROOT / "__init__.py").read_text()).body
-             if isinstance(node, ast.ImportFrom) for alias in node.names]  # fmt: skip
-    assert len(names) == len(set(names))
-    for name in names:
+    """What a type checker is told is what `__getattr__` finds."""
+    told = {
+        alias.name: node.module.removeprefix("jbptt").removeprefix(".")
+        for node in ast.walk(ast.parse((ROOT / "__init__.py").read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("jbptt")
+        for alias in node.names
+    }
+    modules = {name for name, home in told.items() if f"{home}.{name}".lstrip(".") in MODULES or name == "interop"}
+    assert {name: told[name] for name in told if name not in modules} == jbptt._HOMES
+    for name in told:
         value = getattr(jbptt, name)
+        assert inspect.ismodule(value) == (name in modules)
         assert inspect.ismodule(value) or callable(value) or not inspect.isroutine(value)
     wanted = "Batch Estimate Estimator Loss Step cells truncation clipping unroll full_bptt truncated_bptt gated_bptt"
-    assert set(wanted.split()) | {"randomized_bptt"} <= set(names)
+    assert set(wanted.split()) | {"randomized_bptt"} <= set(told) <= set(dir(jbptt))
+    with pytest.raises(AttributeError, match="no attribute 'full_bttp'"):
+        _ = jbptt.full_bttp
 
 
 def in_a_fresh_process(code):
@@ -103,7 +114,8 @@ def in_a_fresh_process(code):
 
 def test_importing_needs_nothing_optional_and_changes_nothing():
     result = in_a_fresh_process(
-        "import sys, jax; before = dict(jax.config.values); import jbptt, jbptt.analysis, jbptt.experiments\n"
+        "import sys, jax; before = dict(jax.config.values); import jbptt\n"
+        "for name in dir(jbptt): getattr(jbptt, name)\n"
         "assert dict(jax.config.values) == before\n"
         "assert not jax._src.xla_bridge._backends, 'a backend was started'\n"
         f"print(sorted({OPTIONAL!r} & {{name.split('.')[0] for name in sys.modules}}))"
@@ -122,7 +134,8 @@ def test_optional_packages_are_imported_where_they_are_used():
 
 def test_doctests():
     """In single precision, as a user's first session has it."""
-    names = [f"jbptt.{name}" for name in MODULES]
+    absent = [room for room, package in INTEROP.items() if importlib.util.find_spec(package) is None]
+    names = [f"jbptt.{name}" for name in MODULES if name not in absent]
     result = in_a_fresh_process(
         "import doctest, importlib\n"
         f"results = [doctest.testmod(importlib.import_module(name)) for name in {names!r}]\n"

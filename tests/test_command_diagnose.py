@@ -1,6 +1,7 @@
 """`jbptt diagnose MODULE:FUNCTION`: the page of a user's own model, or one clear line."""
 
 import queue
+import re
 import sys
 
 import pytest
@@ -72,6 +73,14 @@ def test_the_page_of_a_users_model(name, capsys):
     assert cli.main(["diagnose", name, "--no-measure", "--max-window", "3"]) == 0
     page = capsys.readouterr().out
     assert page.startswith("Gradient over 6 steps, 3 lags measured: ") and "half-life" in page and "10% sliding" in page
+
+
+def test_plans_are_measured_when_asked_for(capsys):
+    assert cli.main(["diagnose", "my_model:problem", "--no-measure", "--max-window", "3", "--plans"]) == 0
+    page = capsys.readouterr().out
+    fastest = re.search(r"Fastest full gradient here: (segments of .* on one device)\.", page)
+    assert fastest and page.count(fastest[1]) == 2  # in the sentence and among the candidates
+    assert page.count("on one device") == 3  # that, the default and all six steps at once
 
 
 WRONG = {

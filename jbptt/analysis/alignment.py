@@ -9,12 +9,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jbptt import validation
-from jbptt.adjoint import at_least_float32, loss_weights, parallel_pullback, split_inexact, wide_parts
+from jbptt.adjoint import loss_weights, output_cotangents, parallel_pullback, split_inexact, wide_parts
 from jbptt.analysis.jacobians import check_differentiable
 from jbptt.norms import norm, scaled_norm, unit
 from jbptt.recurrence import held, is_inexact, times_gate, trajectory
-from jbptt.types import Batch, Carry, Loss, Params, Step, align_leading
-from jbptt.windows import output_cotangents
+from jbptt.types import Batch, Carry, Loss, Params, Step, align_leading, at_least_float32
 
 
 class AdjointAlignment(NamedTuple):
@@ -49,7 +48,8 @@ def random_directions(leaves: list, key: chex.PRNGKey, num_leading: int) -> list
         jax.random.normal(k, leaf.shape, at_least_float32(leaf).dtype)
         for k, leaf in zip(jax.random.split(key, len(leaves)), leaves, strict=True)
     ]
-    return normalised(drawn, num_leading)[0]
+    placed = [jnp.zeros_like(leaf, d.dtype) + d for d, leaf in zip(drawn, leaves, strict=True)]
+    return normalised(placed, num_leading)[0]
 
 
 def check_max_lag(max_lag: Any, num_steps: int) -> int:
@@ -83,11 +83,11 @@ def far_directions(pull_one: Callable, start: list, steps: Any, live: jax.Array)
         direction, age = state
         step_s, live_s = inputs
         pulled, alive = normalised(pull_one(step_s, direction), live_s.ndim)
-        age = jnp.where(alive, age + live_s, 0)
+        age = jnp.where(alive, age + live_s.astype(age.dtype), 0)
         direction = [jnp.where(align_leading(alive, p.ndim), p, s) for p, s in zip(pulled, start, strict=True)]
         return (direction, age), (direction, age)
 
-    ages = jnp.zeros(live.shape[1:], int)
+    ages = jnp.zeros_like(norm(start, live.ndim - 1), int)
     return lax.scan(body, (start, ages), (steps, live), reverse=True)[1]
 
 
@@ -129,7 +129,7 @@ def scan_angles(pull_all, outputs_bar, directions, counted, weights, max_lag, ep
         one_on, before = ([jnp.concatenate([v[1:], jnp.zeros_like(v[:1])]) for v in a] for a in (vectors, [sine]))
         return (one_on, jax.tree.map(jnp.zeros_like, outputs_bar), before[0]), row
 
-    start = [jnp.zeros_like(d) for d in directions], outputs_bar, jnp.zeros(weights.shape, directions[0].real.dtype)
+    start = [jnp.zeros_like(d) for d in directions], outputs_bar, jnp.zeros_like(norm(directions, weights.ndim))
     return lax.scan(body, start, jnp.arange(max_lag))[1]
 
 
@@ -201,9 +201,9 @@ def adjoint_alignment(
     validation.check_carry_batch(carry, batch_shape, "the alignment is measured per example")
     check_differentiable(carry)
     max_lag = check_max_lag(max_lag, num_steps)
-    core, readout, wide = wide_parts(step, params)
+    core, _, wide = wide_parts(step, params)
     _, (carries, outputs) = trajectory(core, wide, carry, batch.xs, batch.mask, num_steps)
-    _, outputs_bar = output_cotangents(readout, loss, wide, outputs, batch)
+    _, outputs_bar = output_cotangents(step, loss, params, outputs, batch)
     steps = carries, (batch.xs, batch.mask)
     like, _ = split_inexact(carries)
 

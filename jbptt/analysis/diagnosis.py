@@ -111,7 +111,8 @@ def diagnose(
     if traced:
         found = _read(step, loss, batch_shape, largest, *data)
     else:
-        found = _compiled(_read, step, loss, batch_shape, largest)(*data)
+        with jax.debug_nans(False), jax.debug_infs(False):  # here they are answers: what has no value, what is broken
+            found = _compiled(_read, step, loss, batch_shape, largest)(*data)
     if isinstance(found.verdict_index, Tracer):  # or what the step closes over is traced
         if measure:
             raise ValueError(MEASURES_ARRAYS)

@@ -9,14 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jbptt.adjoint import batch_steps, wide_parts
+from jbptt.adjoint import batch_steps, output_cotangents, wide_parts
 from jbptt.analysis.advice import CHANGE
 from jbptt.analysis.lags import Linearised
 from jbptt.decay import slope_of
 from jbptt.norms import norm, scaled_norm, unit
 from jbptt.recurrence import held, trajectory
 from jbptt.types import Batch, Carry, Loss, Params, Step, align_leading, split_inexact
-from jbptt.windows import output_cotangents
 
 NUM_PARTS = 16
 
@@ -56,7 +55,7 @@ def fit_decay(norms: jax.Array, num_lags: Any = None, smallest: Any = None) -> D
     smallest = tiny if smallest is None else smallest
     num_lags = len(norms) if num_lags is None else num_lags
     lag = jnp.arange(len(norms), dtype=norms.dtype)
-    measured = lag < num_lags
+    measured = jnp.arange(len(norms)) < num_lags
     one_on = norms[min(1, len(norms) - 1)]
     first = jnp.where((one_on > 0) & (one_on < 1e-2 * norms[0]) & (num_lags > 2), 1, 0)
     faded = jnp.min(jnp.where((lag > first) & (norms < 1e-2 * norms[first]), lag, jnp.inf))
@@ -69,9 +68,8 @@ def fit_decay(norms: jax.Array, num_lags: Any = None, smallest: Any = None) -> D
     next_one = before * jnp.minimum(1, before / jnp.where(earlier > 0, earlier, 1))
     underflow = vanished & (zero_lag > 0) & (next_one <= 2.0**10 * smallest)
 
-    change = jnp.where(
-        norms[0] > 0, rate * (jnp.sum(measured) - 1 - first), -jnp.inf
-    )  # no gradient at all has vanished
+    span = (jnp.sum(measured) - 1 - first).astype(norms.dtype)
+    change = jnp.where(norms[0] > 0, rate * span, -jnp.inf)  # no gradient at all has vanished
     limit = math.log(CHANGE)
     verdict = jnp.where(change >= limit, 2, jnp.where((change <= -limit) | vanished, 0, 1))
     rates = jnp.stack([rate, rate - 2 * error, rate + 2 * error])
@@ -125,8 +123,7 @@ def leading_exponent(
     drawn = [random.normal(size=c.shape[ndim:]) for c in split_inexact(carry)[0]]
     length = math.sqrt(sum(float(np.sum(d**2)) for d in drawn)) or 1.0
     start = [
-        jnp.broadcast_to(d / length, c.shape).astype(c.dtype)
-        for d, c in zip(drawn, split_inexact(carry)[0], strict=True)
+        jnp.zeros_like(c) + (d / length).astype(c.dtype) for d, c in zip(drawn, split_inexact(carry)[0], strict=True)
     ]
     growths = lax.scan(back, start, (path, batch.xs, batch.mask), reverse=True)[1]
     mask = jnp.ones(num_steps, bool) if batch.mask is None else jnp.asarray(batch.mask)
@@ -134,7 +131,7 @@ def leading_exponent(
     counted = mask & (number <= number[-1] - number[-1] // 4)
     counted = jnp.broadcast_to(align_leading(counted, 1 + ndim), (num_steps, *batch_shape))
     logs = jnp.sum(jnp.where(counted, jnp.log(align_leading(growths, 1 + ndim)), 0), axis=0)
-    exponents = logs / jnp.sum(counted, axis=0)
+    exponents = logs / jnp.sum(counted, axis=0, dtype=logs.dtype)
     valid = ~jnp.isnan(exponents)
     mean = jnp.mean(exponents, where=valid)
     deviations = jnp.where(exponents == mean, 0, exponents - mean)  # −∞ everywhere is no spread
@@ -146,11 +143,10 @@ def starts_below_precision(step: Step, loss: Loss, params: Params, batch: Batch,
 
     One more backward pass through losses and readout, with weights as large as the dtype bears.
     """
-    _, readout, wide = wide_parts(step, params)
     tiny = max((float(jnp.finfo(leaf.dtype).tiny) for leaf in problem.outputs_bar), default=1.0)
     heaviest = jnp.max(jnp.abs(problem.weights))
     weights = problem.weights / jnp.where(heaviest > 0, heaviest, 1) * min(1 / tiny, 1e30)
-    larger = output_cotangents(readout, loss, wide, problem.outputs, batch._replace(weights=weights))[1]
+    larger = output_cotangents(step, loss, params, problem.outputs, batch._replace(weights=weights))[1]
     zero, still_zero = (
         jnp.all(jnp.array([jnp.all(leaf == 0) for leaf in bar])) for bar in (problem.outputs_bar, larger)
     )

@@ -9,7 +9,7 @@ from jbptt import validation
 from jbptt.adjoint import batch_steps, gradient_sums, segment_sums, weighted_losses, wide_parts
 from jbptt.analysis.lags import linearise, scan_lags
 from jbptt.norms import leafwise, norm, scaled_norm, unit
-from jbptt.recurrence import held, scan_steps, steps_from
+from jbptt.recurrence import held, scan_steps, steps_from, zeros_along
 from jbptt.types import Batch, Carry, Loss, Params, Step, is_inexact, split_inexact, weighted_mean
 
 
@@ -52,7 +52,7 @@ def adjoints(
         value, (weight, _) = weighted_losses(loss, readout(wide, outputs), batch)
         return weighted_mean(value, weight), carries
 
-    nudges = [jnp.zeros((num_steps, *leaf.shape), leaf.dtype) for leaf in leaves]
+    nudges = [zeros_along(leaf[None], num_steps) for leaf in leaves]
     value, pull, carries = jax.vjp(run, leaves, nudges, has_aux=True)
     first, rest = pull(jnp.ones_like(value))
     cotangents = [jnp.concatenate([a[None], b]) for a, b in zip(first, rest, strict=True)]

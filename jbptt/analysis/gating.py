@@ -10,11 +10,10 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from jbptt import cells
-from jbptt.adjoint import at_least_float32
 from jbptt.analysis.jacobians import check_system, push_tangents
 from jbptt.norms import norm
 from jbptt.recurrence import trajectory
-from jbptt.types import Carry, Params, PyTree, Step
+from jbptt.types import Carry, Params, PyTree, Step, at_least_float32
 
 GATES = {"lstm": ("input", "forget", "candidate", "output"), "gru": ("reset", "update", "candidate")}
 STRAIGHT = {"lstm": "cell", "gru": "leak"}
@@ -121,6 +120,6 @@ def path_jacobian(step, params, carry, x, straight, columns) -> jax.Array:
     def run(nudge):
         nudge_h, *_ = jax.tree.leaves(unravel(nudge))
         nudged = {**params, bias: params[bias] + (nudge_h @ params["w_h"]) * columns.astype(nudge_h.dtype)}
-        return ravel_pytree(step(nudged, unravel(flat + straight * nudge), x)[0])[0], ()
+        return ravel_pytree(step(nudged, unravel(flat + straight.astype(flat.dtype) * nudge), x)[0])[0], ()
 
     return push_tangents(run, jnp.zeros_like(flat), jnp.eye(flat.size, dtype=flat.dtype))[0]

@@ -12,6 +12,7 @@ from jax.flatten_util import ravel_pytree
 from jbptt import validation
 from jbptt.adjoint import split_inexact
 from jbptt.cells import split_readout
+from jbptt.cotangents import clips_cotangents
 from jbptt.recurrence import held, is_inexact, trajectory
 from jbptt.types import Carry, Params, PyTree, Step
 
@@ -68,6 +69,11 @@ def push_tangents(run: Callable, flat: jax.Array, tangents: jax.Array) -> tuple[
     try:
         new, pushed, aux = jax.vmap(along, in_axes=-1, out_axes=(None, -1, None))(tangents)
     except TypeError:
+        if clips_cotangents(run, flat):
+            raise ValueError(
+                "step clips cotangents on the way back (clip_cotangent), so the rows of reverse mode are not those of "
+                "its Jacobian; pass the step without it"
+            ) from None
         new, aux = run(flat)
         pushed = jnp.matmul(jax.jacrev(lambda flat: run(flat)[0])(flat), tangents, precision=lax.Precision.HIGHEST)
     return jnp.where(jnp.isfinite(new).all(), pushed, jnp.nan), aux
@@ -113,7 +119,7 @@ def step_jacobians(
       `[T, n, n]`; NaN where the carry that leaves the step is not finite.
 
     Raises:
-      ValueError: no inexact carry leaf; a mask that is not `[T]`; what `unroll` raises.
+      ValueError: no inexact carry leaf; a mask that is not `[T]`; a step with `clip_cotangent`; what `unroll` raises.
 
     >>> step = lambda w, h, x: (w @ h + x, h)
     >>> step_jacobians(step, jnp.array([[0.0, 2.0], [1.0, 0.0]]), jnp.ones(2), jnp.ones((1, 2)))

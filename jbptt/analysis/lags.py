@@ -16,11 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from jbptt import validation
-from jbptt.adjoint import batch_steps, gradient_sums, loss_weights, parallel_pullback, wide_parts
+from jbptt.adjoint import batch_steps, gradient_sums, loss_weights, output_cotangents, parallel_pullback, wide_parts
 from jbptt.norms import compared_leafwise, compared_with, leafwise, norm
 from jbptt.recurrence import held, times_gate, trajectory
 from jbptt.types import Batch, Carry, Loss, Params, Step, align_leading, split_inexact, weighted_mean
-from jbptt.windows import output_cotangents
 
 
 class LagProfile(NamedTuple):
@@ -80,9 +79,9 @@ class Linearised(NamedTuple):
 
 def linearise(step: Step, loss: Loss, params: Params, carry: Carry, batch: Batch, batch_shape: tuple) -> Linearised:
     """Runs forward once and linearises every step at its own carry."""
-    core, readout, wide = wide_parts(step, params)
+    core, _, wide = wide_parts(step, params)
     _, (carries, outputs) = trajectory(core, wide, carry, batch.xs, batch.mask, batch_steps(batch))
-    sums, outputs_bar = output_cotangents(readout, loss, wide, outputs, batch)
+    sums, outputs_bar = output_cotangents(step, loss, params, outputs, batch)
     pull = parallel_pullback(held(core), wide, carries, (batch.xs, batch.mask))
     weights = loss_weights(batch, jnp.zeros((batch_steps(batch), *batch_shape)))
     return Linearised(pull, outputs_bar, split_inexact(carries)[0], carries, outputs, sums.grad, weights)
@@ -223,7 +222,7 @@ def curve_reader(exact: Params, per_leaf: bool = False) -> Callable:
         sliding, blocks = state
         sliding = jax.tree.map(jnp.add, sliding, grad)
         blocks = jax.tree.map(jnp.add, blocks, sliding)  # Σ_{k<n} (n − k) D_k = Σ_{m≤n} ĝ_m
-        both = jax.tree.map(lambda s, b: jnp.stack([s, b / (lag + 1)]), sliding, blocks)
+        both = jax.tree.map(lambda s, b: jnp.stack([s, b / (lag + 1).astype(b.dtype)]), sliding, blocks)
         compared = jax.vmap(compare)(both)
         (error, cosine), (block_error, block_cosine) = (jax.tree.map(lambda a, i=i: a[i], compared) for i in (0, 1))
         return (sliding, blocks), (error, cosine, block_error, block_cosine)

@@ -21,7 +21,7 @@ from jbptt.analysis.graded import times_power
 from jbptt.analysis.jacobians import check_differentiable, push_tangents
 from jbptt.norms import norm
 from jbptt.recurrence import default_segment, split_time, steps_from, unroll
-from jbptt.types import Carry, Params, PyTree, Step
+from jbptt.types import Carry, Params, PyTree, Step, float32_at_least
 
 _SINGULAR = 2.0**-48
 """Growth this far below an interval's largest is zero: float64's rounding, and in float32 only exact zeros."""
@@ -139,7 +139,7 @@ def _check(step, params, carry, xs, length, num_discarded) -> tuple[int, int, An
             )
     check_differentiable(carry)
     leaves, _ = split_inexact(carry)
-    return num_steps, sum(leaf.size for leaf in leaves), jnp.result_type(jnp.float32, *(leaf.dtype for leaf in leaves))
+    return num_steps, sum(leaf.size for leaf in leaves), float32_at_least(*(leaf.dtype for leaf in leaves))
 
 
 def _check_num_exponents(num_exponents: Any, size: int) -> int:

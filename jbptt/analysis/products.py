@@ -11,12 +11,11 @@ import numpy as np
 from jax.core import Tracer
 
 from jbptt import validation
-from jbptt.adjoint import at_least_float32
 from jbptt.analysis.graded import Graded, from_rows, log_singular_values, push
 from jbptt.analysis.jacobians import check_system, flat_carry, step_jacobian
 from jbptt.cells import split_readout
 from jbptt.recurrence import held, trajectory
-from jbptt.types import Carry, Params, PyTree, Step
+from jbptt.types import Carry, Params, PyTree, Step, at_least_float32
 
 
 class JacobianProducts(NamedTuple):

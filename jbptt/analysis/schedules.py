@@ -93,7 +93,7 @@ def optimize_schedule(profile: LagProfile, mean_length: float) -> Schedule:
             f"mean_length must be < T = {num_steps} (the profile's lags), got {mean_length}: nothing is cut"
         )
     size = float(norms[1:].max())
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         squares = jnp.asarray((norms / size) ** 2 if size else norms, jnp.float64)
         constant = jnp.zeros(num_steps - 1)
         rates = _descend(partial(_objective, squares, mean_length), constant) if size else constant

@@ -27,14 +27,14 @@ def share_stuck(
       batch_shape: of the loss.
     """
     axes = tuple(range(1 + len(batch_shape)))
-    saturated, dead, total = jnp.zeros(()), jnp.zeros(()), 0
+    saturated, dead, total = jnp.zeros((), int), jnp.zeros((), int), 0
     for leaf, still in zip(carries, immovable, strict=True):
         emitted = jnp.abs(leaf[1:])
         counted = jnp.ones(emitted.shape[: len(axes)], bool)
         if mask is not None:
             counted = counted & align_leading(mask[:-1], len(axes))
         count, counted = jnp.sum(counted), align_leading(counted, emitted.ndim)
-        near = jnp.sum(counted & (jnp.abs(emitted - 1) <= 0.01), axes) >= 0.95 * count
+        near = jnp.sum(counted & (jnp.abs(emitted - 1) <= 0.01), axes, dtype=float) >= 0.95 * count.astype(float)
         saturated += jnp.sum(near & (count > 0))
         dead += jnp.sum(jnp.all(~counted | ((emitted == 0) & still[:-1]), axes) & (count > 0))
         total += near.size

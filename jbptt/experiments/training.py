@@ -6,10 +6,10 @@ import chex
 import jax
 import optax
 
-from jbptt.adjoint import at_least_float32, weighted_losses
+from jbptt.adjoint import weighted_losses
 from jbptt.norms import norm
 from jbptt.recurrence import scan_steps
-from jbptt.types import Batch, Carry, Estimator, Loss, Params, Step, weighted_mean
+from jbptt.types import Batch, Carry, Estimator, Loss, Params, Step, at_least_float32, weighted_mean
 
 
 class History(NamedTuple):
@@ -60,7 +60,7 @@ def train(
       ValueError: what the estimator's init raises.
     """
     if state is None:
-        first = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), batches)
+        first = jax.eval_shape(lambda batches: jax.tree.map(lambda a: a[0], batches), batches)
         state = estimator.init(params, carry, first, key=key)
     if opt_state is None:
         opt_state = optimizer.init(jax.tree.map(at_least_float32, params))  # as wide as the gradients

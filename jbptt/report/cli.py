@@ -92,6 +92,7 @@ def _commands(arguments: list[str]) -> Any:
         max_window: int | None = None,
         learning_rate: float | None = None,
         measure: bool = True,
+        plans: bool = False,
     ):
         """Print the diagnosis of your own model: how far its gradient reaches, which window it needs, what to change.
 
@@ -101,9 +102,10 @@ def _commands(arguments: list[str]) -> Any:
             max_window: the largest lag and sliding window considered; all steps, 512 at most, if not given.
             learning_rate: of your optimizer, to be held against the curvature of the loss.
             measure: time the windows and read their memory.
+            plans: time the ways to compute the full gradient (segment lengths, devices) and print the fastest.
         """
         options = {"max_window": max_window, "learning_rate": learning_rate, "measure": measure}
-        return lambda: run_diagnosis(model, **options)
+        return lambda: run_diagnosis(model, plans=plans, **options)
 
     @commands.command(name="compare")
     def compare(
@@ -148,22 +150,27 @@ def run_compare(settings: Any, *, out: Path | None = None, command: str = "jbptt
     return 0
 
 
-def run_diagnosis(model: str, **options: Any) -> int:
-    """Diagnoses the model that a user's function returns and prints the page.
+def run_diagnosis(model: str, *, plans: bool = False, **options: Any) -> int:
+    """Diagnoses the model that a user's function returns and prints the page, and the plans if they are asked for.
 
     Raises: UsageError, for whatever the user can put right.
     """
     from jbptt.analysis.diagnosis import diagnose
+    from jbptt.analysis.planning import choose_plan
     from jbptt.report.user_models import describe, is_own, load_problem
 
     try:
-        found = diagnose(*load_problem(model), **options)
+        problem = load_problem(model)
+        found = diagnose(*problem, **options)
+        fastest, cost = choose_plan(*problem) if plans else (None, None)
     except _device_errors() as error:
         raise UsageError(f"the device gave up: {str(error).splitlines()[0]}; try a smaller batch") from error
     except (Exception, SystemExit) as error:
         said = isinstance(error, ValueError) and is_own(error)
         raise UsageError(str(error) if said else f"{model} failed: {describe(error)}") from error
     print(found)
+    if fastest is not None:
+        print(f"\nFastest full gradient here: {fastest}.\n{cost}")
     return 0
 
 

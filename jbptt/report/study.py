@@ -13,6 +13,7 @@ import numpy as np
 
 from jbptt import truncation, validation
 from jbptt.experiments import tasks
+from jbptt.plans import Plan
 from jbptt.report import anatomy, randomness
 from jbptt.report.learning import learn
 from jbptt.report.measurements import (
@@ -136,6 +137,7 @@ def run_study(settings: Settings, text: str, progress: Callable[[str, float], No
             "python": sys.version.split()[0],
         },
         "device": _device(),
+        "plan": str(Plan()),
         "settings": {**asdict(settings), "text": None if settings.text is None else str(settings.text)},
         "text": _describe_text(settings, text, task),
         "coverage": _coverage(text, settings),

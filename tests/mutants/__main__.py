@@ -26,8 +26,9 @@ from tests.mutants import Mutant
 from tests.mutants.analyses import ANALYSES
 from tests.mutants.core import CORE
 from tests.mutants.experiments import EXPERIMENTS
+from tests.mutants.interop import INTEROP
 
-MUTANTS = CORE + ANALYSES + EXPERIMENTS
+MUTANTS = CORE + ANALYSES + EXPERIMENTS + INTEROP
 ROOT = Path(__file__).resolve().parents[2]
 LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "jbptt-report*")
 TIME_LIMIT = 20 * 60  # seconds for one mutant
@@ -42,6 +43,10 @@ CLOSEST = {
     "jbptt/cells.py": ("test_by_hand", "test_generated", "test_tasks", "test_torch"),
     "jbptt/recurrence.py": ("test_by_hand", "test_unroll", "test_batches", "test_memory", "test_analysis"),
     "jbptt/truncation.py": ("test_truncation", "test_randomized", "test_gradients"),
+    "jbptt/weights.py": ("test_weights", "test_by_hand"),
+    "jbptt/loops.py": ("test_weights", "test_by_hand"),
+    "jbptt/plans.py": ("test_plans", "test_configurations"),
+    "jbptt/analysis/planning.py": ("test_plans",),
     "jbptt/adjoint.py": ("test_by_hand", "test_streams", "test_batches", "test_gradients", "test_memory"),
     "jbptt/windows.py": ("test_by_hand", "test_streams", "test_batches", "test_gradients"),
     "jbptt/streams.py": ("test_streams", "test_contract", "test_batches"),
@@ -51,6 +56,7 @@ CLOSEST = {
     "jbptt/analysis/comparison.py": ("test_comparison",),
     "jbptt/analysis/schedules.py": ("test_schedules",),
     "jbptt/clipping.py": ("test_clipping",),
+    "jbptt/cotangents.py": ("test_cotangents",),
     "jbptt/norms.py": ("test_clipping", "test_analysis", "test_diagnosis"),
     "jbptt/analysis/flow.py": ("test_analysis", "test_batches"),
     "jbptt/analysis/lags.py": ("test_analysis", "test_diagnosis", "test_batches"),
@@ -73,6 +79,11 @@ CLOSEST = {
     "jbptt/experiments/outcomes.py": ("test_remedies",),
     "jbptt/experiments/training.py": ("test_training", "test_tasks"),
     "jbptt/experiments/tasks.py": ("test_tasks", "test_training"),
+    "jbptt/interop/calls.py": ("test_interop_refusals", "test_interop"),
+    "jbptt/interop/nnx.py": ("test_interop_refusals", "test_interop"),
+    "jbptt/interop/linen.py": ("test_interop_refusals", "test_interop"),
+    "jbptt/interop/haiku.py": ("test_interop_refusals", "test_interop"),
+    "jbptt/interop/equinox.py": ("test_interop_refusals", "test_interop"),
 }
 
 # Loaded by pytest from the copy: a run that imports another jbptt says nothing.

@@ -82,7 +82,9 @@ ANALYSES = (
         "jnp.roll(weights, -lag, axis=0)",
     ),
     Mutant("profile_of_the_gradient_sum", LAGS, "partial(weighted_mean, weight=total)", "lambda total: total"),
-    Mutant("curve_blocks_without_one_over_n", LAGS, "jnp.stack([s, b / (lag + 1)])", "jnp.stack([s, b])"),
+    Mutant(
+        "curve_blocks_without_one_over_n", LAGS, "jnp.stack([s, b / (lag + 1).astype(b.dtype)])", "jnp.stack([s, b])"
+    ),
     Mutant("diagnosis_forgets_the_gates", DIAGNOSIS, "jnp.where(cuts == 0, 0, gates)", "cuts"),
     Mutant("diagnosis_keeps_what_half_keeps", BLOCKS, "(error <= levels) & (half > levels)", "(error <= levels)"),
     Mutant(
@@ -92,9 +94,7 @@ ANALYSES = (
         "return jnp.array(windows)[first] // 2, error",
     ),
     Mutant("diagnosis_half_life_in_e_folds", EVIDENCE, "math.log(2) / jnp.where(rates", "1.0 / jnp.where(rates"),
-    Mutant(
-        "diagnosis_verdict_per_step", EVIDENCE, "rate * (jnp.sum(measured) - 1 - first), -jnp.inf", "rate, -jnp.inf"
-    ),
+    Mutant("diagnosis_verdict_per_step", EVIDENCE, "rate * span, -jnp.inf", "rate, -jnp.inf"),
     Mutant(
         "diagnosis_norm_of_the_sum", BLOCKS, "weighted_mean(norm(sums.grad), jnp.abs(sums.weight))", "norm(sums.grad)"
     ),

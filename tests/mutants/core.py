@@ -8,12 +8,16 @@ CELLS = "jbptt/cells.py"
 RECURRENCE = "jbptt/recurrence.py"
 TRUNCATION = "jbptt/truncation.py"
 ADJOINT = "jbptt/adjoint.py"
+WEIGHTS = "jbptt/weights.py"
+LOOPS = "jbptt/loops.py"
+PLANS = "jbptt/plans.py"
 WINDOWS = "jbptt/windows.py"
 STREAMS = "jbptt/streams.py"
 ESTIMATORS = "jbptt/estimators.py"
 ADAPTIVE = "jbptt/adaptive.py"
 CLIPPING = "jbptt/clipping.py"
 NORMS = "jbptt/norms.py"
+COTANGENTS = "jbptt/cotangents.py"
 
 CORE = (
     # types: alignment, means, sums
@@ -121,15 +125,15 @@ CORE = (
     Mutant(
         "gate_one_step_late",
         RECURRENCE,
-        "        return step(params, gated(carry_t, gate_t, gate_fn), (x_t, mask_t))",
-        "        carry_next, y_t = step(params, carry_t, (x_t, mask_t))\n"
-        "        return gated(carry_next, gate_t, gate_fn), y_t",
+        "        return step(params, gated(carry, gate, gate_fn), (x, mask))",
+        "        carry_next, y_t = step(params, carry, (x, mask))\n"
+        "        return gated(carry_next, gate, gate_fn), y_t",
     ),
     Mutant(
         "gate_open_where_a_scan_starts",
         RECURRENCE,
-        "lax.scan(body, carry, (xs, gates, mask), length=length)",
-        "lax.scan(body, carry, (xs, None if gates is None else jnp.asarray(gates).at[0].set(1), mask), length=length)",
+        "params), carry, (xs, gates, mask), length=length)",
+        "params), carry, (xs, None if gates is None else jnp.asarray(gates).at[0].set(1), mask), length=length)",
     ),
     Mutant(
         "select_on_trailing_axes",
@@ -185,7 +189,12 @@ CORE = (
         "kept = jax.random.bernoulli(key, keep_prob, shape)",
         "kept = jnp.broadcast_to(jax.random.bernoulli(key, keep_prob.mean()), shape)",
     ),
-    Mutant("artbp_hazard_one_step_on", TRUNCATION, "* mean_length + delta)", "* mean_length + delta + 1)"),
+    Mutant(
+        "artbp_hazard_one_step_on",
+        TRUNCATION,
+        "* mean_length + delta.astype(float))",
+        "* mean_length + delta.astype(float) + 1)",
+    ),
     Mutant(
         "artbp_counts_from_zero_after_a_cut", TRUNCATION, "jnp.where(cut, 1, delta + 1)", "jnp.where(cut, 0, delta + 1)"
     ),
@@ -211,8 +220,8 @@ CORE = (
     # adjoint: the engine
     Mutant(
         "sums_in_the_narrow_dtype",
-        ADJOINT,
-        "return jnp.asarray(array, jnp.promote_types(jnp.result_type(array), jnp.float32))",
+        TYPES,
+        "return jnp.asarray(array, float32_at_least(jnp.result_type(array)))",
         "return jnp.asarray(array)",
     ),
     Mutant(
@@ -260,9 +269,38 @@ CORE = (
     Mutant(
         "segment_hands_nothing_on",
         ADJOINT,
-        "grad, cotangent = pull((jnp.ones_like(value), cotangent))",
-        "grad, cotangent = pull((jnp.ones_like(value), [jnp.zeros_like(c) for c in cotangent]))",
+        "loops.backward(stacks, cotangent, outputs_bar)",
+        "loops.backward(stacks, [jnp.zeros_like(c) for c in cotangent], outputs_bar)",
     ),
+    # the loops of a segment, and the weights that are taken out of them
+    Mutant("weight_gradient_untransposed", WEIGHTS, ".transpose(back)", ".transpose(sorted(back))"),
+    Mutant("weight_on_the_other_side", WEIGHTS, "first = 1 if product.side == 0", "first = 1 if product.side == 1"),
+    Mutant(
+        "weight_used_twice_counts_once",
+        WEIGHTS,
+        "grads[product.weight] + grad if product.weight in grads else grad",
+        "grad",
+    ),
+    Mutant(
+        "other_uses_are_forgotten",
+        WEIGHTS,
+        "[*weights_bar, *others_bar]",
+        "[*weights_bar, *map(jnp.zeros_like, others_bar)]",
+    ),
+    Mutant("first_carry_is_the_second", LOOPS, "return jnp.where(t == 0, first, before)", "return before"),
+    Mutant(
+        "operands_one_step_late", LOOPS, "self.at(atom, jnp.asarray(start))", "self.at(atom, jnp.asarray(start) + 1)"
+    ),
+    Mutant("chunks_go_back_in_order", LOOPS, "(state, zeros), starts, reverse=True)", "(state, zeros), starts)"),
+    Mutant("steps_go_back_in_order", LOOPS, "start + jnp.arange(length), reverse=True)", "start + jnp.arange(length))"),
+    Mutant("sums_of_the_last_step", LOOPS, "[total + read(values, v) for", "[read(values, v) for"),
+    Mutant(
+        "weights_turned_and_not_turned",
+        LOOPS,
+        "turned[id(equation)] = known[name].T",
+        "turned[id(equation)] = known[name]",
+    ),
+    Mutant("shards_are_not_added_up", PLANS, "return lax.psum(sums, SHARDS), carry", "return sums, carry"),
     Mutant(
         "segments_start_one_segment_late",
         ADJOINT,
@@ -325,8 +363,8 @@ CORE = (
     Mutant(
         "history_forgets_the_mask",
         WINDOWS,
-        "mask = jnp.ones(shape, bool) if batch.mask is None else batch.mask",
-        "mask = jnp.ones(shape, bool)",
+        "_whole_mask(batch.mask, shape), jnp.ones",
+        "_whole_mask(None, shape), jnp.ones",
     ),
     Mutant(
         "sliding_loses_the_readout_gradient",
@@ -405,8 +443,8 @@ CORE = (
     Mutant(
         "gates_never_reach_the_engine",
         ESTIMATORS,
-        "state.carry, batch, gates, segment)",
-        "state.carry, batch, None, segment)",
+        "state.carry, batch, gates, sizes[1], plan)",
+        "state.carry, batch, None, sizes[1], plan)",
     ),
     Mutant(
         "aux_is_a_sum",
@@ -417,25 +455,25 @@ CORE = (
     # clipping and norms
     Mutant(
         "clip_compares_the_largest_entry",
-        CLIPPING,
+        NORMS,
         "(largest * jnp.maximum(ratio, 1) > max_norm)",
         "(largest > max_norm)",
     ),
     Mutant(
         "clip_scales_small_gradients_up",
-        CLIPPING,
-        "jnp.where(clipped, unit(wide, largest) * limit, wide).astype",
-        "(unit(wide, largest) * limit).astype",
+        NORMS,
+        "jnp.where(align_leading(clipped, leaf.ndim), short, wide).astype",
+        "short.astype",
     ),
     Mutant(
         "clip_to_the_largest_entry",
-        CLIPPING,
+        NORMS,
         "limit = max_norm / jnp.where(ratio == 0, 1, ratio)",
-        "limit = jnp.asarray(max_norm, ratio.dtype)",
+        "limit = max_norm + 0 * ratio",
     ),
     Mutant(
         "clip_gives_up_where_the_norm_overflows",
-        CLIPPING,
+        NORMS,
         "usable = jnp.isfinite(largest)",
         "usable = jnp.isfinite(largest * ratio)",
     ),
@@ -449,6 +487,39 @@ CORE = (
     ),
     Mutant("norm_has_no_gradient_at_zero", NORMS, "jnp.sqrt(jnp.where(total == 0, 1, total))", "jnp.sqrt(total)"),
     Mutant("cosine_of_no_unit_vector", NORMS, "jnp.zeros((), size.dtype)) / spread", "jnp.zeros((), size.dtype))"),
+    Mutant(
+        "leaf_norm_is_global",
+        CLIPPING,
+        "_to_norm(max_norm), is_leaf=None)",
+        "_to_norm(max_norm))",
+    ),
+    Mutant(
+        "skip_drops_the_broken_leaf_only",
+        CLIPPING,
+        "        return jax.tree.map(lambda u: jnp.where(finite, u, jnp.zeros_like(u)), updates)",
+        "        return jax.tree.map(lambda u: jnp.where(jnp.isfinite(u).all(), u, jnp.zeros_like(u)), updates)",
+    ),
+    Mutant(
+        "share_counts_what_is_not_finite", CLIPPING, "jnp.isfinite(size) & (size > max_value)", "~(size <= max_value)"
+    ),
+    Mutant(
+        "direction_forgotten_after_nan",
+        CLIPPING,
+        "jnp.where(finite, new, old), now, state.direction)",
+        "jnp.where(finite, new, 0 * old), now, state.direction)",
+    ),
+    Mutant(
+        "cotangent_clipped_leaf_by_leaf",
+        COTANGENTS,
+        "return clip_to_norm(cotangents, bound, num_leading)[0], jnp",
+        "return [clip_to_norm(leaf, bound, num_leading)[0] for leaf in cotangents], jnp",
+    ),
+    Mutant(
+        "examples_share_a_cotangent_norm",
+        COTANGENTS,
+        "return clip_to_norm(cotangents, bound, num_leading)[0], jnp",
+        "return clip_to_norm(cotangents, bound)[0], jnp",
+    ),
     # adaptive
     Mutant(
         "probe_starts_one_step_early",

@@ -1,0 +1,143 @@
+"""How a module of another library is called as a step, and what is said when it cannot be."""
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+
+from jbptt.dependence import dependences
+from jbptt.types import Carry, Params, PyTree, Step
+
+InitialCarry = Callable[..., Carry]
+StepModel = tuple[Step, Params, InitialCarry]
+
+STATEFUL = (
+    "A step must be a pure function of (params, carry, x), and running statistics also tie the examples of a batch "
+    "together. Put what is remembered into the carry and what is shown into y, or take what has no state: layer norm "
+    "for batch norm"
+)
+FIXED_STATISTICS = ", or batch norm with fixed statistics (evaluation mode)"
+CHAIN = (
+    "it hands one value from layer to layer and knows no carry. Pass call=lambda module, carry, x: …, which makes one "
+    "step of its layers"
+)
+LEARNED_START = (
+    "its initial carry depends on its parameters, and no step would train that. Pass initial_carry=; the gradient of "
+    "the initial carry is jbptt.adjoints(…).cotangents at index 0"
+)
+BIDIRECTIONAL = (
+    "its output at a step depends on later inputs, so it is no step. Convert its two cells, run one on xs and the "
+    "other on jnp.flip(xs, 0), flip those outputs back and combine them in the loss"
+)
+REVERSED = "it reads from the end. Pass its .cell, and xs and targets flipped by jnp.flip(…, 0)"
+
+
+def refuse(module: Any, reason: str) -> NoReturn:
+    """A ValueError that names the module."""
+    raise ValueError(f"{type(module).__name__} cannot be used as a step: {reason}.")
+
+
+def missing_key(module: Any) -> ValueError:
+    """What to raise where a module draws random numbers and has no key to draw them from."""
+    return ValueError(f"{type(module).__name__} draws random numbers in one step: pass key=jax.random.key(…).")
+
+
+def check_call(
+    module: Any, call: Callable[..., Any] | None, chain: type, own: tuple[str, ...] = ("carry", "x"), key: Any = None
+) -> None:
+    """`call(module, carry, x)`, or the module on its `own` arguments, must be possible; with `key=` if there is one.
+
+    The library's `chain` of layers would take the arguments and mean something else by them.
+    """
+    if call is None and isinstance(module, chain):
+        refuse(module, CHAIN)
+    names = own if call is None else ("module", "carry", "x")
+    try:
+        inspect.signature(call or module.__call__).bind(*names, **({} if key is None else {"key": key}))
+    except (AttributeError, TypeError) as error:
+        who = "its __call__" if call is None else "call"
+        wanted = ", ".join([*names, *([] if key is None else ["key=…"])])
+        returned = "y, carry" if names[0] == "x" else "carry, y"
+        remedy = "Pass call=lambda module, carry, x: …, which makes one step; of a module that reads a whole sequence "
+        remedy += "pass the cell, or the part that makes a step"
+        remedy = "Pass key=jax.random.key(…)" if key is None and "'key'" in str(error) else remedy
+        refuse(module, f"{who} must take ({wanted}) and return ({returned}), but {error}. {remedy}")
+
+
+def call_step(module: Any, function: Callable[..., Any], *args: Any, **options: Any) -> tuple[Any, Any]:
+    """`function(*args)`, whose errors say where they come from and whose result must be a pair."""
+    try:
+        result = function(*args, **options)
+    except Exception as error:
+        given = ", ".join(str(jax.tree.map(jax.typeof, arg)) for arg in args[-2:])
+        error.add_note(f"This happened in one step of {type(module).__name__}, called with {given}.")
+        raise
+    if not (isinstance(result, tuple) and len(result) == 2):
+        got = f"a tuple of {len(result)}" if isinstance(result, tuple) else type(result).__name__
+        refuse(module, f"one step must return a pair (carry, y), got {got}. Pass call=lambda module, carry, x: …")
+    return result
+
+
+def input_shapes(input_size: Any) -> PyTree:
+    """An int is the width of a vector x; any other tree holds the shapes and dtypes of one example's x."""
+    if isinstance(input_size, int) and not isinstance(input_size, bool) and input_size > 0:
+        return jax.ShapeDtypeStruct((input_size,), jnp.result_type(float))
+    leaves = jax.tree.leaves(input_size)
+    if leaves and all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+        return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jax.dtypes.canonicalize_dtype(s.dtype)), input_size)
+    raise ValueError(
+        f"input_size must be an integer ≥ 1, the width of x, or a tree of jax.ShapeDtypeStruct, one example's x "
+        f"(for tokens jax.ShapeDtypeStruct((), jnp.int32)), got {input_size!r}."
+    )
+
+
+def first_shape(input_size: Any, batch_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the first leaf of a batch's x: what `initialize_carry` of Flax asks for.
+
+    Flax drops the last axis, the width; tokens have none, so they get one.
+    """
+    return (*batch_shape, *(jax.tree.leaves(input_shapes(input_size))[0].shape or (1,)))
+
+
+def carry_fn(initial_carry: Any) -> InitialCarry:
+    """The carry of one example as a function of the batch shape; a function as it is."""
+    if callable(initial_carry):
+        return initial_carry
+    one = jax.tree.map(jnp.asarray, initial_carry)
+    return lambda batch_shape=(): jax.tree.map(lambda a: jnp.broadcast_to(a, (*batch_shape, *a.shape)), one)
+
+
+def unlearned(module: Any, initial: Callable[[Params, tuple[int, ...]], Carry], params: Params) -> InitialCarry:
+    """`initial(params, batch_shape)` as a function of the batch shape; refused if its values depend on `params`."""
+    if any(dependences(lambda params: initial(params, (1,)), params)):
+        refuse(module, LEARNED_START)
+    return lambda batch_shape=(): initial(params, batch_shape)
+
+
+def typed_key(key: jax.Array) -> jax.Array:
+    """A raw key, uint32 `[2]`, as a typed one: masks would take its two numbers for two examples."""
+    return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+
+
+def with_keys(start: InitialCarry, keys: Callable[[tuple[int, ...], jax.Array | None], PyTree] | None) -> InitialCarry:
+    """`initial_carry(batch_shape=(), key=None)`: the module's carry and, if it draws random numbers, its keys."""
+
+    def initial_carry(batch_shape=(), key=None):
+        if keys is None:
+            return start(batch_shape)
+        return start(batch_shape), keys(batch_shape, None if key is None else typed_key(key))
+
+    return initial_carry
+
+
+def only_cell(module: Any, cells: Iterable[Any]) -> Any:
+    """The one cell of a module, which then says what the carry looks like."""
+    cells = list(cells)
+    if len(cells) != 1:
+        raise ValueError(
+            f"{type(module).__name__} holds {len(cells)} recurrent cells, so its carry is not known. Pass "
+            "initial_carry=, the carry of one example or a function of the batch shape."
+        )
+    return cells[0]

@@ -1,0 +1,121 @@
+"""Haiku cores as steps."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jbptt.interop import calls
+
+
+def from_haiku(
+    make_core: Callable[[], Any],
+    key: jax.Array,
+    *,
+    input_size: Any,
+    initial_carry: Any = None,
+    call: Callable[..., Any] | None = None,
+) -> calls.StepModel:
+    """A Haiku core as `(step, params, initial_carry)`, with freshly drawn parameters.
+
+    Args:
+      make_core: a function without arguments that builds the core (`lambda: hk.LSTM(64)`): a `hk.RNNCore`, `hk.DeepRNN`
+        among them, or any module called as `core(x, carry) -> (y, carry)`. It runs inside `hk.transform`, on batches:
+        x is `[B, ...]`, one axis and no more, as Haiku's own cores take it.
+      key: of the parameters and, where a step draws random numbers, of those: then it travels in the carry. Every
+        `initial_carry(batch_shape)` begins with the same; `initial_carry(batch_shape, key)` with another.
+      input_size: width of x, or a tree of `jax.ShapeDtypeStruct` like one example's x.
+      initial_carry: the carry of one example, or a function of the batch shape. None: the core's
+        `initial_state(batch_size)`, `initial_state(None)` for one example.
+      call: `(core, carry, x) -> (carry, y)` instead of `core(x, carry)`.
+
+    Returns:
+      step, params (Haiku's own, `{module: {name: array}}`) and initial_carry. Parameters that were trained elsewhere,
+      with the same names, can take the place of `params`.
+
+    Raises:
+      ValueError: make_core makes no core, a wrong call, `hk.Sequential` without `call`, `hk.get_state` in the core
+        (batch norm), an initial state with parameters.
+      ImportError: haiku is not installed.
+
+    >>> import haiku as hk
+    >>> step, params, initial_carry = from_haiku(lambda: hk.GRU(8), jax.random.key(0), input_size=3)
+    >>> step(params, initial_carry((2,)), jnp.zeros((2, 3)))[1].shape
+    (2, 8)
+    """
+    import haiku as hk
+
+    start = _initial_carry(make_core, key) if initial_carry is None else calls.carry_fn(initial_carry)
+    network = hk.transform_with_state(lambda carry, x: _core_step(make_core, call, carry, x))
+    x = jax.tree.map(lambda s: jnp.zeros((1, *s.shape), s.dtype), calls.input_shapes(input_size))
+    key_init, key_steps = jax.random.split(calls.typed_key(key))
+    params, state = network.init(key_init, start((1,)), x)
+    if state:
+        raise ValueError(f"make_core's core keeps a state ({', '.join(state)}): no step. {calls.STATEFUL}.")
+    is_random = _draws(network, params, start((1,)), x)
+
+    def step(params, carry, x):
+        if not is_random:
+            return network.apply(params, state, None, carry, x)[0]
+        inner, key_t = carry
+        key_t, used = jax.random.split(key_t)
+        (inner, y), _ = network.apply(params, state, used, inner, x)
+        return (inner, key_t), y
+
+    keys = (lambda _, new: key_steps if new is None else new) if is_random else None
+    return step, params, calls.with_keys(start, keys)
+
+
+def _made(make_core: Any) -> Any:
+    import haiku as hk
+
+    core = make_core()
+    if not isinstance(core, hk.Module) or not callable(core):
+        raise ValueError(f"make_core must return a haiku module that can be called, got {type(core).__name__}.")
+    return core
+
+
+def _core_step(make_core: Any, call: Any, carry: Any, x: Any) -> tuple[Any, Any]:
+    import haiku as hk
+
+    core = _made(make_core)
+    calls.check_call(core, call, hk.Sequential, own=("x", "carry"))
+    if call is not None:
+        return calls.call_step(core, call, core, carry, x)
+    y, carry = calls.call_step(core, core, x, carry)
+    return carry, y
+
+
+def _draws(network: Any, params: Any, carry: Any, x: Any) -> bool:
+    """Whether a step asks for a random number: then it cannot run without a key, but it can with one."""
+    try:
+        jax.eval_shape(lambda: network.apply(params, {}, None, carry, x))
+    except ValueError:
+        jax.eval_shape(lambda: network.apply(params, {}, jax.random.key(0), carry, x))
+        return True
+    return False
+
+
+def _initial_carry(make_core: Any, key: jax.Array) -> calls.InitialCarry:
+    import haiku as hk
+
+    def initial_state(batch_size):
+        core = _made(make_core)
+        if not hasattr(core, "initial_state"):
+            raise ValueError(
+                f"{type(core).__name__} has no initial_state(batch_size). Pass initial_carry=, the carry of one "
+                "example or a function of the batch shape."
+            )
+        return core.initial_state(batch_size)
+
+    made = hk.transform(initial_state)
+    if jax.eval_shape(lambda: made.init(key, 1)):
+        raise ValueError(f"make_core's core cannot be used as a step: {calls.LEARNED_START}.")
+
+    def initial_carry(batch_shape=()):
+        carry = made.apply({}, None, math.prod(batch_shape) if batch_shape else None)
+        return jax.tree.map(lambda a: a.reshape(*batch_shape, *a.shape[1:]), carry) if batch_shape else carry
+
+    return initial_carry

@@ -1,0 +1,302 @@
+"""Under every configuration of JAX: dtype promotion, x64, debug_nans, devices; and inside other libraries' modules.
+
+Dtype promotion and sharding are judged while tracing, so most of it needs no compilation (`jax.eval_shape`). What runs
+under vmap, scan and jit is in `test_unroll.py` and, for every estimator, in `test_contract.py`.
+"""
+
+import functools
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problems
+import pytest
+from contract import ESTIMATORS
+from jax.sharding import AxisType, PartitionSpec
+from problems import EXAMPLES, HIDDEN, INPUT, assert_close
+
+import jbptt
+from jbptt import clipping, truncated_bptt, truncation, unroll
+
+NUM_STEPS, WINDOW = 7, 3
+SOME = ("segments", "ragged strides", "parallel strides", "randomized")
+
+
+def of_blocks(step, params, carry, batch):
+    """The estimator that a road of fixed gates must agree with."""
+    estimator = truncated_bptt(step, problems.squared_error, window=WINDOW)
+    return jax.jit(lambda *args: problems.one_update(estimator, *args))(params, carry, batch)
+
+
+def series():
+    rng = np.random.default_rng(1)
+    draw = lambda width: jnp.asarray(rng.normal(size=(NUM_STEPS, EXAMPLES, width)))
+    return jbptt.Batch(draw(INPUT), draw(HIDDEN))
+
+
+def test_inside_nnx():
+    """A loss of one's own in `nnx.jit` and `nnx.value_and_grad`: of the package only `unroll` and its gates."""
+    nnx = pytest.importorskip("flax.nnx")
+    from jbptt import interop
+
+    batch, carry = series(), jnp.zeros((EXAMPLES, HIDDEN))
+    model = nnx.GRUCell(INPUT, HIDDEN, dtype=float, param_dtype=float, rngs=nnx.Rngs(0))
+
+    @nnx.jit
+    @nnx.value_and_grad
+    def loss_and_grads(model):
+        graph, state = nnx.split(model)
+        step = lambda state, carry, x: nnx.merge(graph, state)(carry, x)
+        _, ys = unroll(step, state, carry, batch.xs, gates=truncation.fixed(NUM_STEPS, WINDOW))
+        return jnp.mean(jnp.sum((ys - batch.targets) ** 2, axis=-1))
+
+    value, grads = loss_and_grads(model)
+    step, params, _ = interop.from_nnx(model)
+    estimate = of_blocks(step, params, carry, batch)
+    assert_close(value, estimate.loss)
+    leaves = [dict(nnx.to_flat_state(tree)) for tree in (grads, estimate.grads)]
+    assert_close(*({path: leaf[...] for path, leaf in tree.items()} for tree in leaves))
+
+
+def test_inside_equinox():
+    """The same in `eqx.filter_jit` and `eqx.filter_value_and_grad`; params is the module, activation and all."""
+    eqx = pytest.importorskip("equinox")
+    from jbptt import interop
+
+    batch, carry = series(), jnp.zeros((EXAMPLES, HIDDEN))
+    model = eqx.nn.GRUCell(INPUT, HIDDEN, dtype=jnp.float64, key=jax.random.key(0))
+
+    def step(model, h, x):
+        h = jax.vmap(model)(x, h)
+        return h, h
+
+    @eqx.filter_jit
+    @eqx.filter_value_and_grad
+    def loss_and_grads(model):
+        _, ys = unroll(step, model, carry, batch.xs, gates=truncation.fixed(NUM_STEPS, WINDOW))
+        return jnp.mean(jnp.sum((ys - batch.targets) ** 2, axis=-1))
+
+    value, grads = loss_and_grads(model)
+    converted, params, _ = interop.from_equinox(model)
+    estimate = of_blocks(converted, params, carry, batch)
+    assert_close(value, estimate.loss)
+    assert_close(jax.tree.leaves(grads), jax.tree.leaves(estimate.grads))
+
+
+def full_problem(dtype=float):
+    """A problem with everything in it: a readout, masks, weights."""
+    step, loss, params, carry, batch = problems.make("tanh+readout", NUM_STEPS)
+    rng = np.random.default_rng(2)
+    mask = rng.random((NUM_STEPS, EXAMPLES)) < 0.8
+    batch = batch._replace(weights=rng.random((NUM_STEPS, EXAMPLES)) * (rng.random((NUM_STEPS, EXAMPLES)) < 0.8))
+    cast = lambda tree: jax.tree.map(lambda a: jnp.asarray(a, dtype), tree)
+    return step, loss, *cast((params, carry)), cast(batch)._replace(mask=jnp.asarray(mask))
+
+
+GATES = {
+    "none": lambda: None,
+    "fixed": lambda: truncation.fixed(NUM_STEPS, WINDOW),
+    "bool": lambda: truncation.fixed(NUM_STEPS, WINDOW) != 0,
+    "by example": lambda: jnp.ones((NUM_STEPS, EXAMPLES), jnp.float32),
+}
+
+
+def roads(step, loss, params, carry, batch):
+    """Everything that gives a gradient, `{name: function of (params, carry, batch)}`."""
+
+    def through_unroll(gates, segment):
+        def total(params, carry, batch):
+            _, ys = unroll(step, params, carry, batch.xs, gates=gates(), mask=batch.mask, segment=segment)
+            return jnp.sum(jax.vmap(loss)(ys, batch.targets))
+
+        return jax.grad(total)
+
+    def through(entry):
+        def grads(params, carry, batch):
+            return problems.one_update(entry.make(step, loss), params, carry, batch, jax.random.key(0)).grad_sum
+
+        return grads
+
+    found = {f"unroll, {name}": through_unroll(gates, None) for name, gates in GATES.items()}
+    found["unroll, segments"] = through_unroll(GATES["fixed"], 4)
+    return found | {name: through(entry) for name, entry in ESTIMATORS.items()}
+
+
+def analyses(step, loss):
+    """What reads gradients, as functions of (params, carry, batch)."""
+    gates = truncation.fixed(NUM_STEPS, WINDOW)
+    run = lambda function, **options: lambda *problem: function(step, loss, *problem, **options)
+    one = lambda tree: jax.tree.map(lambda a: a[:, 0], tree)
+    return {
+        "diagnose": run(jbptt.diagnose, measure=False, learning_rate=0.1),
+        "diagnose, gates": run(jbptt.diagnose, measure=False, gates=gates),
+        "truncation_curve": run(jbptt.truncation_curve, max_window=5),
+        "truncation_curve by leaf": run(jbptt.truncation_curve, max_window=5, per_leaf=True),
+        "lag_profile": run(jbptt.lag_profile, max_lag=5, gates=gates),
+        "gradient_flow": run(jbptt.gradient_flow),
+        "gradient_sources": run(jbptt.gradient_sources),
+        "adjoints": run(jbptt.adjoints, gates=gates),
+        "adjoint_alignment": run(jbptt.adjoint_alignment, max_lag=3),
+        "find_nonfinite": run(jbptt.find_nonfinite),
+        "lyapunov_spectrum": lambda p, c, b: jbptt.lyapunov_spectrum(step, p, c[0], one(b.xs)),
+        "jacobian_products": lambda p, c, b: jbptt.jacobian_products(step, p, c[0], one(b.xs), spans=(1, 3)),
+    }
+
+
+def clipped_training(step, loss):
+    """Two updates with clipped gradients, as a function of (params, carry, batch)."""
+    clips = clipping.clip_by_global_norm, clipping.clip_by_leaf_norm, clipping.clip_by_value
+    optimizer = optax.chain(clipping.gradient_stats(), *(clip(1.0, nonfinite="skip") for clip in clips), optax.sgd(0.1))
+
+    def run(params, carry, batch):
+        batches = jax.tree.map(lambda a: jnp.stack([a, a]), batch)
+        return jbptt.train(ESTIMATORS["strides"].make(step, loss), optimizer, params, carry, batches)
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_strict_dtype_promotion(dtype):
+    """Nothing in the package leaves a dtype to JAX's rules, with x64 on (float64) and off."""
+    step, loss, *problem = full_problem(dtype)
+    with jax.enable_x64(dtype == "float64"), jax.numpy_dtype_promotion("strict"):
+        found = roads(step, loss, *problem)
+        if dtype != "bfloat16":
+            found |= analyses(step, loss) | {"clipped training": clipped_training(step, loss)}
+        for name, function in found.items():
+            try:
+                shapes = jax.eval_shape(function, *problem)
+            except Exception as error:
+                error.add_note(f"in {name}")
+                raise
+            assert jax.tree.leaves(shapes), name
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_no_false_alarm_under_debug_nans():
+    """Padding full of NaN, gates and weights of 0, a part of the batch without weight: all gradients are finite."""
+    step, loss, params, carry, batch = full_problem()
+    batch = batch._replace(xs=jnp.where(batch.mask[..., None], batch.xs, jnp.nan))
+    found = {n: f for n, f in roads(step, loss, params, carry, batch).items() if n.startswith("unroll") or n in SOME}
+    del found["unroll, none"], found["unroll, bool"]
+
+    @jax.jit
+    def run(*problem):
+        return {name: function(*problem) for name, function in found.items()}
+
+    with jax.debug_nans(True):
+        for name, grads in run(params, carry, batch).items():
+            assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(grads)), name
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_a_diagnosis_reads_nans_under_debug_nans():
+    """NaN is an answer there: of a part of the batch without weight, and where something is broken."""
+    step, loss, params, carry, batch = full_problem()
+    batch = batch._replace(weights=batch.weights.at[:, 0].set(0))
+    broken = batch._replace(mask=None, xs=batch.xs.at[3, 1, 0].set(jnp.nan))
+    with jax.debug_nans(True):
+        assert np.isnan(jbptt.diagnose(step, loss, params, carry, batch, measure=False).part_norms).any()
+        found = jbptt.diagnose(step, loss, params, carry, broken, measure=False)
+    assert found.verdict == "non-finite" and int(found.nonfinite.step) == 3
+
+
+@pytest.mark.parametrize("name", ["segments", "ragged strides"])
+def test_an_estimator_inside_checkpoint_scan_and_vmap(name):
+    """All three around one update, as in a loss of one's own that recomputes."""
+    step, loss, params, carry, batch = full_problem()
+    estimator = ESTIMATORS[name].make(step, loss)
+
+    def mean_gradient(scale):
+        scaled = jax.tree.map(lambda p: scale * p, params)
+        return problems.one_update(estimator, scaled, carry, batch).grads
+
+    @jax.jit
+    def run(scales):
+        total = jax.lax.scan(
+            lambda total, s: (jax.tree.map(jnp.add, total, jax.checkpoint(mean_gradient)(s)), None),
+            jax.tree.map(jnp.zeros_like, params),
+            scales,
+        )[0]
+        return total, jax.vmap(mean_gradient)(scales)
+
+    total, each = run(jnp.array([0.5, 1.0]))
+    assert_close(total, jax.tree.map(lambda g: g.sum(0), each))
+    assert_close(jax.tree.map(lambda g: g[1], each), jax.jit(mean_gradient)(1.0))
+
+
+def test_sharded():
+    """Devices are counted before JAX starts, so in another process."""
+    same_package = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    environment = os.environ | same_package | {"JAX_NUM_CPU_DEVICES": "2", "JAX_ENABLE_X64": "1"}
+    process = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert "all agree on 2 devices" in process.stdout
+
+
+def on_two_devices():
+    """Explicit sharding and shard_map, values against one device: what `test_sharded` runs in its process."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    step, loss, params, carry, batch = full_problem()
+    # Two examples for two devices.
+    carry, batch = carry[:2], jax.tree.map(lambda a: a[:, :2], batch)
+    GATES["by example"] = lambda: batch.weights + 0.5
+    every = roads(step, loss, params, carry, batch)
+    some = {name: road for name, road in every.items() if name in (*SOME, "unroll, by example", "unroll, segments")}
+    expected = jax.jit(lambda *problem: {name: road(*problem) for name, road in some.items()})(params, carry, batch)
+
+    by_example = jax.tree.map(lambda a: PartitionSpec(None, "batch"), batch)
+    specs = jax.tree.map(lambda a: PartitionSpec(), params), PartitionSpec("batch"), by_example
+    explicit = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(explicit):
+        problem = jax.tree.map(jax.device_put, (params, carry, batch), specs)
+        GATES["by example"] = lambda: jax.sharding.reshard(batch.weights + 0.5, PartitionSpec(None, "batch"))
+        found = jax.jit(lambda *problem: {name: road(*problem) for name, road in some.items()})(*problem)
+        assert_close(jax.device_get(found), expected)
+        one_by_one = analyses(step, loss)
+        del one_by_one["lyapunov_spectrum"], one_by_one["jacobian_products"]  # of one example
+        for road in (*every.values(), *one_by_one.values()):
+            jax.eval_shape(road, *problem)
+        batches = jax.tree.map(lambda a: jnp.stack([a, a]), problem[2])
+        for entry in ESTIMATORS.values():
+            estimator = entry.make(step, loss)
+            train = lambda *args, e=estimator: jbptt.train(e, optax.sgd(0.1), *args, key=jax.random.key(0))
+            jax.eval_shape(train, *problem[:2], batches)
+
+    for make in (jbptt.full_bptt, functools.partial(jbptt.randomized_bptt, keep_prob=0.5)):
+        found = [
+            problems.one_update(make(step, loss, plan=jbptt.Plan(3, n)), params, carry, batch, jax.random.key(1))
+            for n in (1, 2)
+        ]
+        assert_close(jax.device_get(found[1].grad_sum), jax.device_get(found[0].grad_sum))
+        assert_close(jax.device_get(found[1].loss_sum), jax.device_get(found[0].loss_sum))
+    shared = lambda params, carry, x: ((step(params, carry[0], x)[0], carry[1]), step(params, carry[0], x)[1])
+    for carried, piece, words in (
+        ((carry, jnp.zeros(())), batch._replace(mask=None), "no axis of 2 examples in front"),
+        ((carry[:1], carry[:1]), jax.tree.map(lambda a: a[:, :1], batch), "must divide the batch of 1 examples"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            problems.one_update(jbptt.full_bptt(shared, loss, plan=jbptt.Plan(3, 2)), params, carried, piece)
+
+    GATES["by example"] = lambda: jnp.full((NUM_STEPS, 1), 0.5)
+    manual = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,))
+    for check in (True, False):
+
+        def summed(params, carry, batch, check=check):
+            if check:  # else JAX adds up over the devices by itself
+                params = jax.lax.pcast(params, ("batch",), to="varying")
+            grads = {name: road(params, carry, batch) for name, road in some.items() if name != "unroll, by example"}
+            return jax.lax.psum(grads, "batch")
+
+        run = jax.shard_map(summed, mesh=manual, in_specs=specs, out_specs=PartitionSpec(), check_vma=check)
+        found = jax.device_get(jax.jit(run)(params, carry, batch))
+        assert_close(found, {name: expected[name] for name in found})
+    print(f"all agree on {jax.device_count()} devices")
+
+
+if __name__ == "__main__":
+    on_two_devices()

@@ -1,0 +1,45 @@
+"""Every script of examples/ runs in its short form: it prints a diagnosis and a decision and draws its picture."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "examples"
+SCRIPTS = {path.stem: path for path in sorted(FOLDER.glob("*.py"))}
+NEEDS = {"nnx_characters": ("flax",), "equinox_series": ("equinox",), "haiku_lstm": ("haiku",)}
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS[name])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_short_form(name, tmp_path, capsys):
+    """In single precision, as its users run it."""
+    for package in ("matplotlib", *NEEDS.get(name, ())):
+        pytest.importorskip(package)
+    picture = tmp_path / f"{name}.svg"
+    with jax.enable_x64(False):
+        module = load(name)
+        module.main(picture, **module.SHORT)
+    printed = capsys.readouterr().out
+    for words in ("Gradient over", "half-life", "full BPTT", "decision: ", f"picture: {picture}"):
+        assert words in printed
+    assert "nan" not in printed.lower()
+    assert picture.read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_says_how_to_run_it(name):
+    """By a docstring that asks a question first and names the script, its picture and `--short`."""
+    source = SCRIPTS[name].read_text()
+    words = source.split('"""')[1]
+    assert "?" in words.split("\n\n")[0]
+    assert f"python examples/{name}.py [--out {name}.svg] [--short]" in words
+    assert len(source.splitlines()) <= 130
