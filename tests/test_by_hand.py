@@ -20,6 +20,19 @@ def sigmoid(a):
     return 1 / (1 + np.exp(-a))
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_initializers_of_recurrent_weights(scale):
+    """Every gate's block by itself: orthogonal (and no two alike), or the identity."""
+    for make, wanted in ((cells.orthogonal, None), (cells.identity, scale * np.eye(3))):
+        w_h = cells.gru(2, 3, recurrent_init=make(scale)).init(jax.random.key(0))["w_h"]
+        gates = np.split(np.asarray(w_h), 3, axis=1)
+        for block in gates:
+            np.testing.assert_allclose(block.T @ block, scale**2 * np.eye(3), atol=1e-12)
+            if wanted is not None:
+                np.testing.assert_array_equal(block, wanted)
+        assert wanted is not None or not np.allclose(gates[0], gates[1])
+
+
 @pytest.mark.parametrize(("name", "number"), [("gru", 3), ("lstm", 4)])
 def test_gate_order(name, number):
     """r, z, n with the reset after the product; i, f, g, o."""
