@@ -56,19 +56,24 @@ def wide_parts(step: Step, params: Params) -> tuple[Step, Any, Params]:
     The step computes in the dtypes it was given, while its parameter gradient adds up wide.
     """
     core, readout = split_readout(step)
-    dtypes = jax.tree.map(jnp.result_type, params)
+
+    def is_wide(leaf):  # as it is: a cast would make a weak dtype a strong one
+        return float32_at_least(jnp.result_type(leaf)) == jnp.result_type(leaf)
 
     def narrow(wide):
-        return jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), wide, dtypes)
+        return jax.tree.map(lambda a, leaf: a if is_wide(leaf) else a.astype(jnp.result_type(leaf)), wide, params)
 
     def wide_core(wide, carry, x):
         return core(narrow(wide), carry, x)
 
-    def wide_readout(wide, outputs):
-        run = partial(readout, narrow(wide))
-        return jax.vmap(run)(outputs) if jax.tree.leaves(outputs) else run(outputs)
+    def wide_readout(wide, output):
+        return readout(narrow(wide), output)
 
-    return wide_core, wide_readout, jax.tree.map(at_least_float32, params)
+    return (
+        wide_core,
+        wide_readout,
+        jax.tree.map(lambda a: jnp.asarray(a) if is_wide(a) else at_least_float32(a), params),
+    )
 
 
 def batch_steps(batch: Batch) -> int:
@@ -145,8 +150,7 @@ def output_cotangents(
     leaves, rebuild = split_inexact(outputs)
 
     def all_at_once(params, carry, outputs):
-        run = partial(readout, params)
-        return carry, jax.vmap(run)(outputs) if jax.tree.leaves(outputs) else run(outputs)
+        return carry, jax.vmap(partial(readout, params), axis_size=batch_steps(batch))(outputs)
 
     head = take_apart(all_at_once, params, (), outputs)
 

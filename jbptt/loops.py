@@ -3,7 +3,7 @@
 A step and its pullback are traced as one program. What does not depend on the cotangents belongs to the forward loop,
 the rest to the backward loop; between them a cut decides what is kept of every step. Kept is what costs more than to
 read it back: products, transcendental functions, whatever is not known to be cheap. Sums, products of numbers, choices
-and changes of shape are computed again. What is kept is kept once: the carry that a step emits is the one that the next
+and changes of shape that ask for one more array at most are computed again. What is kept is kept once: the carry that a step emits is the one that the next
 receives, an output that is a carry is no second array, and what the weights need is formed after the loops (`weights`).
 
 On CPU the time of a scanned backward pass goes into every extra `[S, ...]` array that is written.
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-from jbptt.types import Carry, Params, PyTree, Step, float32_at_least, is_inexact, split_inexact
+from jbptt.types import Carry, Params, PyTree, Step, is_inexact, split_inexact
 from jbptt.weights import CHEAP, Apart, evaluate, inlined, read, take_apart
 
 CHUNK_BYTES = 2**19  # of cotangents: what is used while it is in the cache, in memory that is touched once
@@ -193,7 +193,7 @@ class Loops:
                 state, more = chunk(total[0], start)
                 return (state, jax.tree.map(jnp.add, total[1], more)), None
 
-            zeros = [jnp.zeros(w.shape, float32_at_least(w.dtype)) for w in self.apart.values.weights]
+            zeros = [lax.full_like(s, 0) for s in jax.eval_shape(chunk, state, 0)[1]]
             starts = jnp.arange(0, stacks.num_steps, length)
             ((cotangents, sums), weights_bar), _ = lax.scan(add, (state, zeros), starts, reverse=True)
         return cotangents, self.apart.gradient(weights_bar, sums)

@@ -11,7 +11,8 @@ from jbptt.types import PyTree, align_leading, float32_at_least
 
 
 def unit(array: jax.Array, largest: jax.Array) -> jax.Array:
-    """`array / largest` along leading axes, at most 1 in size; `largest` 0 counts as 1."""
+    """`array / largest` along leading axes, at most 1 in size, in the wider dtype; `largest` 0 counts as 1."""
+    array = array.astype(float32_at_least(array.dtype, largest.dtype))
     # XLA divides by multiplying with 1/m, which is flushed to 0 for the largest m: shrink both first.
     shrink = jnp.where(largest > 1, 2.0**-10, 1.0).astype(largest.dtype)
     safe = jnp.where(largest == 0, 1, largest * shrink)
@@ -59,7 +60,7 @@ def clip_to_norm(tree: PyTree, max_norm: Any, num_leading: int = 0) -> tuple[PyT
     limit = max_norm / jnp.where(ratio == 0, 1, ratio)
 
     def scale(leaf):
-        wide = leaf.astype(jnp.promote_types(leaf.dtype, largest.dtype))
+        wide = leaf.astype(float32_at_least(leaf.dtype, largest.dtype))
         short = unit(wide, largest) * align_leading(limit, leaf.ndim)
         return jnp.where(align_leading(clipped, leaf.ndim), short, wide).astype(leaf.dtype)
 

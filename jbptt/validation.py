@@ -161,6 +161,8 @@ def _signature(leaf: Any) -> str:
 
 def check_step(step: Any, params: Any, carry: Any, xs: Any) -> Any:
     """Runs the step on shapes; returns y's. A ValueError names the carry leaf that drifts."""
+    if callable(carry):
+        raise ValueError("carry must be a tree of arrays, got a function; pass what it returns: initial_carry((16,))")
     x_first = jax.tree.map(lambda leaf: jax.eval_shape(lambda a: a[0], leaf), xs)
     result = jax.eval_shape(lambda c, x: step(params, c, x), carry, x_first)
     if not (isinstance(result, tuple) and len(result) == 2):

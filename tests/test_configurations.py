@@ -20,7 +20,7 @@ from jax.sharding import AxisType, PartitionSpec
 from problems import EXAMPLES, HIDDEN, INPUT, assert_close
 
 import jbptt
-from jbptt import clipping, truncated_bptt, truncation, unroll
+from jbptt import clipping, loops, truncated_bptt, truncation, unroll
 
 NUM_STEPS, WINDOW = 7, 3
 SOME = ("segments", "ragged strides", "parallel strides", "randomized")
@@ -147,10 +147,25 @@ def analyses(step, loss):
     }
 
 
+def clips():
+    """Every way to clip a gradient, after its statistics."""
+    ways = clipping.clip_by_global_norm, clipping.clip_by_leaf_norm, clipping.clip_by_value
+    return optax.chain(clipping.gradient_stats(), *(clip(1.0, nonfinite="skip") for clip in ways))
+
+
+def clipped_inside(step, loss):
+    """A gradient whose adjoint is clipped at every step, by norm and by value."""
+
+    def clipped(params, carry, x):
+        carry = clipping.clip_cotangent(clipping.clip_cotangent(carry, 1.0), max_value=0.5)
+        return step(params, carry, x)
+
+    return lambda *problem: problems.one_update(jbptt.full_bptt(clipped, loss), *problem).grads
+
+
 def clipped_training(step, loss):
     """Two updates with clipped gradients, as a function of (params, carry, batch)."""
-    clips = clipping.clip_by_global_norm, clipping.clip_by_leaf_norm, clipping.clip_by_value
-    optimizer = optax.chain(clipping.gradient_stats(), *(clip(1.0, nonfinite="skip") for clip in clips), optax.sgd(0.1))
+    optimizer = optax.chain(clips(), optax.sgd(0.1))
 
     def run(params, carry, batch):
         batches = jax.tree.map(lambda a: jnp.stack([a, a]), batch)
@@ -164,16 +179,16 @@ def test_strict_dtype_promotion(dtype):
     """Nothing in the package leaves a dtype to JAX's rules, with x64 on (float64) and off."""
     step, loss, *problem = full_problem(dtype)
     with jax.enable_x64(dtype == "float64"), jax.numpy_dtype_promotion("strict"):
-        found = roads(step, loss, *problem)
-        if dtype != "bfloat16":
+        found = roads(step, loss, *problem) | {"clipped inside": clipped_inside(step, loss)}
+        found["clipping"] = lambda params, *_: clips().update(params, clips().init(params))
+        if dtype != "bfloat16":  # optax.apply_updates refuses it by itself
             found |= analyses(step, loss) | {"clipped training": clipped_training(step, loss)}
         for name, function in found.items():
             try:
-                shapes = jax.eval_shape(function, *problem)
+                jax.eval_shape(function, *problem)
             except Exception as error:
                 error.add_note(f"in {name}")
                 raise
-            assert jax.tree.leaves(shapes), name
 
 
 @pytest.mark.usefixtures("quick_compilation")
@@ -238,9 +253,57 @@ def test_sharded():
     assert "all agree on 2 devices" in process.stdout
 
 
+def what_cannot_be_divided(step, loss, params, carry, batch):
+    """Examples that a device of its own would compute otherwise; and some that look so and are not."""
+    keys = jax.random.split(jax.random.key(0), NUM_STEPS)
+    number = jnp.arange(2.0)
+
+    def noisy(params, carry, x):
+        carry, y = step(params, carry, x[0])
+        return carry * jax.random.bernoulli(x[1], 0.5, carry.shape), y
+
+    def by_example(params, carry, x):
+        inner, y = step(params, carry[0], x)
+        drawn = jax.vmap(lambda key: jax.random.split(key))(carry[1])
+        noise = jax.vmap(lambda key: jax.random.normal(key, inner.shape[1:]))(drawn[:, 1])
+        return (inner + noise, drawn[:, 0]), y
+
+    scheduled = lambda params, carry, x: step(params, carry, x[0] * jnp.sum(x[1]))
+    unused = lambda params, carry, x: step(params, carry, x[0])
+    unmasked, schedule = batch._replace(mask=None), jnp.ones((NUM_STEPS, 2))
+    beside = lambda more: unmasked._replace(xs=(unmasked.xs, more))
+    plan = jbptt.Plan(3, 2)
+    for moved, lost, piece, words in (
+        (noisy, loss, beside(keys), "from one key are drawn random numbers"),
+        (scheduled, loss, beside(schedule), r"take xs\[1\] whole as well as divided"),
+        (step, lambda y, target: loss(y, target) + number, unmasked, "does not give one result each"),
+        (
+            step,
+            lambda y, target: jnp.mean(loss(y, target)),
+            unmasked._replace(weights=None),
+            "the loss has no batch axis",
+        ),
+    ):
+        with pytest.raises(ValueError, match=words):
+            problems.one_update(jbptt.full_bptt(moved, lost, plan=plan), params, carry, piece)
+    with jax.set_mesh(jax.make_mesh((2,), ("other",))), pytest.raises(ValueError, match="another one is set"):
+        problems.one_update(jbptt.full_bptt(step, loss, plan=plan), params, carry, unmasked)
+
+    for moved, start, piece in ((by_example, (carry, keys[:2]), unmasked), (unused, carry, beside(schedule))):
+        few, many = (
+            problems.one_update(jbptt.full_bptt(moved, loss, plan=jbptt.Plan(3, n)), params, start, piece)
+            for n in (1, 2)
+        )
+        assert_close(jax.device_get(many.grad_sum), jax.device_get(few.grad_sum))
+    counted = lambda params, carry, x: ((step(params, carry[0], x)[0], carry[1] + 1), step(params, carry[0], x)[1])
+    found, _ = jbptt.choose_plan(counted, loss, params, (carry, 0), unmasked, num_repeats=1)
+    assert found.num_shards == 1  # what cannot be divided is no candidate
+
+
 def on_two_devices():
     """Explicit sharding and shard_map, values against one device: what `test_sharded` runs in its process."""
     jax.config.update("jax_disable_most_optimizations", True)
+    loops.CHUNK_BYTES = 1  # several chunks even here
     step, loss, params, carry, batch = full_problem()
     # Two examples for two devices.
     carry, batch = carry[:2], jax.tree.map(lambda a: a[:, :2], batch)
@@ -281,6 +344,7 @@ def on_two_devices():
     ):
         with pytest.raises(ValueError, match=words):
             problems.one_update(jbptt.full_bptt(shared, loss, plan=jbptt.Plan(3, 2)), params, carried, piece)
+    what_cannot_be_divided(step, loss, params, carry, batch)
 
     GATES["by example"] = lambda: jnp.full((NUM_STEPS, 1), 0.5)
     manual = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,))

@@ -102,6 +102,57 @@ class LearnedStart(hk.RNNCore):
         return hk.get_parameter("start", [HIDDEN], init=jnp.zeros)
 
 
+class RandomStart(LearnedStart):
+    def initial_state(self, batch_size):
+        return jax.random.normal(hk.next_rng_key(), [HIDDEN])
+
+
+class MaybeRandom(hk.RNNCore):
+    """Draws where it is given a key, and asks for none."""
+
+    def __call__(self, x, carry):
+        y, carry = hk.GRU(HIDDEN)(x, carry)
+        key = hk.maybe_next_rng_key()
+        return y if key is None else hk.dropout(key, 0.5, y), carry
+
+    def initial_state(self, batch_size):
+        return hk.GRU(HIDDEN).initial_state(batch_size)
+
+
+class MaybeRandomLinen(linen.Module):
+    @staticmethod
+    def initialize_carry(key, input_shape):
+        return jnp.zeros((*input_shape[:-1], HIDDEN))
+
+    @linen.compact
+    def __call__(self, carry, x):
+        carry, h = linen.GRUCell(HIDDEN)(carry, x)
+        return carry, linen.Dropout(0.5, deterministic=not self.has_rng("dropout"))(h)
+
+
+class CompiledInside(nnx.Module):
+    def __init__(self):
+        self.cell = nnx.GRUCell(INPUT, HIDDEN, rngs=nnx.Rngs(0))
+
+    def __call__(self, carry, x):
+        return nnx.remat(lambda cell, carry, x: cell(carry, x))(self.cell, carry, x)
+
+    def initialize_carry(self, input_shape, rngs):
+        return self.cell.initialize_carry(input_shape, rngs)
+
+    in_features = INPUT
+
+
+class InputFirst(eqx.Module):
+    def __call__(self, x, carry):
+        return carry + x, x
+
+
+class Steady(eqx.Module):
+    def __call__(self, carry, x):
+        return carry + x, x
+
+
 class LearnedStartNnx(nnx.Module):
     def __init__(self):
         self.cell, self.start = nnx.GRUCell(INPUT, HIDDEN, rngs=nnx.Rngs(0)), nnx.Param(jnp.zeros(HIDDEN))
@@ -147,6 +198,39 @@ class Pieces(nnx.Module):
 def step_once(converted, width=INPUT):
     step, params, initial_carry = converted
     return jax.eval_shape(step, params, initial_carry((2,)), jnp.zeros((2, width)))
+
+
+def step_without_keys(converted):
+    """As one who builds the carry by hand."""
+    step, params, _ = converted
+    return jax.eval_shape(step, params, jnp.zeros((2, HIDDEN)), jnp.zeros((2, INPUT)))
+
+
+def maybe_random_linen(key=None):
+    module = MaybeRandomLinen()
+    variables = module.init(KEY, jnp.zeros((2, HIDDEN)), jnp.zeros((2, INPUT)))
+    return interop.from_linen(module, variables, input_size=INPUT, key=key)
+
+
+@pytest.mark.parametrize("name", ["linen", "haiku"])
+def test_modules_that_draw_only_where_there_is_a_key(name):
+    """Half of y is zero, and other halves with another key."""
+    make = {
+        "linen": lambda: maybe_random_linen(KEY),
+        "haiku": lambda: interop.from_haiku(MaybeRandom, KEY, input_size=INPUT),
+    }
+    step, params, initial_carry = make[name]()
+    x = jnp.ones((64, INPUT))
+    shown = [step(params, initial_carry((64,), key), x)[1] == 0 for key in (KEY, jax.random.key(7))]
+    share = [float(jnp.mean(zero)) for zero in shown]
+    assert 0.3 < min(share) <= max(share) < 0.7 and np.any(shown[0] != shown[1])
+    if name == "linen":
+        assert not np.any(step_value(maybe_random_linen()) == 0)
+
+
+def step_value(converted):
+    step, params, initial_carry = converted
+    return step(params, initial_carry((2,)), jnp.ones((2, INPUT)))[1]
 
 
 def cells_of_nnx():
@@ -202,9 +286,10 @@ REFUSED = {
         r"GRUCell .*call must take \(module, carry, x\) and return \(carry, y\), but .*whole sequence",
     ),
     "nnx without a carry": (
-        lambda: interop.from_nnx(nnx.Linear(2, 2, rngs=nnx.Rngs(0))),
+        lambda: interop.from_nnx(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), call=lambda m, c, x: (c, m(x))),
         "Linear holds 0 recurrent cells",
     ),
+    "another nnx layer": (lambda: interop.from_nnx(nnx.Linear(2, 2, rngs=nnx.Rngs(0))), "Linear .*takes inputs first"),
     "two cells": (lambda: interop.from_nnx(Pieces()), "Pieces holds 2 recurrent cells.*initial_carry="),
     "no width": (lambda: interop.from_nnx(NnxModel(nnx.Rngs(0))), "input_size is missing.*NnxModel"),
     "width 0": (
@@ -216,9 +301,57 @@ REFUSED = {
         lambda: step_once(interop.from_nnx(Pieces(), initial_carry=jnp.zeros(INPUT))),
         r"Pieces .*one step must return a pair \(carry, y\), got .*call=",
     ),
-    "nnx dropout without rngs": (
-        lambda: step_once(interop.from_nnx(nnx.Dropout(0.5), initial_carry=(), call=lambda m, c, x: (c, m(x)))),
-        "rngs",
+    "nnx compiled inside": (
+        lambda: step_once(interop.from_nnx(CompiledInside())),
+        r"'kernel'.*nnx\.jit and nnx\.remat",
+    ),
+    "nnx keys forgotten": (
+        lambda: step_without_keys(interop.from_nnx(NnxModel(nnx.Rngs(0)), initial_carry=jnp.zeros(HIDDEN))),
+        r"NnxModel draws random numbers, so its carry is a pair \(carry, keys\), got .*initial_carry\(batch_shape\)",
+    ),
+    "linen keys forgotten": (
+        lambda: step_without_keys(interop.from_linen(LinenModel(), linen_variables(), input_size=INPUT, key=KEY)),
+        "LinenModel draws random numbers, so its carry is a pair",
+    ),
+    "haiku keys forgotten": (
+        lambda: step_without_keys(interop.from_haiku(MaybeRandom, KEY, input_size=INPUT)),
+        "core draws random numbers, so its carry is a pair",
+    ),
+    "equinox keys forgotten": (
+        lambda: step_without_keys(
+            interop.from_equinox(
+                eqx.nn.Dropout(0.5), initial_carry=jnp.zeros(2), call=lambda m, c, x, key: (c, m(x, key=key)), key=KEY
+            )
+        ),
+        "Dropout draws random numbers, so its carry is a pair",
+    ),
+    "no key": (lambda: interop.from_haiku(lambda: hk.GRU(2), 0, input_size=2), "key must be a key .*got 0"),
+    "a number as the next key": (
+        lambda: interop.from_linen(LinenModel(), linen_variables(), input_size=INPUT, key=KEY)[2]((2,), 0),
+        "key must be a key .*got 0",
+    ),
+    "batch size": (lambda: interop.from_nnx(cells_of_nnx()[0])[2](4), r"batch_shape must be a tuple.*got 4"),
+    "input first": (
+        lambda: interop.from_equinox(InputFirst(), initial_carry=jnp.zeros(2)),
+        r"InputFirst .*its __call__ takes x first.*call=",
+    ),
+    "a key for one that takes none": (
+        lambda: interop.from_equinox(Steady(), initial_carry=jnp.zeros(2), key=KEY),
+        r"Steady .*Leave key= out, or pass call=lambda module, carry, x, key",
+    ),
+    "a linen RNN with its parent's variables": (
+        lambda: interop.from_linen(linen.RNN(linen.GRUCell(2)), {"params": {"GRUCell_0": {}}}, input_size=2),
+        r"must hold \"cell\", got \['GRUCell_0'\]",
+    ),
+    "to_nnx of another model": (
+        lambda: interop.to_nnx(cells_of_nnx()[0], nnx.state(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), nnx.Param)),
+        "params must have the names and shapes of the parameters of GRUCell",
+    ),
+    "to_nnx of another width": (
+        lambda: interop.to_nnx(
+            nnx.GRUCell(INPUT, HIDDEN + 1, rngs=nnx.Rngs(0)), nnx.state(cells_of_nnx()[0], nnx.Param)
+        ),
+        "params must have the names and shapes",
     ),
     "linen bidirectional": (
         lambda: interop.from_linen(
@@ -247,6 +380,10 @@ REFUSED = {
     "haiku batch norm": (
         lambda: interop.from_haiku(BatchNormHaiku, KEY, input_size=INPUT),
         "keeps a state.*layer norm",
+    ),
+    "haiku random start": (
+        lambda: interop.from_haiku(RandomStart, KEY, input_size=INPUT),
+        "initial_state of .* draws random numbers.*initial_carry=",
     ),
     "haiku learned start": (lambda: interop.from_haiku(LearnedStart, KEY, input_size=INPUT), "parameters.*adjoints"),
     "haiku makes no core": (lambda: interop.from_haiku(lambda: 3, KEY, input_size=INPUT), "make_core must return.*int"),
@@ -324,3 +461,6 @@ def test_errors_inside_a_module_name_it():
     with pytest.raises(Exception) as caught:
         step_once(interop.from_equinox(eqx.nn.GRUCell(INPUT, HIDDEN, key=KEY)), width=INPUT + 1)
     assert "one step of GRUCell" in caught.value.__notes__[0] and "[3]" in caught.value.__notes__[0]
+    with pytest.raises(Exception) as caught:
+        step_once(interop.from_nnx(nnx.Dropout(0.5), initial_carry=(), call=lambda m, c, x: (c, m(x))))
+    assert "one step of Dropout" in caught.value.__notes__[0]

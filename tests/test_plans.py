@@ -1,5 +1,8 @@
 """Plans change time and memory, never the gradient (on two devices: tests/test_configurations.py)."""
 
+import functools
+from dataclasses import dataclass
+
 import jax
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ from problems import assert_close, make, one_update
 import jbptt
 from jbptt import Plan, choose_plan, full_bptt
 from jbptt.analysis import planning
+from jbptt.analysis.comparison import Cost
 
 T = 12
 
@@ -43,22 +47,76 @@ def test_wrong_plans(call, words):
         call()
 
 
-def test_the_choice_is_measured_once_and_keeps_to_the_budget():
+def test_the_choice_is_measured_once():
     problem = make("tanh", T)
     arguments = problem.step, problem.loss, *problem[2:]
     plans = Plan(2), Plan(T)
     plan, cost = choose_plan(*arguments, plans=plans, num_repeats=2)
     assert plan in plans and cost.names == tuple(map(str, plans)) and cost.seconds.shape == (2, 2)
+    assert np.all(cost.temporary_bytes > 0)
     assert choose_plan(*arguments, plans=plans, num_repeats=2)[1] is cost  # not measured again
-    small, large = sorted(cost.temporary_bytes)
-    if small < large:
-        within = choose_plan(*arguments, plans=plans, num_repeats=2, memory_budget=float(small))[0]
-        assert within == plans[int(np.argmin(cost.temporary_bytes))]
-    with pytest.raises(ValueError, match=r"the least that any candidate takes is .*segments of"):
-        choose_plan(*arguments, plans=plans, num_repeats=2, memory_budget=1.0)
+
+
+def measured(monkeypatch, seconds, sizes):
+    """`measure_cost` finds these numbers."""
+
+    def found(estimators, *_, **__):
+        return Cost(tuple(estimators), *(np.array([of[n] for n in estimators]) for of in (seconds, sizes)))
+
+    monkeypatch.setattr(planning, "_CHOICES", {})
+    monkeypatch.setattr(planning, "measure_cost", found)
+
+
+def test_the_choice_is_the_fastest_within_the_budget(monkeypatch):
+    problem = make("tanh", T)
+    plans = Plan(2), Plan(2), Plan(3), Plan(T)
+    names = list(dict.fromkeys(map(str, plans)))
+    measured(
+        monkeypatch, dict(zip(names, ([3.0], [2.0], [1.0]), strict=True)), dict(zip(names, (8, 16, 32), strict=True))
+    )
+    choose = functools.partial(choose_plan, problem.step, problem.loss, *problem[2:], plans=plans)
+    for budget, segment in ((None, T), (32, T), (31, 3), (16, 3), (8.5, 2)):
+        assert choose(memory_budget=budget)[0] == Plan(segment)
+    for budget, words in (
+        (7, r"the least that any candidate takes is 8 .*segments of 2 steps"),
+        ("1MB", "memory_budget must be a finite number"),
+        (0, "memory_budget must be a finite number"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            choose(memory_budget=budget)
     with pytest.raises(ValueError, match="plans must name at least one"):
-        choose_plan(*arguments, plans=())
-    assert [p.segment for p in planning.candidate_plans(40, (3,))] == [None, 16, 32, 40]
+        choose(plans=())
+    with pytest.raises(ValueError, match="inside jit"):
+        jax.jit(lambda params: choose_plan(problem.step, problem.loss, params, *problem[3:]))(problem.params)
+
+    measured(monkeypatch, dict.fromkeys(names, np.ones(1)), dict.fromkeys(names, np.nan))
+    with pytest.raises(ValueError, match="does not say how much"):
+        choose(memory_budget=8)
+
+
+@dataclass
+class Unhashable:
+    """A step that compares by value, as data classes do."""
+
+    run: object
+
+    def __call__(self, *args):
+        return self.run(*args)
+
+
+def test_a_step_that_cannot_be_hashed_is_measured_anew():
+    problem = make("tanh", T)
+    arguments = Unhashable(problem.step), problem.loss, *problem[2:]
+    found = [choose_plan(*arguments, plans=(Plan(2),), num_repeats=1) for _ in range(2)]
+    assert found[0][0] == Plan(2) and found[0][1] is not found[1][1]
+
+
+@pytest.mark.parametrize(("num_steps", "segments"), [(T, [None]), (200, [None, 16, 32, 128, 200])])
+def test_candidates(num_steps, segments):
+    """None is all of T up to 128 steps, and 64 at 200."""
+    problem = make("tanh", num_steps)
+    found = planning.candidate_plans(problem.step, problem.loss, *problem[2:])
+    assert [plan.segment for plan in found if plan.num_shards == 1] == segments
 
 
 def test_a_plan_needs_no_backend():

@@ -1,6 +1,6 @@
 """The engine's gradient of any step, whose weights are taken out of the loop, against `jax.grad` of a plain scan."""
 
-import functools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 from problems import assert_close, squared_error
 
-from jbptt import Batch, cells, full_bptt, loops
+from jbptt import Batch, cells, full_bptt, loops, truncated_bptt
 from jbptt.weights import take_apart
 
 NUM_STEPS, EXAMPLES, INPUT, HIDDEN = 7, 3, 2, 4
@@ -90,6 +90,12 @@ def second_order(p, h, x):
     return h, h
 
 
+def no_width(p, h, x):
+    """A product over an axis of size 0, as of a network without input."""
+    h = jnp.tanh(x[:, :0] @ p["x"][:0] + h @ p["h"] + p["b"])
+    return h, h
+
+
 # The step, how many products with weights it has, and the first carry.
 ZEROS = jnp.zeros((EXAMPLES, HIDDEN))
 STEPS = {
@@ -103,6 +109,7 @@ STEPS = {
     "constants and integers": (constants_and_integers, 2, (ZEROS, jnp.int32(0))),
     "complex numbers": (complex_numbers, 3, ZEROS.astype(complex)),
     "second order": (second_order, 2, ZEROS),
+    "no width": (no_width, 2, ZEROS),
 }
 
 
@@ -131,13 +138,89 @@ def test_gradient_of_any_step(name, with_readout, segment, chunk_bytes, monkeypa
     batch = Batch(draw(NUM_STEPS, EXAMPLES, INPUT), draw(NUM_STEPS, EXAMPLES, HIDDEN))
 
     def mean_loss(params):
-        _, ys = jax.lax.scan(functools.partial(step, params), carry, batch.xs)
+        _, ys = jax.lax.scan(partial(step, params), carry, batch.xs)
         return jnp.mean(jax.vmap(loss)(ys, batch.targets))
 
     estimator = full_bptt(step, loss, segment=segment)
     estimate, _ = jax.jit(estimator.update)(params, estimator.init(params, carry, batch), batch)
     value, grads = jax.jit(jax.value_and_grad(mean_loss))(params)
     assert_close((estimate.loss, estimate.grads), (value, grads))
+
+
+@pytest.mark.parametrize("size", [NUM_STEPS, 2])
+@pytest.mark.parametrize(
+    "make", [full_bptt, partial(truncated_bptt, window=3), partial(truncated_bptt, window=3, stride=1)]
+)
+def test_a_core_that_emits_nothing(make, size):
+    """Its readout shows parameters alone, at every step: one that is as long as the sequence is no time axis."""
+    step = cells.with_readout(lambda p, h, x: (plain(p, h, x)[0], None), lambda p, _: p["shown"])
+    late = lambda y, target: target * jnp.sum(y**2)
+    params = {"x": W_X, "h": W_H, "b": BIAS, "shown": draw(size)}
+    targets = jnp.broadcast_to(jnp.arange(NUM_STEPS)[:, None], (NUM_STEPS, EXAMPLES)) / 2
+    estimator, batch = make(step, late), Batch(draw(NUM_STEPS, EXAMPLES, INPUT), targets)
+    estimate, _ = estimator.update(params, estimator.init(params, ZEROS, batch), batch)
+    assert_close(estimate.grads["shown"], 2 * params["shown"] * jnp.mean(targets))
+    assert not np.any(estimate.grads["h"])
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 2**19])
+def test_products_wider_than_their_weights(chunk_bytes, monkeypatch):
+    """A weight in float32 whose products are float64."""
+    monkeypatch.setattr(loops, "CHUNK_BYTES", chunk_bytes)
+
+    def step(p, h, x):
+        h = jnp.tanh(jnp.dot(h, p["h"], preferred_element_type=jnp.float64) + x @ p["x"])
+        return h.astype(jnp.float32), h
+
+    params = {"x": W_X, "h": W_H.astype(jnp.float32)}
+    batch = Batch(draw(NUM_STEPS, EXAMPLES, INPUT), draw(NUM_STEPS, EXAMPLES, HIDDEN))
+    start = ZEROS.astype(jnp.float32)
+    estimator = full_bptt(step, squared_error)
+    estimate, _ = jax.jit(estimator.update)(params, estimator.init(params, start, batch), batch)
+
+    def mean_loss(params):
+        return jnp.mean(jax.vmap(squared_error)(jax.lax.scan(partial(step, params), start, batch.xs)[1], batch.targets))
+
+    assert_close(estimate.grads, jax.grad(mean_loss)(params), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "make", [full_bptt, partial(truncated_bptt, window=3), partial(truncated_bptt, window=3, stride=1)]
+)
+def test_parameters_of_weak_dtype(make):
+    """A Python number takes the dtype of what it meets, in overlapping windows too."""
+    xs = jnp.linspace(0, 1, NUM_STEPS)
+    found = {}
+    for dtype in (jnp.bfloat16, jnp.float32):
+        with jax.enable_x64(False):
+            estimator = make(lambda p, h, x: (h * p + x, h * p + x), lambda y, target: y)
+            batch, carry = Batch(jnp.asarray(xs, dtype)), jnp.zeros((), dtype)
+            found[dtype] = float(estimator.update(0.5, estimator.init(0.5, carry, batch), batch)[0].grads)
+    assert found[jnp.bfloat16] == pytest.approx(found[jnp.float32], rel=0.02)
+
+
+@pytest.mark.parametrize(("kind", "number"), [("rnn", 1), ("gru", 5), ("lstm", 7)])
+def test_what_is_kept_of_a_step(kind, number):
+    """Arrays of the carry's size: the gates and what a derivative needs of them, nothing twice, nothing cheap."""
+    cell = getattr(cells, kind)(INPUT, HIDDEN)
+    carry = cell.initial_carry((EXAMPLES,))
+    kept = loops.cut(cell.step, cell.init(jax.random.key(0)), carry, draw(EXAMPLES, INPUT)).kept
+    assert [v.aval.shape for v in kept] == [(EXAMPLES, HIDDEN)] * number
+
+
+def test_a_gradient_is_not_rounded_to_a_cast():
+    """Parameters in float32, used in bfloat16: the cast rounds the products, not the sum over steps."""
+
+    def step(p, h, x):
+        h = jnp.tanh(x.astype(jnp.bfloat16) @ p["x"].astype(jnp.bfloat16) + h @ p["h"].astype(jnp.bfloat16))
+        return h, h.astype(jnp.float32)
+
+    params = {"x": W_X.astype(jnp.float32), "h": W_H.astype(jnp.float32)}
+    batch = Batch(draw(64, EXAMPLES, INPUT), draw(64, EXAMPLES, HIDDEN))
+    estimator = full_bptt(step, squared_error)
+    start = ZEROS.astype(jnp.bfloat16)
+    for grad in estimator.update(params, estimator.init(params, start, batch), batch)[0].grads.values():
+        assert np.mean(grad == grad.astype(jnp.bfloat16)) < 0.5
 
 
 def test_effects_take_place_once_a_step():

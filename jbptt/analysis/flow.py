@@ -1,5 +1,6 @@
 """Adjoints, and how much each loss depends on each earlier state."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -49,7 +50,8 @@ def adjoints(
     def run(leaves, nudges):
         xs = (batch.xs, batch.mask, nudges)
         _, (carries, outputs) = scan_steps(nudged, wide, rebuild(leaves), xs, gates, None, num_steps)
-        value, (weight, _) = weighted_losses(loss, readout(wide, outputs), batch)
+        ys = jax.vmap(partial(readout, wide), axis_size=num_steps)(outputs)
+        value, (weight, _) = weighted_losses(loss, ys, batch)
         return weighted_mean(value, weight), carries
 
     nudges = [zeros_along(leaf[None], num_steps) for leaf in leaves]

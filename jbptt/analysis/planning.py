@@ -1,28 +1,40 @@
 """Which plan is fastest here: a measured choice, made when it is asked for and remembered for the process."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jbptt import validation
 from jbptt.analysis.comparison import Cost, measure_cost
+from jbptt.division import check_division
 from jbptt.estimators import full_bptt
 from jbptt.plans import Plan
+from jbptt.recurrence import default_segment
 from jbptt.types import Batch, Carry, Loss, Params, Step
 
 SEGMENTS = (16, 32, 64, 128, 256)
-_CHOICES: dict[Any, tuple[Plan, Cost]] = {}
+_CHOICES: dict[Any, Cost] = {}
 
 
-def candidate_plans(num_steps: int, batch_shape: tuple[int, ...]) -> tuple[Plan, ...]:
-    """The default segment, the whole sequence and those of `SEGMENTS` that are shorter, on one device and on all."""
-    segments = [None, *(segment for segment in SEGMENTS if segment < num_steps), num_steps]
-    num_devices = jax.device_count()
-    divisible = bool(batch_shape) and num_devices > 1 and batch_shape[0] % num_devices == 0
-    return tuple(Plan(segment, shards) for shards in ([1, num_devices] if divisible else [1]) for segment in segments)
+def candidate_plans(step: Step, loss: Loss, params: Params, carry: Carry, batch: Batch) -> tuple[Plan, ...]:
+    """The default segment, the whole sequence and those of `SEGMENTS` that are shorter, on one device and on all.
+
+    All devices only where the examples can be divided over them.
+    """
+    num_steps, batch_shape = validation.check_problem(step, loss, params, carry, batch)
+    default = default_segment(num_steps)
+    lengths = [segment for segment in (*SEGMENTS, num_steps) if segment <= num_steps and segment != default]
+    segments, num_devices, shards = [None, *dict.fromkeys(lengths)], jax.device_count(), [1]
+    if num_devices > 1:
+        with contextlib.suppress(ValueError):
+            check_division(step, loss, params, carry, batch, batch_shape, num_devices)
+            shards.append(num_devices)
+    return tuple(Plan(segment, number) for number in shards for segment in segments)
 
 
 def choose_plan(
@@ -38,9 +50,9 @@ def choose_plan(
 ) -> tuple[Plan, Cost]:
     """The fastest plan for the full gradient of batches of this shape, measured on the host.
 
-    Compiles and runs one update of every candidate: seconds to minutes. The answer is remembered by step, loss and
-    shapes, so that asking again costs nothing. It belongs to this machine, and noise may change it between two plans
-    that are equally fast; without it an estimator's plan is always the same.
+    Compiles and runs one update of every candidate: seconds to minutes. The answer is remembered by step, loss (where
+    they can be hashed) and shapes, so that asking again costs nothing. It belongs to this machine, and noise may change
+    it between two plans that are equally fast; without it an estimator's plan is always the same.
 
     Args:
       step: `(params, carry, x) -> (carry, y)`.
@@ -54,23 +66,33 @@ def choose_plan(
       The plan, and the `Cost` of all candidates by the words of their plans.
 
     Raises:
-      ValueError: no candidates, num_repeats < 1, no candidate within the budget (it names the smallest); what
-        `full_bptt` raises.
+      ValueError: no candidates, num_repeats < 1, a budget ≤ 0 or unknown sizes under it, no candidate within the budget
+        (it names the smallest), called while tracing; what `full_bptt` raises.
     """
-    num_steps, batch_shape = validation.check_problem(step, loss, params, carry, batch)
-    plans = candidate_plans(num_steps, batch_shape) if plans is None else tuple(plans)
+    validation.check_problem(step, loss, params, carry, batch)
+    if memory_budget is not None:
+        validation.check_above("memory_budget", memory_budget, 0, "no plan needs so little")
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((params, carry, batch))):
+        raise ValueError("choose_plan measures on the host, and was called inside jit, grad or vmap; call it before")
+    plans = candidate_plans(step, loss, params, carry, batch) if plans is None else tuple(dict.fromkeys(plans))
     if not plans:
         raise ValueError("plans must name at least one jbptt.Plan, got none; leave it out for the usual candidates")
-    shapes = jax.tree.map(lambda a: (jnp.shape(a), jnp.result_type(a)), (params, carry, batch))
+    shapes = jax.tree.map(lambda a: (jnp.shape(a), jax.dtypes.result_type(a)), (params, carry, batch))
     asked = step, loss, plans, num_repeats, str(shapes)
-    if asked not in _CHOICES:
+    can_remember = isinstance(step, Hashable) and isinstance(loss, Hashable)
+    cost = _CHOICES.get(asked) if can_remember else None
+    if cost is None:
         estimators = {str(plan): full_bptt(step, loss, plan=plan) for plan in plans}
         cost = measure_cost(estimators, params, carry, batch, num_repeats=num_repeats)
-        _CHOICES[asked] = plans[int(np.argmin(cost.median_seconds))], cost
-    fastest, cost = _CHOICES[asked]
+        if can_remember:
+            _CHOICES[asked] = cost
     if memory_budget is None:
-        return fastest, cost
+        return plans[int(np.argmin(cost.median_seconds))], cost
     fits = cost.temporary_bytes <= memory_budget
+    if np.isnan(cost.temporary_bytes).all():
+        raise ValueError(
+            "memory_budget was given, and this backend does not say how much a program takes; leave it out"
+        )
     if not fits.any():
         smallest = int(np.nanargmin(cost.temporary_bytes))
         raise ValueError(

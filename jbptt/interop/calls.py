@@ -1,7 +1,8 @@
 """How a module of another library is called as a step, and what is said when it cannot be."""
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import jax
@@ -18,6 +19,7 @@ STATEFUL = (
     "together. Put what is remembered into the carry and what is shown into y, or take what has no state: layer norm "
     "for batch norm"
 )
+INPUT_NAMES = "x", "xs", "input", "inputs"
 FIXED_STATISTICS = ", or batch norm with fixed statistics (evaluation mode)"
 CHAIN = (
     "it hands one value from layer to layer and knows no carry. Pass call=lambda module, carry, x: …, which makes one "
@@ -39,9 +41,16 @@ def refuse(module: Any, reason: str) -> NoReturn:
     raise ValueError(f"{type(module).__name__} cannot be used as a step: {reason}.")
 
 
-def missing_key(module: Any) -> ValueError:
-    """What to raise where a module draws random numbers and has no key to draw them from."""
-    return ValueError(f"{type(module).__name__} draws random numbers in one step: pass key=jax.random.key(…).")
+@contextmanager
+def missing_key(module: Any, kind: type[Exception], word: str = "") -> Iterator[None]:
+    """What a library raises where a module draws random numbers and has no key for them becomes a ValueError."""
+    try:
+        yield
+    except kind as error:
+        if word not in str(error):
+            raise
+        what = f"{type(module).__name__} draws random numbers in one step: pass key=jax.random.key(…)."
+        raise ValueError(what) from error
 
 
 def check_call(
@@ -55,15 +64,25 @@ def check_call(
         refuse(module, CHAIN)
     names = own if call is None else ("module", "carry", "x")
     try:
-        inspect.signature(call or module.__call__).bind(*names, **({} if key is None else {"key": key}))
+        signature = inspect.signature(call or module.__call__)
+        signature.bind(*names, **({} if key is None else {"key": key}))
     except (AttributeError, TypeError) as error:
         who = "its __call__" if call is None else "call"
         wanted = ", ".join([*names, *([] if key is None else ["key=…"])])
         returned = "y, carry" if names[0] == "x" else "carry, y"
         remedy = "Pass call=lambda module, carry, x: …, which makes one step; of a module that reads a whole sequence "
         remedy += "pass the cell, or the part that makes a step"
-        remedy = "Pass key=jax.random.key(…)" if key is None and "'key'" in str(error) else remedy
+        if "'key'" in str(error):
+            without = "Leave key= out, or pass call=lambda module, carry, x, key: …, which uses it"
+            remedy = "Pass key=jax.random.key(…)" if key is None else without
         refuse(module, f"{who} must take ({wanted}) and return ({returned}), but {error}. {remedy}")
+    first = next(iter(signature.parameters), "")
+    if call is None and names[0] == "carry" and first in INPUT_NAMES:
+        refuse(
+            module,
+            f"its __call__ takes {first} first, and a step takes (carry, x) and returns (carry, y). Pass call=lambda "
+            "module, carry, x: …, which makes one step",
+        )
 
 
 def call_step(module: Any, function: Callable[..., Any], *args: Any, **options: Any) -> tuple[Any, Any]:
@@ -116,15 +135,37 @@ def unlearned(module: Any, initial: Callable[[Params, tuple[int, ...]], Carry], 
     return lambda batch_shape=(): initial(params, batch_shape)
 
 
-def typed_key(key: jax.Array) -> jax.Array:
+def is_key(leaf: Any) -> bool:
+    """Whether it is an array of typed keys."""
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def typed_key(key: Any) -> jax.Array:
     """A raw key, uint32 `[2]`, as a typed one: masks would take its two numbers for two examples."""
-    return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+    if is_key(key):
+        return key
+    if getattr(key, "dtype", None) != jnp.uint32:
+        raise ValueError(f"key must be a key of JAX's random numbers, got {key!r}. Pass key=jax.random.key(…).")
+    return jax.random.wrap_key_data(key)
+
+
+def split_keys(name: str, carry: Any, fits: Callable[[Any], bool] = is_key) -> tuple[Carry, PyTree]:
+    """The carry of a module that draws random numbers as its own carry and the keys beside it."""
+    if isinstance(carry, tuple) and len(carry) == 2 and fits(carry[1]):
+        return carry
+    raise ValueError(
+        f"{name} draws random numbers, so its carry is a pair (carry, keys), got "
+        f"{jax.tree.map(jax.typeof, carry)}. Take initial_carry(batch_shape), or put yours in place of its first "
+        "part."
+    )
 
 
 def with_keys(start: InitialCarry, keys: Callable[[tuple[int, ...], jax.Array | None], PyTree] | None) -> InitialCarry:
     """`initial_carry(batch_shape=(), key=None)`: the module's carry and, if it draws random numbers, its keys."""
 
     def initial_carry(batch_shape=(), key=None):
+        if not isinstance(batch_shape, tuple):
+            raise ValueError(f"batch_shape must be a tuple, (16,) for 16 examples, got {batch_shape!r}.")
         if keys is None:
             return start(batch_shape)
         return start(batch_shape), keys(batch_shape, None if key is None else typed_key(key))

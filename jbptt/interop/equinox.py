@@ -35,7 +35,8 @@ def from_equinox(
 
     Raises:
       ValueError: not an Equinox module, a wrong call, `eqx.nn.Sequential` without `call`, a layer with `eqx.nn.State`,
-        no way to know the carry, a carry without arrays; from the step, while it is traced: a key is missing.
+        no way to know the carry, a carry without arrays, no key in `key`; from the step, while it is traced: a key is
+        missing, here or in the carry.
       ImportError: equinox is not installed.
 
     >>> import equinox as eqx
@@ -52,7 +53,7 @@ def from_equinox(
         calls.refuse(module, f"it holds a layer that keeps an eqx.nn.State. {calls.STATEFUL}")
     is_cell = isinstance(module, cell_types)
     if call is not None or not is_cell:
-        calls.check_call(module, call, eqx.nn.StatefulLayer, key=key)
+        calls.check_call(module, call, eqx.nn.Sequential, key=key)
     run = call or (_call_cell if is_cell else _call_module)
     key = None if key is None else calls.typed_key(key)
     if initial_carry is None:
@@ -63,8 +64,9 @@ def from_equinox(
     def example_step(params, carry, x):
         live = eqx.combine(params, static)
         if key is None:
-            return _with_key_error(module, run)(live, carry, x)
-        inner, key_t = carry
+            with calls.missing_key(module, RuntimeError, "key"):  # what Equinox's layers raise
+                return calls.call_step(module, run, live, carry, x)
+        inner, key_t = calls.split_keys(type(module).__name__, carry)
         key_t, used = jax.random.split(key_t)
         inner, y = calls.call_step(module, lambda *args: run(*args, key=used), live, inner, x)
         return (inner, key_t), y
@@ -107,20 +109,6 @@ def _zeros(cell: Any) -> Any:
 
     zeros = jnp.zeros(cell.hidden_size, cell.weight_hh.dtype)
     return (zeros, zeros) if isinstance(cell, eqx.nn.LSTMCell) else zeros
-
-
-def _with_key_error(module: Any, run: Callable[..., Any]) -> Callable[..., Any]:
-    """Equinox layers complain of a missing key by a RuntimeError."""
-
-    def call(live, carry, x):
-        try:
-            return calls.call_step(module, run, live, carry, x)
-        except RuntimeError as error:
-            if "key" not in str(error):
-                raise
-            raise calls.missing_key(module) from error
-
-    return call
 
 
 def to_equinox(module: Any, params: Params) -> Any:

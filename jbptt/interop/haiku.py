@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jbptt.dependence import dependences
 from jbptt.interop import calls
 
 
@@ -36,8 +37,8 @@ def from_haiku(
       with the same names, can take the place of `params`.
 
     Raises:
-      ValueError: make_core makes no core, a wrong call, `hk.Sequential` without `call`, `hk.get_state` in the core
-        (batch norm), an initial state with parameters.
+      ValueError: make_core makes no core, no key, a wrong call, `hk.Sequential` without `call`, `hk.get_state` in the
+        core (batch norm), an initial state with parameters or random numbers; from the step: keys missing in the carry.
       ImportError: haiku is not installed.
 
     >>> import haiku as hk
@@ -54,12 +55,13 @@ def from_haiku(
     params, state = network.init(key_init, start((1,)), x)
     if state:
         raise ValueError(f"make_core's core keeps a state ({', '.join(state)}): no step. {calls.STATEFUL}.")
-    is_random = _draws(network, params, start((1,)), x)
+    # Asked of the program, because a core may draw only where there is a key.
+    is_random = any(dependences(lambda key: network.apply(params, {}, key, start((1,)), x)[0], key_steps))
 
     def step(params, carry, x):
         if not is_random:
             return network.apply(params, state, None, carry, x)[0]
-        inner, key_t = carry
+        inner, key_t = calls.split_keys("make_core's core", carry)
         key_t, used = jax.random.split(key_t)
         (inner, y), _ = network.apply(params, state, used, inner, x)
         return (inner, key_t), y
@@ -88,16 +90,6 @@ def _core_step(make_core: Any, call: Any, carry: Any, x: Any) -> tuple[Any, Any]
     return carry, y
 
 
-def _draws(network: Any, params: Any, carry: Any, x: Any) -> bool:
-    """Whether a step asks for a random number: then it cannot run without a key, but it can with one."""
-    try:
-        jax.eval_shape(lambda: network.apply(params, {}, None, carry, x))
-    except ValueError:
-        jax.eval_shape(lambda: network.apply(params, {}, jax.random.key(0), carry, x))
-        return True
-    return False
-
-
 def _initial_carry(make_core: Any, key: jax.Array) -> calls.InitialCarry:
     import haiku as hk
 
@@ -113,6 +105,8 @@ def _initial_carry(make_core: Any, key: jax.Array) -> calls.InitialCarry:
     made = hk.transform(initial_state)
     if jax.eval_shape(lambda: made.init(key, 1)):
         raise ValueError(f"make_core's core cannot be used as a step: {calls.LEARNED_START}.")
+    if any(dependences(lambda key: made.apply({}, key, 1), calls.typed_key(key))):
+        raise ValueError("initial_state of make_core's core draws random numbers. Pass initial_carry=.")
 
     def initial_carry(batch_shape=()):
         carry = made.apply({}, None, math.prod(batch_shape) if batch_shape else None)

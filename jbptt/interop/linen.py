@@ -8,6 +8,8 @@ import jax
 
 from jbptt.interop import calls
 
+STREAMS = "params", "dropout"
+
 
 def from_linen(
     module: Any,
@@ -29,8 +31,9 @@ def from_linen(
       initial_carry: the carry of one example, or a function of the batch shape. None: the module's
         `initialize_carry(key, input_shape)`; for tokens the input shape is that of the batch and a width of 1.
       call: `(module, carry, x) -> (carry, y)`, bound to the variables, instead of `module(carry, x)`.
-      key: for modules that draw random numbers, whatever they call their stream: it travels in the carry. Every
-        `initial_carry(batch_shape)` begins with the same; `initial_carry(batch_shape, key)` with another.
+      key: for modules that draw random numbers, whatever they call their stream (`has_rng` finds "params" and
+        "dropout"): it travels in the carry. Every `initial_carry(batch_shape)` begins with the same;
+        `initial_carry(batch_shape, key)` with another.
 
     Returns:
       step, params (`variables["params"]`; of a `linen.RNN` its `["cell"]`) and initial_carry. The way back is
@@ -38,8 +41,8 @@ def from_linen(
 
     Raises:
       ValueError: not a linen module, no "params" in the variables, a wrong call, `linen.Sequential` without `call`,
-        bidirectional or reversed, no `initialize_carry`, one that depends on the parameters; from the step, while it
-        is traced: a collection is written to, a key is missing.
+        bidirectional or reversed, no `initialize_carry`, one that depends on the parameters, no key in `key`; from the
+        step, while it is traced: a collection is written to, a key is missing, here or in the carry.
       ImportError: flax is not installed.
 
     >>> from flax import linen
@@ -61,7 +64,12 @@ def from_linen(
     if isinstance(module, linen.RNN):
         if module.reverse:
             calls.refuse(module, calls.REVERSED)
-        module, variables = module.cell, {name: tree["cell"] for name, tree in variables.items()}
+        if "cell" not in variables["params"]:
+            raise ValueError(
+                f'variables["params"] of a linen.RNN must hold "cell", got {sorted(variables["params"])}. Pass what '
+                "its own init returned; of a model that holds it, the part under its name."
+            )
+        module, variables = module.cell, {name: tree["cell"] for name, tree in variables.items() if "cell" in tree}
     calls.check_call(module, call, linen.Sequential)
     start = _initial_carry(module, variables, input_size) if initial_carry is None else calls.carry_fn(initial_carry)
     constants = {name: tree for name, tree in variables.items() if name != "params"}
@@ -73,16 +81,15 @@ def from_linen(
             raise ValueError(
                 f"{type(module).__name__} changed a variable in one step. {calls.STATEFUL}{calls.FIXED_STATISTICS}."
             ) from error
-        except errors.InvalidRngError as error:
-            raise calls.missing_key(module) from error
 
     def step(params, carry, x):
         if key is None:
-            return calls.call_step(module, partial(run, rngs={}), params, carry, x)
-        inner, key_t = carry
-        key_t, used = jax.random.split(key_t)
-        # Streams that have no key of their own take that of "params".
-        inner, y = calls.call_step(module, partial(run, rngs={"params": used}), params, inner, x)
+            with calls.missing_key(module, errors.InvalidRngError):
+                return calls.call_step(module, partial(run, rngs={}), params, carry, x)
+        inner, key_t = calls.split_keys(type(module).__name__, carry)
+        key_t, *used = jax.random.split(key_t, 3)
+        # Streams that have no key of their own take that of "params"; modules ask whether there is a "dropout".
+        inner, y = calls.call_step(module, partial(run, rngs=dict(zip(STREAMS, used, strict=True))), params, inner, x)
         return (inner, key_t), y
 
     own_key = None if key is None else calls.typed_key(key)
@@ -101,6 +108,6 @@ def _initial_carry(module: Any, variables: Mapping[str, Any], input_size: Any) -
 
     def initial(params, batch_shape):
         shape = calls.first_shape(input_size, batch_shape)
-        return module.apply({**variables, "params": params}, key, shape, method="initialize_carry")
+        return module.apply({**variables, "params": params}, method=lambda live: live.initialize_carry(key, shape))
 
     return calls.unlearned(module, initial, variables["params"])

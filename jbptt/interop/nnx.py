@@ -9,6 +9,11 @@ import jax.numpy as jnp
 from jbptt.interop import calls
 from jbptt.types import Params, PyTree
 
+WRITTEN_BACK = (
+    "(nnx.jit and nnx.remat inside a module write every variable back, changed or not: leave them off there, "
+    "jit the whole, and recompute by segments)"
+)
+
 
 def from_nnx(
     module: Any,
@@ -71,8 +76,11 @@ def from_nnx(
     else:
         start = calls.carry_fn(initial_carry)
 
+    def fits(keys):
+        return jax.tree.structure(keys) == jax.tree.structure(streams)
+
     def step(params, carry, x):
-        inner, streams_t = carry if is_random else (carry, streams)
+        inner, streams_t = calls.split_keys(type(module).__name__, carry, fits) if is_random else (carry, streams)
         live = nnx.merge(graph, *_copy((params, streams_t, constants)))
         inner, y = calls.call_step(module, run, live, inner, x)
         graph_t, params_t, streams_t, constants_t = nnx.split(live, nnx.Param, nnx.RngState, ...)
@@ -91,8 +99,7 @@ def _copy(trees: PyTree) -> PyTree:
 def _reseeded(streams: PyTree, key: jax.Array) -> PyTree:
     leaves, structure = jax.tree.flatten(streams)
     keys = jax.random.split(key, len(leaves))
-    is_key = [jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves]
-    fresh = [jax.random.split(keys[i], a.shape) if is_key[i] else a for i, a in enumerate(leaves)]
+    fresh = [jax.random.split(k, a.shape) if calls.is_key(a) else a for k, a in zip(keys, leaves, strict=True)]
     return jax.tree.unflatten(structure, fresh)
 
 
@@ -129,16 +136,35 @@ def _check_unchanged(module: Any, before: PyTree, after: PyTree) -> None:
     changed += [f"the attribute {name}, which is new" for name in new if name not in old]
     if changed or graph != graph_t:
         what = ", ".join(changed) or "its attributes"
-        calls.refuse(module, f"one step changed {what}. {calls.STATEFUL}{calls.FIXED_STATISTICS}")
+        calls.refuse(module, f"one step changed {what}. {calls.STATEFUL}{calls.FIXED_STATISTICS}. {WRITTEN_BACK}")
 
 
 def to_nnx(module: Any, params: Params) -> Any:
     """A copy of the nnx module with `params` in it; all else, its rng streams too, as in `module`.
 
     An `nnx.RNN` gets the parameters of its cell. (`nnx.update(module, params)` changes the module itself.)
+
+    Raises:
+      ValueError: the names or shapes are not those of the module's parameters.
     """
     from flax import nnx
 
     copy = nnx.clone(module)
-    nnx.update(copy.cell if isinstance(copy, nnx.RNN) else copy, params)
+    target = copy.cell if isinstance(copy, nnx.RNN) else copy
+    wanted, got = _shapes(nnx.state(target, nnx.Param)), _shapes(params)
+    if wanted != got:
+        wrong = sorted(
+            f"{k}: {got.get(k)}, wanted {wanted.get(k)}" for k in wanted | got if got.get(k) != wanted.get(k)
+        )
+        raise ValueError(
+            f"params must have the names and shapes of the parameters of {type(target).__name__}, got {wrong[0]}"
+            f"{f' and {len(wrong) - 1} more' if len(wrong) > 1 else ''}. Pass params as from_nnx of this module "
+            "returned them."
+        )
+    nnx.update(target, params)
     return copy
+
+
+def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    named = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path).removesuffix(".value"): jnp.shape(leaf) for path, leaf in named}
