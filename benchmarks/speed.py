@@ -164,11 +164,14 @@ def windows_side_by_side(quick: bool) -> dict[str, Any]:
 
 
 def import_seconds(num_rounds: int) -> dict[str, float]:
-    """Of new processes in turn: jax and optax alone, and jbptt, which imports them."""
-    found: dict[str, list[float]] = {"jax, optax": [], "jbptt": []}
+    """Of new processes in turn: jax and optax, then jbptt as well, then an estimator and an analysis of it, too."""
+    both = "import jax, optax"
+    lines = {"jax, optax": both, "jbptt": f"{both}, jbptt"}
+    lines["jbptt in use"] = f"{both}, jbptt; jbptt.truncated_bptt, jbptt.diagnose"
+    found: dict[str, list[float]] = {name: [] for name in lines}
     for _ in range(num_rounds):
-        for modules, times in found.items():
-            code = f"import time; start = time.perf_counter(); import {modules}; print(time.perf_counter() - start)"
+        for name, times in found.items():
+            code = f"import time; start = time.perf_counter(); {lines[name]}; print(time.perf_counter() - start)"
             times.append(float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout))
     return {modules: float(np.median(times)) for modules, times in found.items()}
 
@@ -191,7 +194,8 @@ def run(quick: bool) -> tuple[dict[str, Any], Any, str]:
         r["median"] for r in windows["over one at once"].values()
     )
     headlines["windows side by side, default over one at once"] = windows["over one at once"]["default"]["median"]
-    headlines["import jbptt over import jax, optax"] = imports["jbptt"] / imports["jax, optax"]
+    headlines["import jax, optax, jbptt over import jax, optax"] = imports["jbptt"] / imports["jax, optax"]
+    headlines["the same, and an estimator and diagnose asked for"] = imports["jbptt in use"] / imports["jax, optax"]
     results = {"summary": headlines, "rows": rows, "any step": any_step, "windows": windows, "import seconds": imports}
     lines = ["| ratio, theirs over ours | |", "|---|---|"]
     lines += [f"| {name} | {value:.2f} |" for name, value in headlines.items() if value is not None]

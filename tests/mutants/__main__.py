@@ -45,7 +45,7 @@ CLOSEST = {
     "jbptt/truncation.py": ("test_truncation", "test_randomized", "test_gradients"),
     "jbptt/weights.py": ("test_weights", "test_by_hand"),
     "jbptt/loops.py": ("test_weights", "test_by_hand"),
-    "jbptt/plans.py": ("test_plans", "test_configurations"),
+    "jbptt/division.py": ("test_configurations",),
     "jbptt/analysis/planning.py": ("test_plans",),
     "jbptt/adjoint.py": ("test_by_hand", "test_streams", "test_batches", "test_gradients", "test_memory"),
     "jbptt/windows.py": ("test_by_hand", "test_streams", "test_batches", "test_gradients"),

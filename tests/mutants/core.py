@@ -10,7 +10,7 @@ TRUNCATION = "jbptt/truncation.py"
 ADJOINT = "jbptt/adjoint.py"
 WEIGHTS = "jbptt/weights.py"
 LOOPS = "jbptt/loops.py"
-PLANS = "jbptt/plans.py"
+DIVISION = "jbptt/division.py"
 WINDOWS = "jbptt/windows.py"
 STREAMS = "jbptt/streams.py"
 ESTIMATORS = "jbptt/estimators.py"
@@ -227,14 +227,14 @@ CORE = (
     Mutant(
         "weight_gradient_adds_up_narrow",
         ADJOINT,
-        "return wide_core, wide_readout, jax.tree.map(at_least_float32, params)",
-        "return wide_core, wide_readout, params",
+        "jax.tree.map(lambda a: jnp.asarray(a) if is_wide(a) else at_least_float32(a), params)",
+        "params",
     ),
     Mutant(
         "readout_sees_the_whole_segment",
         ADJOINT,
-        "return jax.vmap(run)(outputs) if jax.tree.leaves(outputs) else run(outputs)",
-        "return run(outputs)",
+        "jax.vmap(partial(readout, params), axis_size=batch_steps(batch))(outputs)",
+        "readout(params, outputs)",
     ),
     Mutant(
         "weight_zero_leaks",
@@ -300,7 +300,10 @@ CORE = (
         "turned[id(equation)] = known[name].T",
         "turned[id(equation)] = known[name]",
     ),
-    Mutant("shards_are_not_added_up", PLANS, "return lax.psum(sums, SHARDS), carry", "return sums, carry"),
+    Mutant("shards_are_not_added_up", DIVISION, "return lax.psum(sums, SHARDS), carry", "return sums, carry"),
+    Mutant("shares_halve_what_all_share", DIVISION, "found += [name] if fits else []", "found += []"),
+    Mutant("shares_draw_alike", DIVISION, "any(a[0] == b[0] and a != b for", "any(a[0] != b[0] and a == b for"),
+    Mutant("shares_need_not_fit", DIVISION, "    if not fits:\n", "    if not fits and share.size < 1:\n"),
     Mutant(
         "segments_start_one_segment_late",
         ADJOINT,
@@ -419,8 +422,8 @@ CORE = (
     Mutant(
         "windows_side_by_side_start_alike",
         STREAMS,
-        "values, rest = jax.vmap(one)(starts, pieces)",
-        "values, rest = jax.vmap(one)(jax.tree.map(lambda a: jnp.broadcast_to(a[:1], a.shape), starts), pieces)",
+        "params, starts, pieces, segment=window)",
+        "params, jax.tree.map(lambda a: jnp.broadcast_to(a[:1], a.shape), starts), pieces, segment=window)",
     ),
     Mutant(
         "parallel_blocks_drop_the_rest",

@@ -12,7 +12,7 @@ INTEROP = (
     Mutant(
         "interop_keeps_raw_keys",
         CALLS,
-        "return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)",
+        "return jax.random.wrap_key_data(key)",
         "return key",
     ),
     Mutant("interop_takes_learned_starts", CALLS, "if any(dependences(", "if not any(dependences("),
@@ -27,9 +27,9 @@ INTEROP = (
     Mutant(
         "nnx_streams_stand_still", NNX, "graph_t, params_t, streams_t, constants_t", "graph_t, params_t, _, constants_t"
     ),
-    Mutant("nnx_reseeds_nothing", NNX, "if is_key[i] else a", "if not is_key[i] and is_key[i] else a"),
+    Mutant("nnx_reseeds_nothing", NNX, "jax.random.split(k, a.shape) if calls.is_key(a) else a", "a"),
     Mutant("nnx_takes_every_change", NNX, "if changed or graph != graph_t:", "if changed and graph != graph_t:"),
-    Mutant("linen_uses_one_key_twice", LINEN, 'rngs={"params": used}', 'rngs={"params": carry[1]}'),
+    Mutant("linen_uses_one_key_twice", LINEN, "key_t, *used = jax.random", "_, *used = jax.random"),
     Mutant("linen_drops_its_constants", LINEN, '{**constants, "params": live}', '{"params": live}'),
     Mutant("haiku_draws_the_same_each_step", HAIKU, "return (inner, key_t), y", "return (inner, carry[1]), y"),
     Mutant("haiku_swaps_its_pair", HAIKU, "    return carry, y\n", "    return y, carry\n"),
