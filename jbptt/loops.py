@@ -3,8 +3,9 @@
 A step and its pullback are traced as one program. What does not depend on the cotangents belongs to the forward loop,
 the rest to the backward loop; between them a cut decides what is kept of every step. Kept is what costs more than to
 read it back: products, transcendental functions, whatever is not known to be cheap. Sums, products of numbers, choices
-and changes of shape that ask for one more array at most are computed again. What is kept is kept once: the carry that a step emits is the one that the next
-receives, an output that is a carry is no second array, and what the weights need is formed after the loops (`weights`).
+and changes of shape that ask for one more array at most are computed again. What is kept is kept once: the carry that
+a step emits is the one that the next receives, an output that is a carry is no second array, and what the weights need
+is formed after the loops (`weights`).
 
 On CPU the time of a scanned backward pass goes into every extra `[S, ...]` array that is written.
 """

@@ -78,8 +78,14 @@ def test_window_is_the_first_whose_bound_keeps_the_tolerance():
     assert_close(estimate.info["bias_bound"], bounds[-1])  # of the window used: the longest
 
 
-@pytest.mark.parametrize("scale", [0.2, 0.4, 0.6])
-@pytest.mark.parametrize("name", ["tanh", "linear", "lstm"])
+@pytest.mark.parametrize(
+    ("name", "scale"),
+    [
+        pytest.param(name, scale, marks=[] if name == "lstm" or scale == 0.4 else pytest.mark.full)
+        for name in ("tanh", "linear", "lstm")
+        for scale in (0.2, 0.4, 0.6)
+    ],
+)
 def test_bias_stays_below_the_tolerance(name, scale):
     """On a long stream, once the means have seen something; and the window is no longer than 4 times what is needed."""
     step, loss, params, carry, batch = problem = shrunk(name, 96, scale)

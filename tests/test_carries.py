@@ -52,16 +52,17 @@ BESIDE = {
 }
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def run(step, carry):
+    """Compiled once for the state alone."""
+    problem = step, LOSS, PARAMS, carry, BATCH
+    return gradient_sources(*problem), find_nonfinite(*problem).found, diagnose(*problem, measure=False)
+
+
 @pytest.mark.parametrize("name", BESIDE)
 def test_what_stands_beside_the_state_changes_nothing(name):
     step, carry_fn = BESIDE[name]
     carry = carry_fn()
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def run(step, carry):
-        problem = step, LOSS, PARAMS, carry, BATCH
-        return gradient_sources(*problem), find_nonfinite(*problem).found, diagnose(*problem, measure=False)
-
     sources, broken, found = run(step, carry)
     plain_sources, plain_broken, plain = run(STEP, CARRY)
     assert not broken and not plain_broken

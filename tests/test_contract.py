@@ -82,7 +82,9 @@ def test_declared_coverage_is_what_probes_measure(name, num_steps):
 
 
 @pytest.mark.parametrize("name", STREAMING)
-@pytest.mark.parametrize("split", [(1,) * 7, (2, 5), (4, 1, 2), (3, 3, 1)])
+@pytest.mark.parametrize(
+    "split", [(1,) * 7, (4, 1, 2), *(pytest.param(split, marks=pytest.mark.full) for split in ((2, 5), (3, 3, 1)))]
+)
 def test_coverage_of_a_stream_does_not_see_the_updates(name, split):
     testing.assert_coverage(ESTIMATORS[name].make, ESTIMATORS[name].coverage(7, KEY), split=split)
 
