@@ -191,7 +191,6 @@ def test_strict_dtype_promotion(dtype):
                 raise
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_no_false_alarm_under_debug_nans():
     """Padding full of NaN, gates and weights of 0, a part of the batch without weight: all gradients are finite."""
     step, loss, params, carry, batch = full_problem()
@@ -208,7 +207,6 @@ def test_no_false_alarm_under_debug_nans():
             assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(grads)), name
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_diagnosis_reads_nans_under_debug_nans():
     """NaN is an answer there: of a part of the batch without weight, and where something is broken."""
     step, loss, params, carry, batch = full_problem()

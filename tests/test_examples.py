@@ -19,7 +19,6 @@ def load(name):
     return module
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_short_form(name, tmp_path, capsys):
     """In single precision, as its users run it."""

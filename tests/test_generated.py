@@ -31,6 +31,8 @@ from oracles.shapes import (
 from jbptt import Batch, cells, full_bptt, gated_bptt, truncated_bptt
 from jbptt.testing import brute_force_gradient, frozen_loss
 
+OPTIMIZED = True
+
 NUM_SHAPES, NUM_DRAWS = int(os.environ.get("JBPTT_SHAPES", "12")), 50
 MAKERS = {"linear": cells.linear, "tanh": cells.rnn, "gru": cells.gru, "lstm": cells.lstm}
 

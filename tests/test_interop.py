@@ -35,8 +35,6 @@ from problems import assert_close, assert_same_bits, one_update, squared_error
 import jbptt
 from jbptt import Batch, interop, testing
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 LENGTHS = np.array([5, 1, 3])  # of the examples
 MASK = np.arange(NUM_STEPS)[:, None] < LENGTHS
 

@@ -23,8 +23,6 @@ from problems import assert_close
 
 from jbptt import interop
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 class Counting(nnx.Module):
     """Stateful in one of three ways."""

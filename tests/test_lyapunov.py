@@ -14,6 +14,8 @@ from jax.flatten_util import ravel_pytree
 from jbptt import cells
 from jbptt.analysis.lyapunov import lyapunov_spectrum
 
+OPTIMIZED = True
+
 # How many ensembles of the chaotic systems are averaged: 1 in the usual suite, JBPTT_LYAPUNOV=100 in the full run.
 NUM_ENSEMBLES = int(os.environ.get("JBPTT_LYAPUNOV", "1"))
 

@@ -8,6 +8,8 @@ import pytest
 
 from jbptt import Batch, cells, full_bptt, randomized_bptt, truncated_bptt
 
+OPTIMIZED = True
+
 NUM_STEPS, HIDDEN, CHANNELS = 4096, 64, 32
 CELLS = {name: make(CHANNELS, HIDDEN, dtype=jnp.float32) for name, make in (("rnn", cells.rnn), ("lstm", cells.lstm))}
 

@@ -98,7 +98,6 @@ def test_what_does_not_lower_says_so():
         jax.export.export(jax.jit(lambda m: powers.eigenvalues(m, 2, symmetric=False)), platforms=["tpu"])(matrix)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", ["segments", "blocks", "strides", "randomized"])
 def test_a_training_loop_compiles_once(name):
     """Whatever the values: other parameters, inputs, masks, weights and keys are the same program."""
@@ -120,7 +119,6 @@ def test_a_training_loop_compiles_once(name):
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(params))
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_ragged_stream_compiles_twice():
     """The first piece that breaks the pattern gives the state a phase; from then on it has one."""
     step, loss, params, carry, batch = full_problem()

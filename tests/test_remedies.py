@@ -17,6 +17,8 @@ from jbptt.experiments import outcomes, remedies
 from jbptt.experiments.remedies import PATIENTS, REMEDIES, Doses, Measures, Remedies, compare_remedies
 from jbptt.experiments.treatments import FAMILIES, RNN_REMEDIES, lyapunov_penalty, spectral_penalty
 
+OPTIMIZED = True
+
 KEY = jax.random.key(7)
 NUM_SEEDS, NUM_UPDATES, NUM_STEPS, HIDDEN, EXAMPLES, HELDOUT, DRAWS, EXPONENTS = 2, 4, 40, 24, 3, 5, 3, 6
 OPTIONS = {

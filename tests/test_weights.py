@@ -122,8 +122,15 @@ def loss(y, target):
     return squared_error(first_output(y), target) + extra
 
 
-@pytest.mark.parametrize("chunk_bytes", [1, 200, 2**19])
-@pytest.mark.parametrize(("with_readout", "segment"), [(False, None), (True, 4)])
+def ways():
+    """(with_readout, segment, chunk_bytes), half of them in the usual run."""
+    for with_readout, segment in ((False, None), (True, 4)):
+        for chunk_bytes in (1, 200, 2**19):
+            marks = [] if with_readout == (chunk_bytes == 200) else pytest.mark.full
+            yield pytest.param(with_readout, segment, chunk_bytes, marks=marks)
+
+
+@pytest.mark.parametrize(("with_readout", "segment", "chunk_bytes"), ways())
 @pytest.mark.parametrize("name", STEPS)
 def test_gradient_of_any_step(name, with_readout, segment, chunk_bytes, monkeypatch):
     monkeypatch.setattr(loops, "CHUNK_BYTES", chunk_bytes)
