@@ -146,10 +146,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def windows_side_by_side(quick: bool) -> dict[str, Any]:
+def windows_side_by_side(kind: str, quick: bool) -> dict[str, Any]:
     """Truncated BPTT of one long example: windows one after another, the default, and four to sixty-four at once."""
     steps = 512 if quick else 8192
-    work = Work("rnn", 1, steps, 64)
+    work = Work(kind, 1, steps, 64)
     cell, params = our_cell(work)
     batch, carry = jbptt.Batch(*data(work)), cell.initial_carry((1,))
     runs = {}
@@ -160,7 +160,12 @@ def windows_side_by_side(quick: bool) -> dict[str, Any]:
         runs["default" if number is None else f"{number} at once"] = functools.partial(update, params, state, batch)
     times = alternate(runs, seconds=2 if quick else 10)
     ratios = {name: ratio(times["1 at once"], t)._asdict() for name, t in times.items()}
-    return {"steps": steps, "milliseconds": {n: milliseconds(t) for n, t in times.items()}, "over one at once": ratios}
+    return {
+        "kind": kind,
+        "steps": steps,
+        "milliseconds": {n: milliseconds(t) for n, t in times.items()},
+        "over one at once": ratios,
+    }
 
 
 def import_seconds(num_rounds: int) -> dict[str, float]:
@@ -186,20 +191,24 @@ def run(quick: bool) -> tuple[dict[str, Any], Any, str]:
             rows.append(row := measure(Work(kind, *shape), seconds=2 if quick else 6))
             print(row["kind"], *shape, {name: round(t, 2) for name, t in row["milliseconds"].items()}, flush=True)
     any_step, headlines, any_step_table = run_any_step(quick)
-    windows = windows_side_by_side(quick)
+    windows = [windows_side_by_side(kind, quick) for kind in KINDS]
     headlines = {**summary(rows), **headlines}
     if not quick:
         headlines |= {f"largest shapes, {name}": value for name, value in summary(rows[-len(KINDS) :]).items()}
-    headlines["windows side by side, best over one at once"] = max(
-        r["median"] for r in windows["over one at once"].values()
-    )
-    headlines["windows side by side, default over one at once"] = windows["over one at once"]["default"]["median"]
+    for of_kind in windows:
+        over = of_kind["over one at once"]
+        headlines[f"{of_kind['kind']}, windows side by side over one at once"] = over["default"]["median"]
     headlines["import jax, optax, jbptt over import jax, optax"] = imports["jbptt"] / imports["jax, optax"]
     headlines["the same, and an estimator and diagnose asked for"] = imports["jbptt in use"] / imports["jax, optax"]
     results = {"summary": headlines, "rows": rows, "any step": any_step, "windows": windows, "import seconds": imports}
     lines = ["| ratio, theirs over ours | |", "|---|---|"]
     lines += [f"| {name} | {value:.2f} |" for name, value in headlines.items() if value is not None]
-    of_windows = ", ".join(f"{name} {time:.2f} ms" for name, time in windows["milliseconds"].items())
     lines += ["", "Milliseconds, median:", "", table(rows), "", any_step_table, ""]
-    lines += [f"Windows of 64 over {windows['steps']} steps (rnn, B 1, H 64): {of_windows}."]
+    lines += [f"Windows of 64 over {windows[0]['steps']} steps, B 1, H 64, milliseconds:", ""]
+    names = windows[0]["milliseconds"]
+    lines += ["| cell | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    lines += [
+        f"| {of_kind['kind']} | " + " | ".join(f"{t:.2f}" for t in of_kind["milliseconds"].values()) + " |"
+        for of_kind in windows
+    ]
     return results, picture(rows), "\n".join(lines)

@@ -57,7 +57,7 @@ def full_bptt(step: Step, loss: Loss, *, segment: int | None = None, plan: Plan 
     Args:
       step: `(params, carry, x) -> (carry, y)`.
       loss: `(y, target) -> [*batch]`, or that and aux.
-      segment: steps recomputed at a time; None: all of T up to 128, then √T, 64 at least.
+      segment: steps recomputed at a time; None: all of T up to 512, then √T, 64 at least.
       plan: instead, a whole `Plan`: the segment, and the devices that the batch is divided over.
 
     Raises:
@@ -202,7 +202,8 @@ def truncated_bptt(
 
     With parallel_windows = P, P backward passes go side by side once a forward pass has found the carries
     that they start from: one more evaluation of every step in blocks, and the memory of P windows, for
-    P times fewer sequential steps of the backward pass. Pays for small batches. The gradient is the same.
+    P times fewer sequential steps of the backward pass. The gradient is the same. Pays for a single example, whose
+    products are then P times as tall; with four and more examples it costs more than it gives on CPU.
 
     The stream goes on from update to update: the state holds the phase of the stride and the steps
     that a window may still reach, so however a sequence is split into updates the total is the same.
@@ -217,8 +218,8 @@ def truncated_bptt(
       loss: `(y, target) -> [*batch]`, or that and aux.
       window: the most steps that a loss may see, ≥ 1.
       stride: losses per backward pass, 1 … window; None: window.
-      parallel_windows: backward passes side by side; None: one for blocks, and where windows overlap
-        about window/stride, those that share their steps.
+      parallel_windows: backward passes side by side; None: for blocks 16 of a single example, else one, and where
+        windows overlap about window/stride, those that share their steps.
 
     Raises:
       ValueError: window, stride or parallel_windows < 1, not an integer, or stride > window; what
@@ -242,7 +243,7 @@ def truncated_bptt(
             validation.check_history(state.history, batch, batch_shape)
         if state.phase is None and stride == window:
             sums, carry, history = in_blocks(
-                step, loss, params, state.carry, batch, batch_shape, window=window, parallel=parallel_windows or 1
+                step, loss, params, state.carry, batch, batch_shape, window=window, parallel=parallel_windows
             )
         else:
             assert state.history is not None  # init keeps one unless updates are whole blocks

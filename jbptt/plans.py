@@ -15,7 +15,7 @@ class Plan:
     """How the gradient of one batch is computed.
 
     Attributes:
-      segment: steps recomputed at a time; None: all of T up to 128, then √T, 64 at least.
+      segment: steps recomputed at a time; None: all of T up to 512, then √T, 64 at least.
       num_shards: devices over which the examples are divided, the first of `jax.devices()`. Each takes its share of
         the batch through all of time, and the sums are added at the end. On CPU cores are devices after
         `jax.config.update("jax_num_cpu_devices", n)`, before the first computation. Every leaf of carry, xs and targets

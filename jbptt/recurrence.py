@@ -161,8 +161,11 @@ def steps_from(tree: PyTree, start: Any, length: int) -> PyTree:
 
 
 def default_segment(num_steps: int) -> int:
-    """A segment length for which T/segment + segment is small, and short sequences stay whole."""
-    return num_steps if num_steps <= 128 else max(64, math.isqrt(num_steps))
+    """A segment length for which T/segment + segment is small.
+
+    Short sequences stay whole: to compute them twice takes 10 to 25 % longer, and `lax.scan` keeps more of them.
+    """
+    return num_steps if num_steps <= 512 else max(64, math.isqrt(num_steps))
 
 
 def unroll(

@@ -4,6 +4,7 @@ A piece is handed `(carry, …)` by the one before it, and the sums of all piece
 next update may still reach is kept as a `History`.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial, reduce
 from typing import Any
@@ -17,6 +18,9 @@ from jbptt.cells import split_readout, with_readout
 from jbptt.recurrence import steps_from, trajectory
 from jbptt.types import Batch, Carry, Loss, Params, Step
 from jbptt.windows import History, empty_history, extend, latest, overlapping_sums, pad_front, pass_forward
+
+# At once, where nothing else makes products tall; measured in benchmarks/results/speed.md.
+WINDOWS_OF_ONE_EXAMPLE = 16
 
 
 def sum_pieces(run: Callable, state: Any, batch: Batch, length: int) -> tuple[Any, Any]:
@@ -58,9 +62,10 @@ def in_blocks(
     batch_shape: tuple[int, ...],
     *,
     window: int,
-    parallel: int,
+    parallel: int | None,
 ) -> tuple[Sums, Carry, History | None]:
     """Window after window, or groups of `parallel` windows; a history where the last one is left unfinished."""
+    parallel = parallel or (WINDOWS_OF_ONE_EXAMPLE if math.prod(batch_shape) == 1 else 1)
 
     def one(state, piece):
         carry, _ = state

@@ -111,9 +111,9 @@ def test_a_step_that_cannot_be_hashed_is_measured_anew():
     assert found[0][0] == Plan(2) and found[0][1] is not found[1][1]
 
 
-@pytest.mark.parametrize(("num_steps", "segments"), [(T, [None]), (200, [None, 16, 32, 128, 200])])
+@pytest.mark.parametrize(("num_steps", "segments"), [(T, [None]), (520, [None, 16, 32, 128, 256, 520])])
 def test_candidates(num_steps, segments):
-    """None is all of T up to 128 steps, and 64 at 200."""
+    """None is all of T up to 512 steps, and 64 at 520."""
     problem = make("tanh", num_steps)
     found = planning.candidate_plans(problem.step, problem.loss, *problem[2:])
     assert [plan.segment for plan in found if plan.num_shards == 1] == segments
