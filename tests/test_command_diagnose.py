@@ -80,7 +80,7 @@ def test_plans_are_measured_when_asked_for(capsys):
     page = capsys.readouterr().out
     fastest = re.search(r"Fastest full gradient here: (segments of .* on one device)\.", page)
     assert fastest and page.count(fastest[1]) == 2  # in the sentence and among the candidates
-    assert page.count("on one device") == 3  # that, the default and all six steps at once
+    assert page.count("on one device") == 2  # six steps are one segment by default
 
 
 WRONG = {

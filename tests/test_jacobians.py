@@ -18,6 +18,8 @@ from jbptt.analysis.graded import from_rows, log_singular_values
 from jbptt.analysis.jacobians import step_jacobians
 from jbptt.analysis.products import jacobian_products
 
+OPTIMIZED = True
+
 NUM_STEPS = 24
 NAMES = ["linear", "tanh", "gru", "lstm"]
 MASK = np.random.default_rng(7).random((NUM_STEPS, EXAMPLES)) < 0.8
