@@ -115,7 +115,7 @@ def cells_and_dtypes():
         yield pytest.param(name, "float32", marks=[] if ".GRU" in name else pytest.mark.full)
 
 
-@pytest.mark.parametrize(("name", "dtype"), cells_and_dtypes())
+@pytest.mark.parametrize(("name", "dtype"), list(cells_and_dtypes()))
 def test_loss_and_gradient_are_those_of_the_library(name, dtype):
     """Mean over the steps within each length; the carry after the last of them where the library gives it.
 
@@ -190,7 +190,7 @@ def last_carry(name):
     return jbptt.unroll(step, params, carry, batch.xs, mask=batch.mask)[0]
 
 
-@pytest.mark.parametrize(("name", "estimator"), pairs_of_names())
+@pytest.mark.parametrize(("name", "estimator"), list(pairs_of_names()))
 def test_every_estimator_covers_the_pairs_it_declares(name, estimator):
     step, loss, params, carry, batch = problem(name)
     made = ESTIMATORS[estimator].make(step, loss)

@@ -130,7 +130,7 @@ def ways():
             yield pytest.param(with_readout, segment, chunk_bytes, marks=marks)
 
 
-@pytest.mark.parametrize(("with_readout", "segment", "chunk_bytes"), ways())
+@pytest.mark.parametrize(("with_readout", "segment", "chunk_bytes"), list(ways()))
 @pytest.mark.parametrize("name", STEPS)
 def test_gradient_of_any_step(name, with_readout, segment, chunk_bytes, monkeypatch):
     monkeypatch.setattr(loops, "CHUNK_BYTES", chunk_bytes)
