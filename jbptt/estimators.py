@@ -218,8 +218,8 @@ def truncated_bptt(
       loss: `(y, target) -> [*batch]`, or that and aux.
       window: the most steps that a loss may see, ≥ 1.
       stride: losses per backward pass, 1 … window; None: window.
-      parallel_windows: backward passes side by side; None: for blocks 16 of a single example, else one, and where
-        windows overlap about window/stride, those that share their steps.
+      parallel_windows: backward passes side by side; None: for blocks 16 of a single example (fewer if their carries
+        take more than a mebibyte), else one; where windows overlap about window/stride, those that share their steps.
 
     Raises:
       ValueError: window, stride or parallel_windows < 1, not an integer, or stride > window; what

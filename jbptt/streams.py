@@ -19,8 +19,16 @@ from jbptt.recurrence import steps_from, trajectory
 from jbptt.types import Batch, Carry, Loss, Params, Step
 from jbptt.windows import History, empty_history, extend, latest, overlapping_sums, pad_front, pass_forward
 
-# At once, where nothing else makes products tall; measured in benchmarks/results/speed.md.
-WINDOWS_OF_ONE_EXAMPLE = 16
+
+def windows_at_once(carry: Carry, window: int, batch_shape: tuple[int, ...]) -> int:
+    """How many blocks go back at once where no one says: for a single example 16 or what takes a mebibyte of carries.
+
+    Nothing else makes its products tall; with more examples it costs more than it gives (benchmarks/results/speed.md).
+    """
+    if math.prod(batch_shape) > 1:
+        return 1
+    of_step = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(carry) if hasattr(leaf, "size"))
+    return min(16, max(1, 2**20 // max(1, window * of_step)))
 
 
 def sum_pieces(run: Callable, state: Any, batch: Batch, length: int) -> tuple[Any, Any]:
@@ -65,7 +73,7 @@ def in_blocks(
     parallel: int | None,
 ) -> tuple[Sums, Carry, History | None]:
     """Window after window, or groups of `parallel` windows; a history where the last one is left unfinished."""
-    parallel = parallel or (WINDOWS_OF_ONE_EXAMPLE if math.prod(batch_shape) == 1 else 1)
+    parallel = parallel or windows_at_once(carry, window, batch_shape)
 
     def one(state, piece):
         carry, _ = state

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from jbptt import Batch, cells, full_bptt, randomized_bptt, truncated_bptt
+from jbptt.streams import windows_at_once
 
 OPTIMIZED = True
 
@@ -62,7 +63,10 @@ def test_memory_of_estimators(name, examples, record_property):
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype(jnp.float32)}
     reference = temporary_bytes(plain(step), *shapes)
     shares = {
-        "truncated": temporary_bytes(estimated(truncated_bptt(step, squared_error, window=32)), *shapes) / reference,
+        "truncated": temporary_bytes(
+            estimated(truncated_bptt(step, squared_error, window=32, parallel_windows=1)), *shapes
+        )
+        / reference,
         "full": temporary_bytes(estimated(full_bptt(step, squared_error)), *shapes) / reference,
     }
     for key, value in shares.items():
@@ -70,6 +74,20 @@ def test_memory_of_estimators(name, examples, record_property):
         print(f"{name}, B={examples}, {key}: {value:.2%} of {reference / 2**20:.1f} MiB")
     assert shares["truncated"] <= 0.02
     assert shares["full"] <= 0.05
+
+
+@pytest.mark.parametrize(("examples", "most"), [(1, 4 * 2**20), (16, None)])
+def test_memory_of_windows_side_by_side(examples, most):
+    """By default 16 windows of a single example, if their carries fit into a mebibyte; else one."""
+    step, *shapes = problem("lstm", examples)
+    default, one = (
+        temporary_bytes(estimated(truncated_bptt(step, squared_error, window=32, parallel_windows=number)), *shapes)
+        for number in (None, 1)
+    )
+    assert one < default <= most if most else default == one
+    wide = cells.lstm(CHANNELS, 2**14, dtype=jnp.float32)
+    for window, number in ((32, 1), (4, 2), (2, 4)):  # the carries of a step take 128 KiB
+        assert windows_at_once(jax.eval_shape(wide.initial_carry), window, ()) == number
 
 
 def test_memory_of_randomized_and_sliding_estimators():

@@ -14,6 +14,8 @@ import pytest
 from jbptt import Batch, adjoints, cells
 from jbptt.analysis import powers
 
+OPTIMIZED = True
+
 
 def similar(matrix, seed=1):
     """The same eigenvalues in a basis that is not orthogonal."""
