@@ -5,10 +5,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jbptt import Batch, cells
 
 INPUT, HIDDEN, OUTPUT, EXAMPLES = 2, 3, 2, 3
+
+
+def usual(wanted, values):
+    """The values of a test's parameter: those that are not wanted always belong to the full run."""
+    return [value if value in wanted else pytest.param(value, marks=pytest.mark.full) for value in values]
 
 
 class Problem(NamedTuple):

@@ -18,7 +18,7 @@ EXAMPLES = problems.EXAMPLES
 look = jax.jit(functools.partial(diagnose, measure=False), static_argnums=(0, 1))
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("dtype", problems.usual([jnp.bfloat16], [jnp.bfloat16, jnp.float16, jnp.float32]))
 def test_every_precision_is_diagnosed_and_a_window_of_all_steps_is_exact(dtype):
     params, carry, batch = jax.tree.map(lambda a: a.astype(dtype), (PARAMS, CARRY, BATCH))
     found, wanted = look(STEP, LOSS, params, carry, batch), look(STEP, LOSS, PARAMS, CARRY, BATCH)
@@ -59,7 +59,7 @@ def run(step, carry):
     return gradient_sources(*problem), find_nonfinite(*problem).found, diagnose(*problem, measure=False)
 
 
-@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.parametrize("name", problems.usual(["an integer of each example", "a key"], BESIDE))
 def test_what_stands_beside_the_state_changes_nothing(name):
     step, carry_fn = BESIDE[name]
     carry = carry_fn()

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from problems import usual
 
 pytest.importorskip("tyro")
 
@@ -16,7 +17,7 @@ SMALL = [
 NAMES = ["full", "blocks of 2", "sliding 2", "blocks of 4", "sliding 4", "keep 0.5", "keep 0.5, no 1/π", "artbp 3.0"]
 
 
-@pytest.mark.parametrize("task", ["text", "copy", pytest.param("adding", marks=pytest.mark.full)])
+@pytest.mark.parametrize("task", usual(["copy"], ["text", "copy", "adding"]))
 def test_tables_and_files(task, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     options = ["--tolerance=0.3", "--out=found"] if task == "copy" else []

@@ -30,7 +30,7 @@ from foreign import (
     nnx,
 )
 from jax.flatten_util import ravel_pytree
-from problems import assert_close, assert_same_bits, one_update, squared_error
+from problems import assert_close, assert_same_bits, one_update, squared_error, usual
 
 import jbptt
 from jbptt import Batch, interop, testing
@@ -172,8 +172,7 @@ def brute_force(name):
 # In the usual run one estimator of each way in which the engine goes through the carry: all on one model, three on
 # the others. With `JBPTT_FULL=1` every estimator and every analysis on every model and every cell.
 WAYS = ["full", "segments", "ragged blocks", "strides", "parallel strides", "adaptive", "randomized"]
-USUAL = "nnx", "equinox"  # a batch at once, and one example
-NAMES = [pytest.param(name, marks=[] if name in USUAL else pytest.mark.full) for name in (*MODELS, *CELLS)]
+NAMES = usual(["nnx"], [*MODELS, *CELLS])
 
 
 def pairs_of_names():

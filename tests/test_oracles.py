@@ -69,7 +69,7 @@ def runs(truncation):
 
 @pytest.mark.parametrize("kind", ["plain", "masked and weighted"])
 @pytest.mark.parametrize("truncation", TRUNCATIONS)
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", problems.usual(["tanh", "lstm"], CELLS))
 def test_against_the_complex_step(name, truncation, kind):
     values = draw(name, kind)
     wanted = complex_step.gradient(name, *values, runs(truncation))

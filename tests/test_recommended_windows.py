@@ -52,7 +52,7 @@ def adding_problem(cell_fn):
         pytest.param(cell_fn, problem_fn, marks=marks, id=f"{cell_fn.__name__}-{problem_fn.__name__}")
         for cell_fn, problem_fn, marks in (
             (cells.rnn, text_problem, []),
-            (cells.lstm, adding_problem, []),
+            (cells.lstm, adding_problem, pytest.mark.full),
             (cells.gru, text_problem, pytest.mark.full),
             (cells.lstm, text_problem, pytest.mark.full),
             (cells.rnn, adding_problem, pytest.mark.full),

@@ -383,6 +383,7 @@ def test_runs_that_diverge_are_counted():
     assert np.all(np.isfinite(found.before.loss))
 
 
+@pytest.mark.full
 def test_vmap_changes_nothing_and_a_choice_only_leaves_out():
     _, whole = moderate()
     chosen = "clipping", "nothing", "fixed truncation"  # in any order
