@@ -175,7 +175,7 @@ CORE = (
     Mutant(
         "engine_keeps_every_state",
         RECURRENCE,
-        "return num_steps if num_steps <= 128 else max(64, math.isqrt(num_steps))",
+        "return num_steps if num_steps <= 512 else max(64, math.isqrt(num_steps))",
         "return num_steps",
     ),
     # truncation: schedules and coverage
