@@ -91,7 +91,8 @@ def picture(rows: list[dict[str, Any]], title: str) -> Any:
     ax.set(xscale="log", xlabel="temporary memory, MiB", ylabel="time of one gradient, ms", title=title)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.set_ylim(0)
+    ax.set_ylim(0, 1.15 * max(row["milliseconds"] for row in rows))
+    ax.margins(x=0.1)
     ax.grid(alpha=0.3)
     return figure
 
