@@ -23,7 +23,7 @@ from jbptt.windows import History, empty_history, extend, latest, overlapping_su
 def windows_at_once(carry: Carry, window: int, batch_shape: tuple[int, ...]) -> int:
     """How many blocks go back at once where no one says: for a single example 16 or what takes a mebibyte of carries.
 
-    Nothing else makes its products tall; with more examples it costs more than it gives (benchmarks/results/speed.md).
+    Nothing else makes its products tall; on CPU with more examples it may cost more than it gives.
     """
     if math.prod(batch_shape) > 1:
         return 1
