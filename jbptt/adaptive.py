@@ -116,7 +116,7 @@ def adaptive_bptt(step: Step, loss: Loss, *, tolerance: float, max_window: int, 
 
 def probe(passed: Passed, weights: jax.Array, means: RunningMeans, smoothing: chex.Numeric) -> RunningMeans:
     """Sends the last step's loss back as far as the means reach; `weights` `[*batch]` are that loss's, |w|."""
-    _, _, _, real, outputs_bar, core, wide = passed
+    _, _, _, real, outputs_bar, core, params = passed
     num_lags, last = len(means.weights), real.mask.shape[0] - 1
     total, ndim = jnp.sum(weights), weights.ndim
 
@@ -124,7 +124,7 @@ def probe(passed: Passed, weights: jax.Array, means: RunningMeans, smoothing: ch
         i = last - lag
         at = jax.tree.map(lambda a: a[i][None], real)
         own = [jnp.where(lag == 0, y[i], 0)[None] for y in outputs_bar]
-        pull = parallel_pullback(core, wide, at.carries, (at.xs, at.mask))
+        _, pull = parallel_pullback(core, params, at.carries, (at.xs, at.mask), 1)
         grad, cotangents = pull(([c[None] for c in cotangents], own))
         cotangents = [c[0] for c in cotangents]
         total_norm = jnp.sum(jnp.where(weights == 0, 0, norm(cotangents, ndim)))

@@ -50,32 +50,6 @@ def estimate_of(sums: Sums, **info: Any) -> Estimate:
     return Estimate(sums.loss, sums.grad, sums.weight, {**aux, **info})
 
 
-def wide_parts(step: Step, params: Params) -> tuple[Step, Any, Params]:
-    """Core, readout and parameters widened to float32; each use narrows them again.
-
-    The step computes in the dtypes it was given, while its parameter gradient adds up wide.
-    """
-    core, readout = split_readout(step)
-
-    def is_wide(leaf):  # as it is: a cast would make a weak dtype a strong one
-        return float32_at_least(jnp.result_type(leaf)) == jnp.result_type(leaf)
-
-    def narrow(wide):
-        return jax.tree.map(lambda a, leaf: a if is_wide(leaf) else a.astype(jnp.result_type(leaf)), wide, params)
-
-    def wide_core(wide, carry, x):
-        return core(narrow(wide), carry, x)
-
-    def wide_readout(wide, output):
-        return readout(narrow(wide), output)
-
-    return (
-        wide_core,
-        wide_readout,
-        jax.tree.map(lambda a: jnp.asarray(a) if is_wide(a) else at_least_float32(a), params),
-    )
-
-
 def batch_steps(batch: Batch) -> int:
     """T of a batch that has passed the border."""
     return jax.tree.leaves(batch)[0].shape[0]
@@ -127,19 +101,33 @@ def weighted_losses(loss: Loss, ys: PyTree, batch: Batch) -> tuple[jax.Array, tu
     return total(losses), (jnp.sum(weights), jax.tree.map(total, aux))
 
 
-def parallel_pullback(step, params, carries, inputs):
-    """The derivatives of all steps at once, each linearised at its own cached (carry, input), leaves `[T, ...]`.
+def parallel_pullback(
+    step: Step, params: Params, carries: Carry, inputs: PyTree, num_steps: int
+) -> tuple[tuple[Carry, PyTree], Callable]:
+    """All steps at once, each at its own cached (carry, input), leaves `[T, ...]`: what they return, and the way back.
 
-    Returns a linear function: from (cotangents of the carries emitted, cotangents of the outputs) to
-    (gradient summed over steps, cotangents of the carries received), lists over inexact leaves.
+    The way back is linear: from (cotangents of the carries emitted, cotangents of the outputs) to (gradient summed
+    over steps, in float32 at least, and cotangents of the carries received), lists over inexact leaves.
     """
+
+    def all_at_once(params, carries, inputs):
+        return jax.vmap(partial(step, params), axis_size=num_steps)(carries, inputs)
+
+    apart = take_apart(all_at_once, params, carries, inputs)
     leaves, rebuild = split_inexact(carries)
 
-    def run(params, leaves):
-        after, outputs = jax.vmap(step, in_axes=(None, 0, 0))(params, rebuild(leaves), inputs)
-        return split_inexact(after)[0], split_inexact(outputs)[0]
+    def run(others, zeros, leaves):
+        after, (outputs, operands) = apart.step(others, rebuild(leaves), (inputs, zeros))
+        return (split_inexact(after)[0], split_inexact(outputs)[0]), (after, outputs, operands)
 
-    return jax.vjp(run, params, leaves)[1]
+    _, pull, (after, outputs, operands) = jax.vjp(run, apart.others, apart.zeros(carries, inputs), leaves, has_aux=True)
+
+    def back(bars):
+        others_bar, zeros_bar, cotangents = pull(bars)
+        weights_bar = apart.weight_gradients([a[None] for a in operands], [bar[None] for bar in zeros_bar])
+        return apart.gradient(weights_bar, others_bar), cotangents
+
+    return (after, outputs), back
 
 
 def output_cotangents(
@@ -147,23 +135,16 @@ def output_cotangents(
 ) -> tuple[Sums, list[jax.Array]]:
     """The sums of the losses, their gradient in the readout alone, and their cotangents at the core's outputs."""
     _, readout = split_readout(step)
-    leaves, rebuild = split_inexact(outputs)
 
-    def all_at_once(params, carry, outputs):
-        return carry, jax.vmap(partial(readout, params), axis_size=batch_steps(batch))(outputs)
+    def look(params, output, _):
+        return (), readout(params, output)
 
-    head = take_apart(all_at_once, params, (), outputs)
-
-    def run(others, zeros, leaves):
-        _, (ys, operands) = head.step(others, (), (rebuild(leaves), zeros))
-        value, rest = weighted_losses(loss, ys, batch)
-        return value, (*rest, operands)
-
-    zeros = head.zeros((), outputs)
-    value, pull, (weight, aux, operands) = jax.vjp(run, head.others, zeros, leaves, has_aux=True)
-    others_bar, zeros_bar, cotangents = pull(jnp.ones_like(value))
-    operands, zeros_bar = ([a[None] for a in arrays] for arrays in (operands, zeros_bar))
-    grad = head.gradient(head.weight_gradients(operands, zeros_bar), others_bar)
+    (_, ys), pull = parallel_pullback(look, params, outputs, None, batch_steps(batch))
+    leaves, rebuild = split_inexact(ys)
+    value, pull_losses, (weight, aux) = jax.vjp(
+        lambda leaves: weighted_losses(loss, rebuild(leaves), batch), leaves, has_aux=True
+    )
+    grad, cotangents = pull(([], *pull_losses(jnp.ones_like(value))))
     return Sums(value, grad, weight, aux), cotangents
 
 

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
+from jbptt.programs import CHEAP, evaluate, inlined, read
 from jbptt.types import Carry, Params, PyTree, Step, is_inexact, split_inexact
-from jbptt.weights import CHEAP, Apart, evaluate, inlined, read, take_apart
+from jbptt.weights import Apart, take_apart
 
 CHUNK_BYTES = 2**19  # of cotangents: what is used while it is in the cache, in memory that is touched once
 

@@ -17,21 +17,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
+from jbptt.programs import CHEAP, Values, evaluate, inlined, moved_wide, read
 from jbptt.types import Carry, Params, PyTree, Step, at_least_float32, float32_at_least, is_inexact
-
-Values = dict[Any, Any]  # by variable
-
-# Cheaper to compute again from one array than to write and read it.
-# fmt: off
-CHEAP = frozenset((
-    "abs", "add", "add_any", "and", "broadcast_in_dim", "concatenate", "conj", "convert_element_type", "copy", "eq",
-    "expand_dims", "ge", "gt", "imag", "integer_pow", "is_finite", "le", "lt", "max", "min", "mul", "ne", "neg",
-    "not", "or", "pad", "pcast", "pvary", "real", "reduce_precision", "reshape", "rev", "select_n", "sign", "slice",
-    "split", "square", "squeeze", "stop_gradient", "sub", "transpose", "xor",
-))
-# fmt: on
 
 
 class Product(NamedTuple):
@@ -95,46 +84,6 @@ def tap(product: jax.Array, zero: jax.Array) -> jax.Array:
 tap.defvjp(lambda product, zero: (product, None), lambda _, cotangent: (cotangent, cotangent))
 
 
-def read(values: Values, atom: Any) -> Any:
-    """What stands for a variable or a literal."""
-    return atom.val if isinstance(atom, Literal) else values[atom]
-
-
-def evaluate(jaxpr: Jaxpr, equations: list[JaxprEqn], values: Values, replace: Callable | None = None) -> Values:
-    """Adds what the equations compute to `values`; where `replace(equation, values)` gives results, they count."""
-    for equation in equations:
-        found = None if replace is None else replace(equation, values)
-        if found is None:
-            names = list(dict.fromkeys(v for v in equation.invars if not isinstance(v, Literal)))
-            alone = jaxpr.replace(
-                constvars=[], invars=names, outvars=equation.outvars, eqns=[equation], effects=equation.effects
-            )
-            found = jaxpr_as_fun(ClosedJaxpr(alone, []))(*(values[name] for name in names))
-        values.update(zip(equation.outvars, found, strict=True))
-    return values
-
-
-def _run_inlined(jaxpr: Jaxpr, consts: Any, *given: Any) -> list:
-    """Runs a program with its inner `jit`s, in which a product would be hidden, laid open."""
-
-    def enter(equation, values):
-        if equation.primitive.name != "jit":
-            return None
-        inner = equation.params["jaxpr"]
-        return _run_inlined(inner.jaxpr, inner.consts, *(read(values, atom) for atom in equation.invars))
-
-    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *given], strict=True))
-    values = evaluate(jaxpr, jaxpr.eqns, values, enter)
-    return [read(values, atom) for atom in jaxpr.outvars]
-
-
-def inlined(function: Callable, *arguments: Any) -> tuple[ClosedJaxpr, PyTree]:
-    """The program of `function(*arguments)` over leaves, without inner `jit`s, and the shapes of its result."""
-    leaves, structure = jax.tree.flatten(arguments)
-    whole, result = jax.make_jaxpr(lambda *a: function(*structure.unflatten(a)), return_shape=True)(*leaves)
-    return jax.make_jaxpr(lambda *a: _run_inlined(whole.jaxpr, whole.consts, *a))(*leaves), result
-
-
 class Fixed(NamedTuple):
     """What a step takes from its parameters alone, as names in its program or as values.
 
@@ -177,7 +126,8 @@ class Apart:
     def _multiplied(self, others: list, carry: Carry, x: PyTree, zeros: list | None) -> tuple[Values, list]:
         weights = dict(zip(self.names.weights, self.values.weights, strict=True))
         numbers = {id(product.equation): i for i, product in enumerate(self.products)}
-        others = [wide.astype(jnp.result_type(value)) for wide, value in zip(others, self.values.others, strict=True)]
+        wide = dict(zip(self.names.others, others, strict=True))
+        others = [value.astype(jnp.result_type(own)) for value, own in zip(others, self.values.others, strict=True)]
         names = [*self.names.others, *self.names.constants, *self.jaxpr.invars[len(self.own) :]]
         given = [*others, *self.values.constants, *jax.tree.leaves((carry, x))]
         results = []
@@ -185,7 +135,7 @@ class Apart:
         def multiply(equation, values):
             i = numbers.get(id(equation))
             if i is None:
-                return None
+                return moved_wide(equation, values, wide)
             sides = [read(values, self.products[i].operand)]
             sides.insert(self.products[i].side, weights[self.products[i].weight])
             result = lax.dot_general_p.bind(*sides, **equation.params)

@@ -19,8 +19,8 @@ from jbptt.adjoint import (
     batch_steps,
     output_cotangents,
     parallel_pullback,
-    wide_parts,
 )
+from jbptt.cells import split_readout
 from jbptt.recurrence import held, trajectory, zeros_along
 from jbptt.types import Batch, Carry, Loss, Params, PyTree, Step, align_leading, at_least_float32, split_inexact
 
@@ -89,7 +89,7 @@ def chunk_ends(num_history: int, num_steps: int, stride: int, phase: Any) -> jax
     return num_history - phase + stride * jnp.arange(1, num_chunks + 1) - 1
 
 
-def carry_back(core, wide, steps: History, outputs_bar: list, ends: jax.Array, window: Any, stride: int) -> list:
+def carry_back(core, params, steps: History, outputs_bar: list, ends: jax.Array, window: Any, stride: int) -> list:
     """M: for every step, the sum over chunks of the cotangents that reach the carry it emits.
 
     `window` may be traced: the loop then takes as many rounds as it says.
@@ -112,7 +112,8 @@ def carry_back(core, wide, steps: History, outputs_bar: list, ends: jax.Array, w
         total = [m.at[i].add(c.astype(m.dtype)) for m, c in zip(total, cotangents, strict=True)]
         at = jax.tree.map(lambda a: a[i], steps)
         own = [select(y[i], keep & (q < stride)) for y in outputs_bar]
-        _, cotangents = parallel_pullback(core, wide, at.carries, (at.xs, at.mask))((cotangents, own))
+        _, pull = parallel_pullback(core, params, at.carries, (at.xs, at.mask), ends.shape[0])
+        _, cotangents = pull((cotangents, own))
         return cotangents, total
 
     start = [zeros_along(leaf, ends.shape[0]) for leaf in leaves]
@@ -130,8 +131,8 @@ class Passed(NamedTuple):
       steps: the history and the batch's steps.
       real: the same, stand-ins where there never was a step.
       outputs_bar: `∂L` in the core's outputs of `steps`, 0 in the history.
-      core: the recurrent part as a step on (x, mask), and `wide`, its parameters.
-      wide: in float32 at least.
+      core: the recurrent part as a step on (x, mask).
+      params: its parameters.
     """
 
     sums: Sums
@@ -140,18 +141,18 @@ class Passed(NamedTuple):
     real: History
     outputs_bar: list
     core: Any
-    wide: Params
+    params: Params
 
 
 def pass_forward(step: Step, loss: Loss, params: Params, carry: Carry, batch: Batch, history: History) -> Passed:
     """Runs the batch, its readouts and its losses. Earlier steps stay as they are cached, never replayed."""
-    core, _, wide = wide_parts(step, params)
-    carry, (carries, outputs) = trajectory(core, wide, carry, batch.xs, batch.mask, batch_steps(batch))
+    core, _ = split_readout(step)
+    carry, (carries, outputs) = trajectory(core, params, carry, batch.xs, batch.mask, batch_steps(batch))
     sums, cotangents = output_cotangents(step, loss, params, outputs, batch)
     steps = extend(history, carries, batch)
     num_history = history.mask.shape[0]
     outputs_bar = [jnp.concatenate([zeros_along(y, num_history), y]) for y in cotangents]
-    return Passed(sums, carry, steps, with_stand_ins(steps, num_history), outputs_bar, held(core), wide)
+    return Passed(sums, carry, steps, with_stand_ins(steps, num_history), outputs_bar, held(core), params)
 
 
 def overlapping_sums(passed: Passed, num_history: int, phase: Any, *, window: Any, stride: int) -> Sums:
@@ -161,8 +162,10 @@ def overlapping_sums(passed: Passed, num_history: int, phase: Any, *, window: An
     Earlier steps are linearised at the given parameters on their cached (carry, x).
     Time O(T·window/stride) step derivatives in `window` rounds, memory O(T + history).
     """
-    _, _, _, real, outputs_bar, core, wide = passed
-    ends = chunk_ends(num_history, real.mask.shape[0] - num_history, stride, phase)
-    total = carry_back(core, wide, real, outputs_bar, ends, window, stride)
-    grad, _ = parallel_pullback(core, wide, real.carries, (real.xs, real.mask))((total, outputs_bar))
+    _, _, _, real, outputs_bar, core, params = passed
+    num_steps = real.mask.shape[0]
+    ends = chunk_ends(num_history, num_steps - num_history, stride, phase)
+    total = carry_back(core, params, real, outputs_bar, ends, window, stride)
+    _, pull = parallel_pullback(core, params, real.carries, (real.xs, real.mask), num_steps)
+    grad, _ = pull((total, outputs_bar))
     return passed.sums._replace(grad=jax.tree.map(jnp.add, passed.sums.grad, grad))

@@ -1,11 +1,31 @@
 """Float64 everywhere, quick compilation, no program outlives its module, the whole suite in two processes."""
 
 import os
+import subprocess
+import sys
 
 import jax
 import pytest
 
 jax.config.update("jax_enable_x64", True)
+
+QUICK_CODE = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+
+
+def _generate_code_quickly():
+    """Two thirds of the time to compile. Tried in another process: an XLA without these flags ends the process."""
+    given = os.environ.get("XLA_FLAGS", "")
+    if os.environ.get("JBPTT_FULL") == "1" or QUICK_CODE in given:
+        return
+    environment = os.environ | {"XLA_FLAGS": f"{given} {QUICK_CODE}"}
+    if subprocess.run(
+        [sys.executable, "-c", "import jax; jax.devices()"], env=environment, capture_output=True
+    ).returncode:
+        return
+    os.environ.update(environment)  # before the first computation; other processes inherit it
+
+
+_generate_code_quickly()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -122,7 +122,7 @@ def test_zero_gradient_and_no_weight():
 
 def test_vmap_is_a_loop():
     step, loss, params, carry, batch = linear_problem(0.5)
-    scales = jnp.array([0.6, 2.0, jnp.nan])
+    scales = jnp.array([0.6, 2.02, jnp.nan])  # at 2 the slope is 0 but for rounding
     scaled = lambda scale: {**params, "w_h": params["w_h"] * scale}
     run = lambda scale: diagnose(step, loss, scaled(scale), carry, batch, measure=False)
     together = jax.jit(jax.vmap(run))(scales)

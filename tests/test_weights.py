@@ -230,6 +230,36 @@ def test_a_gradient_is_not_rounded_to_a_cast():
         assert np.mean(grad == grad.astype(jnp.bfloat16)) < 0.5
 
 
+@pytest.mark.parametrize("stored", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("make", [full_bptt, partial(truncated_bptt, window=8, stride=4)])
+def test_what_is_repeated_adds_up_in_float32(make, stored):
+    """Over a thousand examples at once: biases, a factor, a row of a table; in bfloat16 or cast to it in the step."""
+
+    def core(p, h, x):
+        p = jax.tree.map(lambda a: a.astype(h.dtype), p)
+        h = jnp.tanh(h * p["factor"] + x @ p["x"] + p["b"][:HIDDEN] + p["table"][0])
+        return h, h
+
+    def readout(p, h):
+        return h + p["b"][HIDDEN:].astype(h.dtype)
+
+    params = {"x": W_X, "b": draw(2 * HIDDEN), "factor": draw(HIDDEN) / 4, "table": draw(3, HIDDEN)}
+    xs, targets = draw(16, 1024, INPUT), jnp.full((16, 1024, HIDDEN), 2.0)
+    cast = lambda tree, dtype: jax.tree.map(lambda a: a.astype(dtype), tree)
+    rounded = cast((params, xs, targets), jnp.bfloat16)
+
+    def gradient(stored, dtype):
+        params, xs, targets = cast(rounded[0], stored), *cast(rounded[1:], dtype)
+        estimator = make(cells.with_readout(core, readout), squared_error)
+        batch, carry = Batch(xs, targets), jnp.zeros((1024, HIDDEN), dtype)
+        return jax.jit(lambda p: estimator.update(p, estimator.init(p, carry, batch), batch)[0].grads)(params)
+
+    low, high = gradient(stored, jnp.bfloat16), gradient(jnp.float64, jnp.float64)
+    for name in params:
+        error = np.linalg.norm(np.asarray(low[name], float) - high[name]) / np.linalg.norm(high[name])
+        assert low[name].dtype == jnp.float32 and error < 0.005, (name, error)
+
+
 def test_effects_take_place_once_a_step():
     """In the forward pass; once more where a segment is computed again."""
     seen = []

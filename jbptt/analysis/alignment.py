@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jbptt import validation
-from jbptt.adjoint import loss_weights, output_cotangents, parallel_pullback, split_inexact, wide_parts
+from jbptt.adjoint import loss_weights, output_cotangents, parallel_pullback, split_inexact
 from jbptt.analysis.jacobians import check_differentiable
+from jbptt.cells import split_readout
 from jbptt.norms import norm, scaled_norm, unit
 from jbptt.recurrence import held, is_inexact, times_gate, trajectory
 from jbptt.types import Batch, Carry, Loss, Params, Step, align_leading, at_least_float32
@@ -201,8 +202,8 @@ def adjoint_alignment(
     validation.check_carry_batch(carry, batch_shape, "the alignment is measured per example")
     check_differentiable(carry)
     max_lag = check_max_lag(max_lag, num_steps)
-    core, _, wide = wide_parts(step, params)
-    _, (carries, outputs) = trajectory(core, wide, carry, batch.xs, batch.mask, num_steps)
+    core, _ = split_readout(step)
+    _, (carries, outputs) = trajectory(core, params, carry, batch.xs, batch.mask, num_steps)
     _, outputs_bar = output_cotangents(step, loss, params, outputs, batch)
     steps = carries, (batch.xs, batch.mask)
     like, _ = split_inexact(carries)
@@ -211,11 +212,12 @@ def adjoint_alignment(
         return [v.astype(leaf.dtype) for v, leaf in zip(vectors, like, strict=True)]
 
     def pull_one(step_s, direction):
-        one = parallel_pullback(held(core), wide, *jax.tree.map(lambda a: a[None], step_s))
+        carry_s, inputs_s = jax.tree.map(lambda a: a[None], step_s)
+        _, one = parallel_pullback(held(core), params, carry_s, inputs_s, 1)
         silent = [jnp.zeros_like(a[:1]) for a in outputs_bar]
         return [c[0] for c in one(([d[None] for d in narrow(direction)], silent))[1]]
 
-    pull = parallel_pullback(held(core), wide, *steps)
+    _, pull = parallel_pullback(held(core), params, *steps, num_steps)
 
     def pull_all(one_on, outputs_bar):
         cotangents = pull((narrow(one_on), outputs_bar))[1]

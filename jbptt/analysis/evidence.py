@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jbptt.adjoint import batch_steps, output_cotangents, wide_parts
+from jbptt.adjoint import batch_steps, output_cotangents
 from jbptt.analysis.advice import CHANGE
 from jbptt.analysis.lags import Linearised
+from jbptt.cells import split_readout
 from jbptt.decay import slope_of
 from jbptt.norms import norm, scaled_norm, unit
 from jbptt.recurrence import held, trajectory
@@ -103,11 +104,11 @@ def leading_exponent(
     spread is the standard deviation over examples. One backward pass; `carries` are the inexact leaves of
     the carries that enter the steps (`Linearised.carries`).
     """
-    core, _, wide = wide_parts(step, params)
+    core, _ = split_readout(step)
     num_steps, ndim = batch_steps(batch), len(batch_shape)
     leaves, structure = jax.tree.flatten(carry)
     if len(leaves) > len(carries):  # integers and keys have a path of their own
-        _, (path, _) = trajectory(core, wide, carry, batch.xs, batch.mask, num_steps)
+        _, (path, _) = trajectory(core, params, carry, batch.xs, batch.mask, num_steps)
     else:
         path = structure.unflatten(carries)
     random = np.random.default_rng(0)
@@ -115,7 +116,7 @@ def leading_exponent(
     def back(cotangents, inputs):
         carry_t, *more = inputs
         leaves, rebuild = split_inexact(carry_t)
-        pull = jax.vjp(lambda leaves: split_inexact(held(core)(wide, rebuild(leaves), more)[0])[0], leaves)[1]
+        pull = jax.vjp(lambda leaves: split_inexact(held(core)(params, rebuild(leaves), more)[0])[0], leaves)[1]
         (cotangents,) = pull(cotangents)
         growth = norm(cotangents, ndim)
         return [unit(c, growth).astype(c.dtype) for c in cotangents], growth

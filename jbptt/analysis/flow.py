@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from jbptt import validation
-from jbptt.adjoint import batch_steps, gradient_sums, segment_sums, weighted_losses, wide_parts
+from jbptt.adjoint import batch_steps, gradient_sums, segment_sums, weighted_losses
 from jbptt.analysis.lags import linearise, scan_lags
+from jbptt.cells import split_readout
 from jbptt.norms import leafwise, norm, scaled_norm, unit
 from jbptt.recurrence import held, scan_steps, steps_from, zeros_along
 from jbptt.types import Batch, Carry, Loss, Params, Step, is_inexact, split_inexact, weighted_mean
@@ -36,21 +37,21 @@ def adjoints(
     One forward and one backward pass; memory O(T). Raises ValueError as `full_bptt` does.
     """
     validation.check_problem(step, loss, params, carry, batch, gates)
-    core, readout, wide = wide_parts(step, params)
+    core, readout = split_readout(step)
     leaves, rebuild = split_inexact(carry)
     num_steps = batch_steps(batch)
 
-    def nudged(wide, carry, inputs):
+    def nudged(params, carry, inputs):
         x, mask, nudge = inputs
-        after, outputs = held(core)(wide, carry, (x, mask))
+        after, outputs = held(core)(params, carry, (x, mask))
         after_leaves, rebuild = split_inexact(after)
         after = rebuild([leaf + e for leaf, e in zip(after_leaves, nudge, strict=True)])
         return after, (after, outputs)
 
     def run(leaves, nudges):
         xs = (batch.xs, batch.mask, nudges)
-        _, (carries, outputs) = scan_steps(nudged, wide, rebuild(leaves), xs, gates, None, num_steps)
-        ys = jax.vmap(partial(readout, wide), axis_size=num_steps)(outputs)
+        _, (carries, outputs) = scan_steps(nudged, params, rebuild(leaves), xs, gates, None, num_steps)
+        ys = jax.vmap(partial(readout, params), axis_size=num_steps)(outputs)
         value, (weight, _) = weighted_losses(loss, ys, batch)
         return weighted_mean(value, weight), carries
 

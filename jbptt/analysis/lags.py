@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from jbptt import validation
-from jbptt.adjoint import batch_steps, gradient_sums, loss_weights, output_cotangents, parallel_pullback, wide_parts
+from jbptt.adjoint import batch_steps, gradient_sums, loss_weights, output_cotangents, parallel_pullback
+from jbptt.cells import split_readout
 from jbptt.norms import compared_leafwise, compared_with, leafwise, norm
 from jbptt.recurrence import held, times_gate, trajectory
 from jbptt.types import Batch, Carry, Loss, Params, Step, align_leading, split_inexact, weighted_mean
@@ -79,11 +80,12 @@ class Linearised(NamedTuple):
 
 def linearise(step: Step, loss: Loss, params: Params, carry: Carry, batch: Batch, batch_shape: tuple) -> Linearised:
     """Runs forward once and linearises every step at its own carry."""
-    core, _, wide = wide_parts(step, params)
-    _, (carries, outputs) = trajectory(core, wide, carry, batch.xs, batch.mask, batch_steps(batch))
+    core, _ = split_readout(step)
+    num_steps = batch_steps(batch)
+    _, (carries, outputs) = trajectory(core, params, carry, batch.xs, batch.mask, num_steps)
     sums, outputs_bar = output_cotangents(step, loss, params, outputs, batch)
-    pull = parallel_pullback(held(core), wide, carries, (batch.xs, batch.mask))
-    weights = loss_weights(batch, jnp.zeros((batch_steps(batch), *batch_shape)))
+    _, pull = parallel_pullback(held(core), params, carries, (batch.xs, batch.mask), num_steps)
+    weights = loss_weights(batch, jnp.zeros((num_steps, *batch_shape)))
     return Linearised(pull, outputs_bar, split_inexact(carries)[0], carries, outputs, sums.grad, weights)
 
 

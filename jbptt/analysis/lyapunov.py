@@ -32,7 +32,7 @@ class LyapunovSpectrum(NamedTuple):
 
     Attributes:
       exponents: `[k]`. −inf where the Jacobians are singular to rounding: a regular spread of more than 13 nats per
-        interval is so in float32, while one step alone that is singular in a general position is not seen there.
+        interval is so in float32, while one step alone that is singular in a general position may not be seen there.
       standard_errors: `[k]`, by batch means over the kept steps: how far a trajectory of this length
         scatters about an infinitely long one, not how far rounding moves both. NaN with fewer than two intervals; 0
         for an exponent of −inf.

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jbptt.adjoint import wide_parts
+from jbptt.cells import split_readout
 from jbptt.norms import norm
 from jbptt.recurrence import held
 from jbptt.types import Batch, Carry, Params, Step, align_leading, split_inexact
@@ -53,8 +53,8 @@ def stays_zero(step: Step, params: Params, carries: Carry, batch: Batch) -> list
       carries: what enters the steps, leaves `[T, ...]`.
       batch: its inputs and mask.
     """
-    core, _, wide = wide_parts(step, params)
-    leaves, rebuild = split_inexact((wide, carries, batch.xs))
+    core, _ = split_readout(step)
+    leaves, rebuild = split_inexact(jax.tree.map(jnp.asarray, (params, carries, batch.xs)))
 
     def emitted(size):
         moved = [_nudged(leaf, jax.random.key(i), size) for i, leaf in enumerate(leaves)]

@@ -43,6 +43,7 @@ CLOSEST = {
     "jbptt/cells.py": ("test_by_hand", "test_generated", "test_tasks", "test_torch"),
     "jbptt/recurrence.py": ("test_by_hand", "test_unroll", "test_batches", "test_memory", "test_analysis"),
     "jbptt/truncation.py": ("test_truncation", "test_randomized", "test_gradients"),
+    "jbptt/programs.py": ("test_weights", "test_by_hand"),
     "jbptt/weights.py": ("test_weights", "test_by_hand"),
     "jbptt/loops.py": ("test_weights", "test_by_hand"),
     "jbptt/division.py": ("test_configurations",),

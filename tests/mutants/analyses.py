@@ -32,7 +32,7 @@ ANALYSES = (
         "rebuild(leaves), xs, gates, None, num_steps)",
         "rebuild(leaves), xs, None, None, num_steps)",
     ),
-    Mutant("adjoints_ignore_the_mask", FLOW, "held(core)(wide, carry, (x, mask))", "core(wide, carry, x)"),
+    Mutant("adjoints_ignore_the_mask", FLOW, "held(core)(params, carry, (x, mask))", "core(params, carry, x)"),
     Mutant("flow_is_weighted", FLOW, "plain = batch._replace(weights=None)", "plain = batch"),
     Mutant("flow_is_no_root_mean_square", FLOW, "/ jnp.sqrt(jnp.maximum(count, 1))", "/ jnp.maximum(count, 1)"),
     Mutant("flow_counts_the_source_examples", FLOW, "count = jnp.roll(counted, -lag)", "count = counted"),

@@ -226,15 +226,15 @@ CORE = (
     ),
     Mutant(
         "weight_gradient_adds_up_narrow",
-        ADJOINT,
-        "jax.tree.map(lambda a: jnp.asarray(a) if is_wide(a) else at_least_float32(a), params)",
-        "params",
+        "jbptt/programs.py",
+        "    if name in REPEATS and any(known):",
+        "    if False:",
     ),
     Mutant(
         "readout_sees_the_whole_segment",
         ADJOINT,
-        "jax.vmap(partial(readout, params), axis_size=batch_steps(batch))(outputs)",
-        "readout(params, outputs)",
+        "jax.vmap(partial(step, params), axis_size=num_steps)(carries, inputs)",
+        "step(params, carries, inputs)",
     ),
     Mutant(
         "weight_zero_leaks",

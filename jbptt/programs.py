@@ -1,0 +1,94 @@
+"""A function as a program: read, laid open, and evaluated equation by equation, some of them differently."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
+
+from jbptt.types import PyTree
+
+Values = dict[Any, Any]  # by variable
+
+# Cheaper to compute again from one array than to write and read it.
+# fmt: off
+CHEAP = frozenset((
+    "abs", "add", "add_any", "and", "broadcast_in_dim", "concatenate", "conj", "convert_element_type", "copy", "eq",
+    "expand_dims", "ge", "gt", "imag", "integer_pow", "is_finite", "le", "lt", "max", "min", "mul", "ne", "neg",
+    "not", "or", "pad", "pcast", "pvary", "real", "reduce_precision", "reshape", "rev", "select_n", "sign", "slice",
+    "split", "square", "squeeze", "stop_gradient", "sub", "transpose", "xor",
+))
+# What only moves or repeats the numbers of its first argument.
+MOVES = frozenset((
+    "broadcast_in_dim", "dynamic_slice", "gather", "reshape", "rev", "slice", "split", "squeeze", "transpose",
+))
+# Repeat an axis of one as often as the other argument has it.
+REPEATS = frozenset(("add", "atan2", "div", "max", "min", "mul", "pow", "rem", "sub"))
+# fmt: on
+
+
+def read(values: Values, atom: Any) -> Any:
+    """What stands for a variable or a literal."""
+    return atom.val if isinstance(atom, Literal) else values[atom]
+
+
+def evaluate(jaxpr: Jaxpr, equations: list[JaxprEqn], values: Values, replace: Callable | None = None) -> Values:
+    """Adds what the equations compute to `values`; where `replace(equation, values)` gives results, they count."""
+    for equation in equations:
+        found = None if replace is None else replace(equation, values)
+        if found is None:
+            names = list(dict.fromkeys(v for v in equation.invars if not isinstance(v, Literal)))
+            alone = jaxpr.replace(
+                constvars=[], invars=names, outvars=equation.outvars, eqns=[equation], effects=equation.effects
+            )
+            found = jaxpr_as_fun(ClosedJaxpr(alone, []))(*(values[name] for name in names))
+        values.update(zip(equation.outvars, found, strict=True))
+    return values
+
+
+def _run_inlined(jaxpr: Jaxpr, consts: Any, *given: Any) -> list:
+    """Runs a program with its inner `jit`s, in which a product would be hidden, laid open."""
+
+    def enter(equation, values):
+        if equation.primitive.name != "jit":
+            return None
+        inner = equation.params["jaxpr"]
+        return _run_inlined(inner.jaxpr, inner.consts, *(read(values, atom) for atom in equation.invars))
+
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *given], strict=True))
+    values = evaluate(jaxpr, jaxpr.eqns, values, enter)
+    return [read(values, atom) for atom in jaxpr.outvars]
+
+
+def inlined(function: Callable, *arguments: Any) -> tuple[ClosedJaxpr, PyTree]:
+    """The program of `function(*arguments)` over leaves, without inner `jit`s, and the shapes of its result."""
+    leaves, structure = jax.tree.flatten(arguments)
+    whole, result = jax.make_jaxpr(lambda *a: function(*structure.unflatten(a)), return_shape=True)(*leaves)
+    return jax.make_jaxpr(lambda *a: _run_inlined(whole.jaxpr, whole.consts, *a))(*leaves), result
+
+
+def moved_wide(equation: JaxprEqn, values: Values, wide: Values) -> list | None:
+    """Moves, repeats and narrows what `wide` has in float32: the cotangents of all examples are then added up there."""
+    operands = [read(values, atom) for atom in equation.invars]
+    results: list[Any] = [v.aval for v in equation.outvars]
+    name, known = equation.primitive.name, [not isinstance(v, Literal) and v in wide for v in equation.invars]
+    if name == "convert_element_type" and known[0] and _is_narrower(results[0].dtype, operands[0].dtype):
+        wide[equation.outvars[0]] = wide[equation.invars[0]]
+        return None
+    if name in MOVES and known[0]:
+        moved: Any = equation.primitive.bind(wide[equation.invars[0]], *operands[1:], **equation.params)
+        moved = moved if equation.primitive.multiple_results else [moved]
+        wide.update(zip(equation.outvars, moved, strict=True))
+        return [array.astype(result.dtype) for array, result in zip(moved, results, strict=True)]
+    if name in REPEATS and any(known):
+        shape = jnp.broadcast_shapes(*map(jnp.shape, operands))
+        for i, atom in enumerate(equation.invars):
+            if known[i] and operands[i].shape != shape and _is_narrower(operands[i].dtype, wide[atom].dtype):
+                operands[i] = jnp.broadcast_to(wide[atom], shape).astype(operands[i].dtype)
+        return [equation.primitive.bind(*operands, **equation.params)]
+    return None
+
+
+def _is_narrower(dtype: Any, other: Any) -> bool:
+    return all(jnp.issubdtype(d, jnp.floating) for d in (dtype, other)) and dtype.itemsize < other.itemsize
