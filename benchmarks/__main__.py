@@ -23,11 +23,15 @@ def main(
       device: where. On CPU every core becomes a device, so that ours and theirs can be divided over them.
       out: the folder; None: benchmarks/results.
     """
+    if device == "gpu":
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs room beside JAX
     import jax
 
     jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[device])
     if device == "cpu":
         jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+    else:
+        jax.config.update("jax_default_matmul_precision", "highest")  # float32, not TF32, for everyone
     from benchmarks import results
 
     measured, figure, page = importlib.import_module(f"benchmarks.{what}").run(quick)

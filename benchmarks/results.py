@@ -54,6 +54,7 @@ def circumstances() -> dict[str, Any]:
         "num_devices": jax.device_count(),
         "num_cores": os.cpu_count(),
         "load": os.getloadavg()[0],
+        "matmul_precision": jax.config.jax_default_matmul_precision,
         "python": platform.python_version(),
         "versions": {package: _version(package) for package in PACKAGES},
     }

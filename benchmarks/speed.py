@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 import jbptt
+from benchmarks import floors
 from benchmarks.steps import run as run_any_step
 from benchmarks.timing import alternate, geometric_mean, milliseconds, ratio
 from benchmarks.work import OPPONENTS, Contestant, Work, data, our_cell, ours, squared_error
@@ -22,8 +23,8 @@ SHAPES = [
     (32, 256, 256),
     (64, 256, 512),
 ]
+ON_GPU = [(16, 1024, 768)]  # what a CPU takes minutes for
 KINDS = ["rnn", "gru", "lstm"]
-LARGEST = SHAPES[-1]
 TOLERANCE = 1e-4  # of a float32 gradient as one vector, over up to 4096 steps
 LIBRARIES = ["nnx", "linen", "haiku", "equinox"]
 
@@ -61,6 +62,7 @@ def measure(work: Work, seconds: float) -> dict[str, Any]:
         "milliseconds": {name: milliseconds(t) for name, t in times.items()},
         "rounds": len(times["jbptt"]),
         "best of ours": best,
+        "floors": floors.floors(work),
     }
     for ours_name in [name for name in times if name.startswith("jbptt")]:
         row[f"ratios to {ours_name}"] = {
@@ -184,7 +186,7 @@ def import_seconds(num_rounds: int) -> dict[str, float]:
 def run(quick: bool) -> tuple[dict[str, Any], Any, str]:
     """All rows; `quick`: the small shapes, little time for each."""
     imports = import_seconds(2 if quick else 7)
-    shapes = SHAPES[:2] if quick else SHAPES
+    shapes = SHAPES[:2] if quick else SHAPES + (ON_GPU if jax.default_backend() == "gpu" else [])
     rows = []
     for shape in shapes:
         for kind in KINDS:
@@ -204,6 +206,9 @@ def run(quick: bool) -> tuple[dict[str, Any], Any, str]:
     lines = ["| ratio, theirs over ours | |", "|---|---|"]
     lines += [f"| {name} | {value:.2f} |" for name, value in headlines.items() if value is not None]
     lines += ["", "Milliseconds, median:", "", table(rows), "", any_step_table, ""]
+    rate = f"{floors.operations_per_second() / 1e9:.0f} billion operations per second"
+    lines += [f"Floors: 2 T steps that only multiply a carry; the products at the rate of a large one ({rate}):", ""]
+    lines += [floors.table(rows), ""]
     lines += [f"Windows of 64 over {windows[0]['steps']} steps, B 1, H 64, milliseconds:", ""]
     names = windows[0]["milliseconds"]
     lines += ["| cell | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]

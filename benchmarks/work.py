@@ -233,6 +233,32 @@ def equinox(work: Work, sharded: bool = False) -> Contestant | None:
     return Contestant(differentiated(loss, params, work, sharded), expected)
 
 
+def cudnn(work: Work, sharded: bool = False) -> Contestant | None:
+    """cuDNN's LSTM as JAX calls it, on a GPU alone; its parameters are one flat array."""
+    from jax.experimental import rnn
+
+    if sharded or work.kind != "lstm" or jax.default_backend() != "gpu":
+        return None
+    layer = {"input_size": WIDTH, "hidden_size": work.hidden, "num_layers": 1, "bidirectional": False}
+    cell, given = our_cell(work)
+    params = {"w_y": given["w_y"], "b_y": given["b_y"], "flat": rnn.init_lstm_weight(jax.random.key(0), **layer)}
+
+    def loss(params, xs, targets):
+        zeros, lengths = jnp.zeros((1, xs.shape[1], work.hidden)), jnp.full(xs.shape[1], xs.shape[0], jnp.int32)
+        precision = jax.config.jax_default_matmul_precision
+        hs, _, _ = rnn.lstm(
+            xs.swapaxes(0, 1), zeros, zeros, params["flat"], lengths, dropout=0.0, precision=precision, **layer
+        )
+        return jnp.mean(squared_error(hs.swapaxes(0, 1) @ params["w_y"] + params["b_y"], targets))
+
+    def step(params, carry, x):
+        w_x, w_h, b_x, b_h = (arrays[0] for arrays in rnn.unpack_lstm_weights(params["flat"], **layer))
+        return cell.step({**params, "w_x": w_x.T, "w_h": w_h.T, "b": b_x + b_h}, carry, x)
+
+    expected = by_estimator(step, params, cell.initial_carry((work.examples,)), work)
+    return Contestant(differentiated(loss, params, work, False), expected)
+
+
 def torch(work: Work, sharded: bool = False) -> Contestant | None:
     """PyTorch with as many threads as there are cores; our parameters, so that ours must have its gradients."""
     import os
@@ -242,8 +268,10 @@ def torch(work: Work, sharded: bool = False) -> Contestant | None:
     if sharded:
         return None
     torch.set_num_threads(os.cpu_count() or 1)
-    layer = {"rnn": torch.nn.RNN, "gru": torch.nn.GRU, "lstm": torch.nn.LSTM}[work.kind](WIDTH, work.hidden)
-    head = torch.nn.Linear(work.hidden, WIDTH)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 is float32
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    layer = {"rnn": torch.nn.RNN, "gru": torch.nn.GRU, "lstm": torch.nn.LSTM}[work.kind](WIDTH, work.hidden).to(device)
+    head = torch.nn.Linear(work.hidden, WIDTH).to(device)
     _, params = our_cell(work)
     given = {k: torch.tensor(np.asarray(v)) for k, v in params.items()}
     with torch.no_grad():
@@ -253,7 +281,7 @@ def torch(work: Work, sharded: bool = False) -> Contestant | None:
         layer.bias_hh_l0.copy_(given.get("b_h", torch.zeros_like(given["b"])))
         head.weight.copy_(given["w_y"].T)
         head.bias.copy_(given["b_y"])
-    xs, targets = (torch.tensor(np.asarray(a)) for a in data(work))
+    xs, targets = (torch.tensor(np.asarray(a), device=device) for a in data(work))
     names = ["w_x", "w_h", "b", *(["b_h"] if "b_h" in params else []), "w_y", "b_y"]
     leaves = [layer.weight_ih_l0, layer.weight_hh_l0, layer.bias_ih_l0]
     leaves += [*([layer.bias_hh_l0] if "b_h" in params else []), head.weight, head.bias]
@@ -263,13 +291,23 @@ def torch(work: Work, sharded: bool = False) -> Contestant | None:
         head.zero_grad()
         loss = torch.nn.functional.mse_loss(head(layer(xs)[0]), targets)
         loss.backward()
+        if device == "cuda":
+            torch.cuda.synchronize()
         return loss.item(), dict(zip(names, [leaf.grad for leaf in leaves], strict=True))
 
     def as_ours():
         loss, grads = run()
-        return loss, {name: jnp.asarray(g.numpy().T) for name, g in grads.items()}
+        return loss, {name: jnp.asarray(g.cpu().numpy().T) for name, g in grads.items()}
 
     return Contestant(run, ours(work).run, as_ours)
 
 
-OPPONENTS = {"scan": scan, "nnx": nnx, "linen": linen, "haiku": haiku, "equinox": equinox, "torch": torch}
+OPPONENTS = {
+    "scan": scan,
+    "nnx": nnx,
+    "linen": linen,
+    "haiku": haiku,
+    "equinox": equinox,
+    "torch": torch,
+    "cudnn": cudnn,
+}

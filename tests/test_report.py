@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from problems import usual
 
 for module in ("tyro", "rich", "matplotlib", "jinja2"):
     pytest.importorskip(module)
@@ -485,8 +486,13 @@ def test_an_earlier_report_is_replaced_and_other_files_stay(quick_study, tmp_pat
     assert leftovers(tmp_path) == ["out"]
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, OSError("disk full"), MemoryError("too big")])
-@pytest.mark.parametrize("place", ["study", "page"])
+ERRORS = [KeyboardInterrupt, RuntimeError, OSError("disk full"), MemoryError("too big")]
+
+
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [*(("study", error) for error in ERRORS), *usual([("page", ERRORS[2])], [("page", error) for error in ERRORS])],
+)
 def test_a_failure_leaves_the_earlier_report_as_it_was(quick_study, monkeypatch, tmp_path, capsys, error, place):
     def fail(*args):
         raise error
