@@ -253,7 +253,8 @@ def test_every_analysis_of_one_example_runs(name):
     products = jbptt.jacobian_products(*one, spans=(1, NUM_STEPS))
     whole = functools.reduce(lambda a, j: j @ a, np.asarray(jacobians))
     assert_close(np.exp(products.log_norms[1]), np.linalg.norm(whole, 2), rtol=1e-9)
-    assert finite(jbptt.lyapunov_spectrum(*one).exponents)
+    growth = NUM_STEPS * np.sum(jbptt.lyapunov_spectrum(*one).exponents)
+    assert_close(growth, np.sum(np.linalg.slogdet(jacobians)[1]), rtol=1e-9)  # −∞ where all of a ReLU's units die
 
 
 def test_dropout_is_the_librarys_own():
@@ -424,6 +425,7 @@ def test_tokens_and_other_inputs():
             return self.cell.initialize_carry((*input_shape[:-1], INPUT), rngs)
 
     step, params, initial_carry = interop.from_nnx(Own(nnx.Rngs(0)), input_size=tokens)
+    assert initial_carry((4,)).shape == (4, HIDDEN)
     assert step(params, initial_carry((4,)), jnp.zeros(4, int))[1].shape == (4, 7)
 
     class LinenCharacters(linen.Module):
@@ -439,6 +441,7 @@ def test_tokens_and_other_inputs():
     model = LinenCharacters()
     variables = model.init(KEY, jnp.zeros(HIDDEN), jnp.zeros((), int))
     step, params, initial_carry = interop.from_linen(model, variables, input_size=tokens)
+    assert initial_carry((4,)).shape == (4, HIDDEN)
     assert step(params, initial_carry((4,)), jnp.zeros(4, int))[1].shape == (4, HIDDEN)
 
     embedded = lambda: hk.DeepRNN([hk.Embed(7, INPUT), hk.GRU(HIDDEN)])

@@ -490,10 +490,13 @@ ERRORS = [KeyboardInterrupt, RuntimeError, OSError("disk full"), MemoryError("to
 
 
 @pytest.mark.parametrize(
-    ("place", "error"),
+    "failure",
     [*(("study", error) for error in ERRORS), *usual([("page", ERRORS[2])], [("page", error) for error in ERRORS])],
+    ids=str,
 )
-def test_a_failure_leaves_the_earlier_report_as_it_was(quick_study, monkeypatch, tmp_path, capsys, error, place):
+def test_a_failure_leaves_the_earlier_report_as_it_was(quick_study, monkeypatch, tmp_path, capsys, failure):
+    place, error = failure
+
     def fail(*args):
         raise error
 
