@@ -37,9 +37,9 @@ def gradients(kind: str, steps: int) -> dict[str, dict[str, np.ndarray]]:
     return {name: {k: np.asarray(g, float) for k, g in grads.items()} for name, grads in found.items()}
 
 
-def error(found: dict[str, np.ndarray], exact: dict[str, np.ndarray]) -> float:
-    """Of the recurrent weights."""
-    return float(np.linalg.norm(found["w_h"] - exact["w_h"]) / np.linalg.norm(exact["w_h"]))
+def error(found: dict[str, np.ndarray], exact: dict[str, np.ndarray], name: str) -> float:
+    """Of one parameter."""
+    return float(np.linalg.norm(found[name] - exact[name]) / np.linalg.norm(exact[name]))
 
 
 def picture(rows: list[dict[str, Any]]) -> Any:
@@ -69,8 +69,13 @@ def run(quick: bool) -> tuple[dict[str, Any], Any, str]:
     for kind in ("rnn", "lstm"):
         for steps in LENGTHS[:2] if quick else LENGTHS:
             found = gradients(kind, steps)
-            own = {name: error(found[name], found["exact"]) for name in ("jbptt", "plain scan")}
+            own = {name: error(found[name], found["exact"], "w_h") for name in ("jbptt", "plain scan")}
+            own |= {f"{name}, b": error(found[name], found["exact"], "b") for name in ("jbptt", "plain scan")}
             rows.append({"kind": kind, "steps": steps, **own})
-    lines = ["| cell | steps | jbptt | plain scan |", "|---|---|---|---|"]
-    lines += [f"| {r['kind']} | {r['steps']} | {r['jbptt']:.3%} | {r['plain scan']:.2%} |" for r in rows]
+    lines = ["| cell | steps | jbptt, w_h | plain scan, w_h | jbptt, b | plain scan, b |", "|---|---|---|---|---|---|"]
+    lines += [
+        f"| {r['kind']} | {r['steps']} | {r['jbptt']:.3%} | {r['plain scan']:.2%} | {r['jbptt, b']:.3%} | "
+        f"{r['plain scan, b']:.2%} |"
+        for r in rows
+    ]
     return {"rows": rows}, picture(rows), "\n".join(lines)

@@ -34,6 +34,7 @@ from problems import assert_close, assert_same_bits, one_update, squared_error, 
 
 import jbptt
 from jbptt import Batch, interop, testing
+from jbptt.interop import calls
 
 LENGTHS = np.array([5, 1, 3])  # of the examples
 MASK = np.arange(NUM_STEPS)[:, None] < LENGTHS
@@ -289,6 +290,11 @@ def test_equinox_keys_are_split_once_a_step():
             assert_close(ys[t, example], y, rtol=1e-14)
 
 
+def numbers(keys):
+    """What a module's keys are made of, counters included."""
+    return [np.asarray(jax.random.key_data(leaf) if calls.is_key(leaf) else leaf) for leaf in jax.tree.leaves(keys)]
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_keys_of_the_carry(name):
     """The same at every call, others for another key; a masked example keeps its own, raw keys or typed ones."""
@@ -300,6 +306,8 @@ def test_keys_of_the_carry(name):
 
     first = ys_of(initial_carry((2,)))
     assert_same_bits(first, ys_of(initial_carry((2,))))
+    before, after = (numbers(carry[1]) for carry in (initial_carry((2,)), step(params, initial_carry((2,)), xs[0])[0]))
+    assert any(np.any(a != b) for a, b in zip(before, after, strict=True)), "every step draws the same"
     others = [ys_of(initial_carry((2,), key)) for key in (jax.random.key(1), jax.random.PRNGKey(1))]
     assert_same_bits(*others)
     assert np.any(first[0] != others[0][0])
