@@ -107,7 +107,7 @@ def parallel_pullback(
     """All steps at once, each at its own cached (carry, input), leaves `[T, ...]`: what they return, and the way back.
 
     The way back is linear: from (cotangents of the carries emitted, cotangents of the outputs) to (gradient summed
-    over steps, in float32 at least, and cotangents of the carries received), lists over inexact leaves.
+    over steps, as `weights` forms it, and cotangents of the carries received), lists over inexact leaves.
     """
 
     def all_at_once(params, carries, inputs):

@@ -30,6 +30,10 @@ def _names(atoms: Iterable[Any]) -> list[Any]:
     return list(dict.fromkeys(v for v in atoms if not isinstance(v, Literal)))
 
 
+def _bytes(v: Any) -> int:
+    return v.aval.size * v.aval.dtype.itemsize
+
+
 def _needed(equations: list[JaxprEqn], results: list[Any]) -> list[JaxprEqn]:
     """The equations that lead to `results`, in order."""
     wanted, kept = set(_names(results)), []
@@ -166,7 +170,7 @@ class Loops:
         saved = [name for name in used if name in stacks.of or name in stacks.behind]
         emitted = [v for v in _names(names.products_bar) if v not in saved and v not in self.known]
         multiply = _with_rows_first(self.back, self.known)
-        length = _chunk(stacks.num_steps, sum(v.aval.size * v.aval.dtype.itemsize for v in emitted))
+        length = _chunk(stacks.num_steps, sum(map(_bytes, emitted)))
 
         def body(state, t):
             cotangents_t, sums = state
@@ -238,7 +242,7 @@ def _again(forward: list[JaxprEqn], wanted: list[Var], free: set[Var], kept: lis
     def is_cheap(v):
         equation = producers[v]
         unknown = [u for u in _names(equation.invars) if u not in free and u not in kept]
-        small = all(u.aval.size <= v.aval.size for u in unknown)
+        small = all(_bytes(u) <= _bytes(v) for u in unknown)
         return equation.primitive.name in CHEAP and len(unknown) <= 1 and small
 
     def visit(v):

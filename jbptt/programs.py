@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
-from jbptt.types import PyTree
+from jbptt.types import PyTree, at_least_float32
 
 Values = dict[Any, Any]  # by variable
 
@@ -23,7 +23,7 @@ CHEAP = frozenset((
 MOVES = frozenset((
     "broadcast_in_dim", "dynamic_slice", "gather", "reshape", "rev", "slice", "split", "squeeze", "transpose",
 ))
-# Repeat an axis of one as often as the other argument has it.
+# Repeat a scalar or an axis of one as often as the other argument has it.
 REPEATS = frozenset(("add", "atan2", "div", "max", "min", "mul", "pow", "rem", "sub"))
 # fmt: on
 
@@ -69,12 +69,15 @@ def inlined(function: Callable, *arguments: Any) -> tuple[ClosedJaxpr, PyTree]:
 
 
 def moved_wide(equation: JaxprEqn, values: Values, wide: Values) -> list | None:
-    """Moves, repeats and narrows what `wide` has in float32: the cotangents of all examples are then added up there."""
+    """Moves and repeats in float32 what `wide` has so; no value changes, and its cotangents add up in float32.
+
+    Results that stand for something wide are added to `wide`: moved numbers, and numbers that are cast to less.
+    """
     operands = [read(values, atom) for atom in equation.invars]
     results: list[Any] = [v.aval for v in equation.outvars]
     name, known = equation.primitive.name, [not isinstance(v, Literal) and v in wide for v in equation.invars]
-    if name == "convert_element_type" and known[0] and _is_narrower(results[0].dtype, operands[0].dtype):
-        wide[equation.outvars[0]] = wide[equation.invars[0]]
+    if name == "convert_element_type" and known[0] and is_narrower(results[0].dtype, operands[0].dtype):
+        wide[equation.outvars[0]] = at_least_float32(operands[0])
         return None
     if name in MOVES and known[0]:
         moved: Any = equation.primitive.bind(wide[equation.invars[0]], *operands[1:], **equation.params)
@@ -83,12 +86,17 @@ def moved_wide(equation: JaxprEqn, values: Values, wide: Values) -> list | None:
         return [array.astype(result.dtype) for array, result in zip(moved, results, strict=True)]
     if name in REPEATS and any(known):
         shape = jnp.broadcast_shapes(*map(jnp.shape, operands))
-        for i, atom in enumerate(equation.invars):
-            if known[i] and operands[i].shape != shape and _is_narrower(operands[i].dtype, wide[atom].dtype):
-                operands[i] = jnp.broadcast_to(wide[atom], shape).astype(operands[i].dtype)
-        return [equation.primitive.bind(*operands, **equation.params)]
+        repeated = [
+            jnp.broadcast_to(wide[atom], shape).astype(array.dtype)
+            if is_known and array.shape != shape and is_narrower(array.dtype, wide[atom].dtype)
+            else array
+            for is_known, atom, array in zip(known, equation.invars, operands, strict=True)
+        ]
+        if any(new is not old for new, old in zip(repeated, operands, strict=True)):
+            return [equation.primitive.bind(*repeated, **equation.params)]
     return None
 
 
-def _is_narrower(dtype: Any, other: Any) -> bool:
+def is_narrower(dtype: Any, other: Any) -> bool:
+    """Whether both are real floating types, and the first has fewer bytes."""
     return all(jnp.issubdtype(d, jnp.floating) for d in (dtype, other)) and dtype.itemsize < other.itemsize

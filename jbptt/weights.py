@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
-from jbptt.programs import CHEAP, Values, evaluate, inlined, moved_wide, read
+from jbptt.programs import CHEAP, MOVES, Values, evaluate, inlined, is_narrower, moved_wide, read
 from jbptt.types import Carry, Params, PyTree, Step, at_least_float32, float32_at_least, is_inexact
 
 
@@ -105,7 +105,7 @@ class Apart:
     params: Params
     jaxpr: Jaxpr
     own: list[Var]  # the parameters, leaf by leaf
-    before: Callable[[Params], Values]  # evaluates what depends on the parameters alone
+    before: Callable[..., Values]  # evaluates what depends on the parameters alone
     late: list[JaxprEqn]  # all else
     products: list[Product]
     cast_from: Values  # for a parameter in another floating type, that parameter
@@ -177,12 +177,14 @@ class Apart:
             into = grads if name in grads else derived
             into[name] = into[name] + bar.astype(into[name].dtype) if name in into else bar
         if derived:
-            made, pull = jax.vjp(lambda params: list(map(self.before(params).__getitem__, derived)), self.params)
+
+            def again(wide):
+                narrow = [a.astype(jnp.result_type(leaf)) for a, leaf in zip(wide, leaves, strict=True)]
+                return list(map(self.before(narrow, wide).__getitem__, derived))
+
+            made, pull = jax.vjp(again, list(map(at_least_float32, leaves)))
             (more,) = pull([bar.astype(value.dtype) for bar, value in zip(derived.values(), made, strict=True)])
-            grads = {
-                name: grads[name] + bar.astype(grads[name].dtype)
-                for name, bar in zip(self.own, jax.tree.leaves(more), strict=True)
-            }
+            grads = {name: grads[name] + bar for name, bar in zip(self.own, more, strict=True)}
         return structure.unflatten(grads.values())
 
 
@@ -204,11 +206,18 @@ def _weight_side(equation: JaxprEqn, fixed: set, learned: set) -> int | None:
 def _worth_hoisting(equations: list[JaxprEqn], weights: set[Var]) -> tuple[list[JaxprEqn], list[JaxprEqn]]:
     """Those that lead to a weight or to something dear; the others cost nothing where they stand.
 
-    A bias that is only broadcast is so a parameter itself, whose gradient adds up in float32.
+    A bias that is only moved or repeated is so a parameter itself, whose gradient adds up in float32. In half
+    precision that takes all but moves and casts out of the loop: what comes of them adds up in float32.
     """
+
+    def costs(equation):
+        narrow = any(is_narrower(v.aval.dtype, jnp.dtype(jnp.float32)) for v in equation.outvars)
+        name = equation.primitive.name
+        return name not in CHEAP or (narrow and name not in MOVES and name != "convert_element_type")
+
     wanted, early, cheap = set(weights), [], []
     for equation in reversed(equations):
-        if wanted.intersection(equation.outvars) or equation.primitive.name not in CHEAP:
+        if wanted.intersection(equation.outvars) or costs(equation):
             wanted.update(v for v in equation.invars if not isinstance(v, Literal))
             early.append(equation)
         else:
@@ -241,11 +250,13 @@ def take_apart(step: Step, params: Params, carry: Carry, x: PyTree) -> Apart:
     weights = list(dict.fromkeys(product.weight for product in products))
     names = Fixed(weights, others, [v for v in used if v not in others])
 
-    def before(params):
-        given = [*closed.consts, *jax.tree.leaves(params)]
-        return evaluate(jaxpr, early, dict(zip([*jaxpr.constvars, *own], given, strict=True)))
+    def before(leaves, wide=()):
+        known = dict(zip(own, wide, strict=bool(wide)))
+        values = dict(zip([*jaxpr.constvars, *own], [*closed.consts, *leaves], strict=True))
+        values = evaluate(jaxpr, early, values, lambda equation, values: moved_wide(equation, values, known))
+        return {**values, **known}
 
-    values = jax.tree.map(before(params).__getitem__, names)
+    values = jax.tree.map(before(jax.tree.leaves(params)).__getitem__, names)
     cast_from: Values = {}
     for equation in early:
         if equation.primitive is lax.convert_element_type_p:
