@@ -105,7 +105,7 @@ class Apart:
     params: Params
     jaxpr: Jaxpr
     own: list[Var]  # the parameters, leaf by leaf
-    before: Callable[..., Values]  # evaluates what depends on the parameters alone
+    before: Callable[..., Values]  # of the parameters' leaves: what depends on them alone; wide, if given wide
     late: list[JaxprEqn]  # all else
     products: list[Product]
     cast_from: Values  # for a parameter in another floating type, that parameter
