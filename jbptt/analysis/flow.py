@@ -85,7 +85,7 @@ def gradient_flow(
         F[t, s] = RMS over examples of ‖∂ℓ_t/∂carries[s]‖,   s ≤ t,   0 above the diagonal
 
     ℓ_t is unweighted; examples masked at t do not count. All T adjoints advance side by side, one lag at
-    a time: T rounds of T step derivatives; memory O(T) carries and the `[T, T]` result. With `per_leaf`, a
+    a time: T rounds of at most T step derivatives; memory O(T) carries and the `[T, T]` result. With `per_leaf`, a
     list of such matrices, one for each inexact leaf of the carry (in the order of `jax.tree.leaves`).
 
     Raises:
@@ -99,17 +99,17 @@ def gradient_flow(
 
     norm_fn = leafwise(norm) if per_leaf else norm
 
-    def read(state, lag, cotangents, _):
-        count = jnp.roll(counted, -lag)  # the examples of loss t = s + lag
+    def read(state, lag, left, cotangents, _):
+        count = jnp.roll(counted, -lag)[:left]  # the examples of loss t = s + lag
 
-        def mean_square_root(norms):
-            norms = jnp.broadcast_to(norms, (num_steps, *batch_shape)).reshape(num_steps, -1)
-            return jnp.where(count > 0, norm(norms, 1) / jnp.sqrt(jnp.maximum(count, 1)), 0)
+        def mean_square_root(size):  # of all examples together; those that are masked add 0
+            rms = jnp.where(count > 0, size / jnp.sqrt(jnp.maximum(count, 1)), 0)
+            return jnp.concatenate([rms, jnp.zeros(num_steps - left, rms.dtype)])
 
-        return state, jax.tree.map(mean_square_root, norm_fn(cotangents, 1 + len(batch_shape)))
+        return state, jax.tree.map(mean_square_root, norm_fn(cotangents, 1))
 
     gates = None if gates is None else jnp.asarray(gates)
-    by_lag = scan_lags(problem, gates, num_steps, read, None)
+    by_lag = scan_lags(problem, gates, num_steps, read, None, num_stages=8)
     t, s = jnp.arange(num_steps)[:, None], jnp.arange(num_steps)[None, :]
     return jax.tree.map(lambda rows: jnp.where(s <= t, rows[jnp.maximum(t - s, 0), s], 0), by_lag)
 
