@@ -3,6 +3,7 @@
 import functools
 import subprocess
 import sys
+import time
 from typing import Any
 
 import jax
@@ -45,9 +46,17 @@ def contestants(work: Work) -> dict[str, Contestant]:
     return {name: one for name, one in found.items() if one is not None}
 
 
+def first_call(one: Contestant) -> float:
+    """Seconds to the first result: tracing, compiling and one run."""
+    start = time.perf_counter()
+    jax.block_until_ready(one.run())
+    return time.perf_counter() - start
+
+
 def measure(work: Work, seconds: float) -> dict[str, Any]:
     """One row of the table: times, and ratios to ours. Raises where gradients differ."""
     runs = contestants(work)
+    first = {name: first_call(one) for name, one in runs.items()}
     for name, one in runs.items():
         if not (error := one.disagreement()) <= TOLERANCE:
             raise SystemExit(f"{work.name}: the gradient of {name} is {error:.2g} off; nothing was timed.")
@@ -61,6 +70,7 @@ def measure(work: Work, seconds: float) -> dict[str, Any]:
         "hidden": work.hidden,
         "milliseconds": {name: milliseconds(t) for name, t in times.items()},
         "rounds": len(times["jbptt"]),
+        "seconds to the first result": first,
         "best of ours": best,
         "floors": floors.floors(work),
     }
@@ -132,12 +142,12 @@ def picture(rows: list[dict[str, Any]]) -> Any:
     return figure
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Milliseconds of everyone, in Markdown."""
-    names = list(dict.fromkeys(name for row in rows for name in row["milliseconds"]))
+def table(rows: list[dict[str, Any]], quantity: str) -> str:
+    """A quantity of everyone, in Markdown, the smallest in bold."""
+    names = list(dict.fromkeys(name for row in rows for name in row[quantity]))
     lines = ["| cell | B | T | H | " + " | ".join(names) + " |", "|---" * (len(names) + 4) + "|"]
     for row in rows:
-        times = row["milliseconds"]
+        times = row[quantity]
         best = min(times.values())
         shown = [
             f"**{times[n]:.2f}**" if times.get(n) == best else f"{times[n]:.2f}" if n in times else "–" for n in names
@@ -200,15 +210,19 @@ def run(quick: bool) -> tuple[dict[str, Any], Any, str]:
     for of_kind in windows:
         over = of_kind["over one at once"]
         headlines[f"{of_kind['kind']}, windows side by side over one at once"] = over["default"]["median"]
+    first = [row["seconds to the first result"] for row in rows]
+    headlines["first call, jbptt over plain scan"] = geometric_mean([one["jbptt"] / one["scan"] for one in first])
     headlines["import jax, optax, jbptt over import jax, optax"] = imports["jbptt"] / imports["jax, optax"]
     headlines["the same, and an estimator and diagnose asked for"] = imports["jbptt in use"] / imports["jax, optax"]
     results = {"summary": headlines, "rows": rows, "any step": any_step, "windows": windows, "import seconds": imports}
     lines = ["| ratio, theirs over ours | |", "|---|---|"]
     lines += [f"| {name} | {value:.2f} |" for name, value in headlines.items() if value is not None]
-    lines += ["", "Milliseconds, median:", "", table(rows), "", any_step_table, ""]
+    lines += ["", "Milliseconds, median:", "", table(rows, "milliseconds"), "", any_step_table, ""]
     rate = f"{floors.operations_per_second() / 1e9:.0f} billion operations per second"
     lines += [f"Floors: 2 T steps that only multiply a carry; the products at the rate of a large one ({rate}):", ""]
     lines += [floors.table(rows), ""]
+    lines += ["Seconds to the first result (tracing, compiling, one run):", ""]
+    lines += [table(rows, "seconds to the first result"), ""]
     lines += [f"Windows of 64 over {windows[0]['steps']} steps, B 1, H 64, milliseconds:", ""]
     names = windows[0]["milliseconds"]
     lines += ["| cell | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
