@@ -121,7 +121,7 @@ def lyapunov(quick: bool) -> tuple[str, dict[str, Callable]]:
         return sums / steps
 
     @jax.jit
-    def decompositions(w):  # the floor under both
+    def decompositions(w):  # as many of them, by the same routine
         def body(frame, _):
             frame, upper = jnp.linalg.qr(frame + w)
             return frame, jnp.diagonal(upper)

@@ -26,7 +26,7 @@ from jbptt import (
     truncation_curve,
     unroll,
 )
-from jbptt.analysis import lags
+from jbptt.analysis import flow
 
 NUM_STEPS = 6
 BATCH = (EXAMPLES,)
@@ -42,16 +42,16 @@ class Case(NamedTuple):
     weights: np.ndarray | None = None
     gates: np.ndarray | None = None
     num_steps: int = NUM_STEPS
-    shortest_stage: int = lags.SHORTEST_STAGE  # 1: the lags in stages that leave the last steps out
+    stage_length: int = NUM_STEPS  # of gradient_flow
 
 
 CASES = {
     "rnn": Case("tanh"),
     "rnn, one step": Case("tanh+readout", num_steps=1),
     "gru, interior padding": Case("gru", mask=MASK),
-    "gru with resets, weights, gates": Case("gru+reset", weights=WEIGHTS, gates=GATES, shortest_stage=1),
+    "gru with resets, weights, gates": Case("gru+reset", weights=WEIGHTS, gates=GATES, stage_length=2),
     "lstm, padding of whole steps": Case("lstm", mask=MASK[:, 1], weights=WEIGHTS[:, 0]),
-    "lstm with readout, all per example": Case("lstm+readout", MASK, WEIGHTS, EXAMPLE_GATES, shortest_stage=1),
+    "lstm with readout, all per example": Case("lstm+readout", MASK, WEIGHTS, EXAMPLE_GATES, stage_length=4),
     "rnn with readout, T = B": Case("tanh+readout", MASK[:3], WEIGHTS[:3], EXAMPLE_GATES[1:4], num_steps=3),
 }
 
@@ -149,7 +149,7 @@ def analyses(name):
             truncation_curve(*common, max_window=case.num_steps + 2, gates=case.gates, per_leaf=True),
         )
 
-    with mock.patch.object(lags, "SHORTEST_STAGE", case.shortest_stage):
+    with mock.patch.object(flow, "stage_length", lambda num_steps: case.stage_length):
         return run(params, carry, spoil_padding(batch))
 
 

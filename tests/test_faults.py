@@ -163,7 +163,7 @@ FAULTS = [
         None,
         lambda e: same(e, update()) and e.loss.dtype == jnp.float32,
         "the gradient in float32",
-        "batch.xs is float64",
+        "is float64, which is computed in single precision while x64 is off",
     ),
     Fault(
         "4096 gradients of 1 in bfloat16, whose sum would stop at 256",

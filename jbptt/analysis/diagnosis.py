@@ -227,15 +227,13 @@ def _lags(problem, gates, largest, sums) -> tuple[LagProfile, TruncationCurve, j
     """Profile, curve and the norm of what each sliding window leaves: one pass over the lags serves all."""
     read_profile, read_curve = profile_reader(problem, signed=False), curve_reader(sums.grad)
 
-    def read(state, lag, count, cotangents, grad):
+    def read(state, lag, cotangents, grad):
         grad = ravel_pytree(grad)[0]
-        _, profile = read_profile(None, lag, count, cotangents, grad)
-        state, curve = read_curve(state, lag, count, cotangents, grad)
+        _, profile = read_profile(None, lag, cotangents, grad)
+        state, curve = read_curve(state, lag, cotangents, grad)
         return state, (profile, curve, weighted_mean(norm(state[0]), jnp.abs(sums.weight)))
 
-    # The program has much else in it: only for a large problem the time of compiling more stages comes back.
-    num_stages = 4 if sum(c.size for c in problem.carries) >= 2**20 else 1
-    profile, curve, kept = scan_lags(problem, gates, largest, read, curve_start(sums.grad), num_stages=num_stages)
+    profile, curve, kept = scan_lags(problem, gates, largest, read, curve_start(sums.grad))
     return LagProfile(*profile), TruncationCurve(jnp.arange(1, largest + 1), *curve), kept
 
 

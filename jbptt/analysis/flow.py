@@ -7,11 +7,17 @@ import jax
 import jax.numpy as jnp
 
 from jbptt import validation
-from jbptt.adjoint import batch_steps, gradient_sums, segment_sums, weighted_losses
-from jbptt.analysis.lags import linearise, scan_lags
+from jbptt.adjoint import (
+    batch_steps,
+    gradient_sums,
+    loss_weights,
+    output_cotangents,
+    segment_sums,
+    weighted_losses,
+)
 from jbptt.cells import split_readout
 from jbptt.norms import leafwise, norm, scaled_norm, unit
-from jbptt.recurrence import held, scan_steps, steps_from, zeros_along
+from jbptt.recurrence import gated_step, held, scan_steps, steps_from, trajectory, zeros_along
 from jbptt.types import Batch, Carry, Loss, Params, Step, is_inexact, split_inexact, weighted_mean
 
 
@@ -84,34 +90,65 @@ def gradient_flow(
 
         F[t, s] = RMS over examples of ‖∂ℓ_t/∂carries[s]‖,   s ≤ t,   0 above the diagonal
 
-    ℓ_t is unweighted; examples masked at t do not count. All T adjoints advance side by side, one lag at
-    a time: T rounds of at most T step derivatives; memory O(T) carries and the `[T, T]` result. With `per_leaf`, a
-    list of such matrices, one for each inexact leaf of the carry (in the order of `jax.tree.leaves`).
+    ℓ_t is unweighted; examples masked at t do not count. The cotangents of all losses go back side by side, from the
+    last step to the first: T² products of a Jacobian and a cotangent, 5/8 of them from T = 256 on; memory
+    O(T) carries and the `[T, T]` result. With `per_leaf`, a list of such matrices, one for each inexact leaf of the
+    carry (in the order of `jax.tree.leaves`).
 
     Raises:
       ValueError: carries that do not begin with the batch shape; what `full_bptt` raises.
     """
     num_steps, batch_shape = validation.check_problem(step, loss, params, carry, batch, gates)
     validation.check_carry_batch(carry, batch_shape, "the flow is measured per example")
-    plain = batch._replace(weights=None)
-    problem = linearise(step, loss, params, carry, plain, batch_shape)
-    counted = problem.weights.reshape(num_steps, -1).sum(1)
+    batch, gates = jax.tree.map(jnp.asarray, (batch._replace(weights=None), gates))
+    core, _ = split_readout(step)
+    _, (carries, outputs) = trajectory(core, params, carry, batch.xs, batch.mask, num_steps)
+    _, outputs_bar = output_cotangents(step, loss, params, outputs, batch)
+    inputs = carries, (batch.xs, gates, batch.mask), outputs_bar
+    norms = _adjoint_norms(core, params, inputs, num_steps, leafwise(norm) if per_leaf else norm)
+    counted = loss_weights(batch, jnp.zeros((num_steps, *batch_shape))).reshape(num_steps, -1).sum(1)[:, None]
+    return jax.tree.map(lambda a: jnp.where(counted > 0, a.T / jnp.sqrt(jnp.maximum(counted, 1)), 0), norms)
 
-    norm_fn = leafwise(norm) if per_leaf else norm
 
-    def read(state, lag, left, cotangents, _):
-        count = jnp.roll(counted, -lag)[:left]  # the examples of loss t = s + lag
+def _adjoint_norms(core: Step, params: Params, inputs: Any, num_steps: int, norm_fn: Any) -> Any:
+    """‖∂ℓ_t/∂carries[s]‖ over all examples, `[s, t]`; `inputs` are what `_one_step_back` takes, `[T, ...]`."""
+    leaves, _ = split_inexact(inputs[0])
+    if not leaves:
+        return jax.tree.map(lambda a: jnp.zeros((num_steps, num_steps), a.dtype), norm_fn(leaves))
 
-        def mean_square_root(size):  # of all examples together; those that are masked add 0
-            rms = jnp.where(count > 0, size / jnp.sqrt(jnp.maximum(count, 1)), 0)
-            return jnp.concatenate([rms, jnp.zeros(num_steps - left, rms.dtype)])
+    def body(cotangents, inputs):
+        cotangents = _one_step_back(core, params, cotangents, inputs)
+        return cotangents, norm_fn(cotangents, 1)
 
-        return state, jax.tree.map(mean_square_root, norm_fn(cotangents, 1))
+    cotangents, rows, last = [leaf[:0] for leaf in leaves], [], num_steps
+    for first in reversed(range(0, num_steps, stage_length(num_steps))):  # with the cotangents of losses first … T − 1
+        new = [zeros_along(leaf, last - first) for leaf in leaves]
+        cotangents = [jnp.concatenate(pair) for pair in zip(new, cotangents, strict=True)]
+        steps = jax.tree.map(lambda a, first=first, last=last: a[first:last], inputs)
+        cotangents, row = jax.lax.scan(body, cotangents, (jnp.arange(last - first), *steps), reverse=True)
+        rows.append(jax.tree.map(lambda a, first=first: jnp.pad(a, ((0, 0), (first, 0))), row))
+        last = first
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts[::-1]), *rows)
 
-    gates = None if gates is None else jnp.asarray(gates)
-    by_lag = scan_lags(problem, gates, num_steps, read, None, num_stages=8)
-    t, s = jnp.arange(num_steps)[:, None], jnp.arange(num_steps)[None, :]
-    return jax.tree.map(lambda rows: jnp.where(s <= t, rows[jnp.maximum(t - s, 0), s], 0), by_lag)
+
+def _one_step_back(core: Step, params: Params, cotangents: list, inputs: Any) -> list:
+    """Every loss's cotangent through one step, whose own loss, in its place, sets out."""
+    place, carry, given, outputs_bar = inputs
+    leaves, rebuild = split_inexact(carry)
+
+    def run(leaves):
+        after, outputs = gated_step(core)(params, rebuild(leaves), given)
+        return split_inexact(after)[0], split_inexact(outputs)[0]
+
+    _, pull = jax.vjp(run, leaves)
+    (own,) = pull(([jnp.zeros_like(leaf) for leaf in leaves], outputs_bar))
+    (later,) = jax.vmap(pull, in_axes=((0, None),))((cotangents, [jnp.zeros_like(y) for y in outputs_bar]))
+    return [a.at[place].set(c) for a, c in zip(later, own, strict=True)]
+
+
+def stage_length(num_steps: int) -> int:
+    """Steps that share a program, a quarter of them from 256 on: each leaves out the losses of the steps before it."""
+    return max(64, -(-num_steps // 4))
 
 
 class GradientSources(NamedTuple):

@@ -22,9 +22,6 @@ from jbptt.norms import compared_leafwise, compared_with, leafwise, norm
 from jbptt.recurrence import held, times_gate, trajectory
 from jbptt.types import Batch, Carry, Loss, Params, Step, align_leading, split_inexact, weighted_mean
 
-SHORTEST_STAGE = 32
-"""Steps: below this a program more to compile costs more than it saves."""
-
 
 class LagProfile(NamedTuple):
     """The gradient by lag, `[max_lag]` each, lags 0 … max_lag − 1 in steps.
@@ -63,7 +60,7 @@ class Linearised(NamedTuple):
     """One forward pass, linearised at every step.
 
     Attributes:
-      pull_of: `pull_of(n)`, the derivatives of the first n steps at once (`adjoint.parallel_pullback`).
+      pull: the derivatives of all steps at once (`adjoint.parallel_pullback`).
       outputs_bar: `w_t ∂ℓ_t` in the core's outputs, inexact leaves `[T, ...]`.
       carries: the inexact leaves of the carries that enter the steps, `[T, ...]`.
       path: those carries, all leaves.
@@ -72,7 +69,7 @@ class Linearised(NamedTuple):
       weights: `mask · weights`, `[T, *batch]`.
     """
 
-    pull_of: Callable
+    pull: Callable
     outputs_bar: list
     carries: list
     path: Carry
@@ -87,52 +84,26 @@ def linearise(step: Step, loss: Loss, params: Params, carry: Carry, batch: Batch
     num_steps = batch_steps(batch)
     _, (carries, outputs) = trajectory(core, params, carry, batch.xs, batch.mask, num_steps)
     sums, outputs_bar = output_cotangents(step, loss, params, outputs, batch)
-    inputs = batch.xs, batch.mask
-
-    def pull_of(count):
-        first, given = jax.tree.map(lambda a: a[:count], (carries, inputs))
-        return parallel_pullback(held(core), params, first, given, count)[1]
-
+    _, pull = parallel_pullback(held(core), params, carries, (batch.xs, batch.mask), num_steps)
     weights = loss_weights(batch, jnp.zeros((num_steps, *batch_shape)))
-    return Linearised(pull_of, outputs_bar, split_inexact(carries)[0], carries, outputs, sums.grad, weights)
+    return Linearised(pull, outputs_bar, split_inexact(carries)[0], carries, outputs, sums.grad, weights)
 
 
-def scan_lags(
-    problem: Linearised, gates: jax.Array | None, num_lags: int, read: Callable, state: Any, *, num_stages: int
-):
-    """Goes back lag by lag: `read(state, lag, count, V, D) -> (state, row)`; returns the rows of all lags.
+def scan_lags(problem: Linearised, gates: jax.Array | None, num_lags: int, read: Callable, state: Any):
+    """Goes back lag by lag: `read(state, lag, V, D) -> (state, row)`; returns the rows of all lags."""
 
-    At lag k nothing flows into the last k carries. All T lags go in `num_stages` stages, each a program of its own that
-    leaves out the last carries, so that `count`, the length of V, gets smaller: S stages take (S + 1) / 2S of the work
-    of one.
-    """
-    num_steps = len(problem.weights)
+    def body(running, lag):
+        one_on, outputs_bar, readout_grad, state = running
+        grad, cotangents = problem.pull((one_on, outputs_bar))
+        if gates is not None:
+            cotangents = [times_gate(c, gates) for c in cotangents]
+        state, row = read(state, lag, cotangents, jax.tree.map(jnp.add, grad, readout_grad))
+        one_on = [jnp.concatenate([c[1:], jnp.zeros_like(c[:1])]) for c in cotangents]
+        return (one_on, *jax.tree.map(jnp.zeros_like, (outputs_bar, readout_grad)), state), row
 
-    def stage(running, first, last):
-        count = num_steps - first
-        pull = problem.pull_of(count)
-
-        def body(running, lag):
-            one_on, outputs_bar, readout_grad, state = running
-            grad, cotangents = pull((one_on, outputs_bar))
-            if gates is not None:
-                cotangents = [times_gate(c, gates[:count]) for c in cotangents]
-            state, row = read(state, lag, count, cotangents, jax.tree.map(jnp.add, grad, readout_grad))
-            one_on = [jnp.concatenate([c[1:], jnp.zeros_like(c[:1])]) for c in cotangents]
-            return (one_on, *jax.tree.map(jnp.zeros_like, (outputs_bar, readout_grad)), state), row
-
-        one_on, outputs_bar, *rest = running
-        one_on, outputs_bar = jax.tree.map(lambda a: a[:count], (one_on, outputs_bar))
-        return jax.lax.scan(body, (one_on, outputs_bar, *rest), jnp.arange(first, last))
-
-    # The losses enter at lag 0 and nothing after it: one body serves every lag of a stage.
-    running = [jnp.zeros_like(c) for c in problem.carries], problem.outputs_bar, problem.readout_grad, state
-    width = -(-num_steps // max(1, min(num_stages, num_steps // SHORTEST_STAGE)))
-    firsts, rows = range(0, min(num_lags, num_steps), width), []
-    for first, last in zip(firsts, [*firsts[1:], num_lags], strict=True):
-        running, more = stage(running, first, last)
-        rows.append(more)
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *rows)
+    # The losses enter at lag 0 and nothing after it: one body, compiled once, serves every lag.
+    start = [jnp.zeros_like(c) for c in problem.carries], problem.outputs_bar, problem.readout_grad, state
+    return jax.lax.scan(body, start, jnp.arange(num_lags))[1]
 
 
 def lag_profile(
@@ -170,7 +141,7 @@ def lag_profile(
         raise ValueError(f"max_lag must be <= T = {num_steps}, got {max_lag}; there are no pairs further apart")
     gates = None if gates is None else jnp.asarray(gates)
     problem = linearise(step, loss, params, carry, batch, batch_shape)
-    return LagProfile(*scan_lags(problem, gates, max_lag, profile_reader(problem, per_leaf), None, num_stages=4))
+    return LagProfile(*scan_lags(problem, gates, max_lag, profile_reader(problem, per_leaf), None))
 
 
 def profile_reader(problem: Linearised, per_leaf: bool = False, signed: bool = True) -> Callable:
@@ -178,10 +149,10 @@ def profile_reader(problem: Linearised, per_leaf: bool = False, signed: bool = T
     weights, total = problem.weights, jnp.abs(jnp.sum(problem.weights))
     norm_fn = leafwise(norm) if per_leaf else norm
 
-    def read(state, lag, count, cotangents, grad):
+    def read(state, lag, cotangents, grad):
         # The adjoints carry their loss's weight: ‖w ∂ℓ‖ = |w| ‖∂ℓ‖, and w's sign is put back.
         valid = align_leading(jnp.arange(len(weights)) < len(weights) - lag, weights.ndim)
-        weight = jnp.where(valid, jnp.roll(weights, -lag, axis=0), 0)[:count]
+        weight = jnp.where(valid, jnp.roll(weights, -lag, axis=0), 0)
         weight, sign = (weight, jnp.sign(weight)) if signed else (jnp.abs(weight), 1)
 
         def mean(norms):
@@ -234,8 +205,7 @@ def truncation_curve(
     exact = gradient_sums(step, loss, params, carry, batch, gates)[0].grad
 
     problem = linearise(step, loss, params, carry, batch, batch_shape)
-    reader = curve_reader(exact, per_leaf)
-    rows = scan_lags(problem, gates, max_window, reader, curve_start(exact), num_stages=4)
+    rows = scan_lags(problem, gates, max_window, curve_reader(exact, per_leaf), curve_start(exact))
     return TruncationCurve(jnp.arange(1, max_window + 1), *rows)
 
 
@@ -250,7 +220,7 @@ def curve_reader(exact: Params, per_leaf: bool = False) -> Callable:
 
     compare = compared_leafwise(exact) if per_leaf else compared_with(exact)
 
-    def read(state, lag, _, __, grad):
+    def read(state, lag, _, grad):
         sliding, blocks = state
         sliding = jax.tree.map(jnp.add, sliding, grad)
         blocks = jax.tree.map(jnp.add, blocks, sliding)  # Σ_{k<n} (n − k) D_k = Σ_{m≤n} ĝ_m

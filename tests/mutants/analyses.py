@@ -33,10 +33,25 @@ ANALYSES = (
         "rebuild(leaves), xs, None, None, num_steps)",
     ),
     Mutant("adjoints_ignore_the_mask", FLOW, "held(core)(params, carry, (x, mask))", "core(params, carry, x)"),
-    Mutant("flow_is_weighted", FLOW, "plain = batch._replace(weights=None)", "plain = batch"),
-    Mutant("flow_is_no_root_mean_square", FLOW, "/ jnp.sqrt(jnp.maximum(count, 1))", "/ jnp.maximum(count, 1)"),
-    Mutant("flow_counts_the_source_examples", FLOW, "count = jnp.roll(counted, -lag)[:left]", "count = counted[:left]"),
-    Mutant("flow_reads_the_wrong_step", FLOW, "rows[jnp.maximum(t - s, 0), s]", "rows[jnp.maximum(t - s, 0), t]"),
+    Mutant("flow_is_weighted", FLOW, "(batch._replace(weights=None), gates)", "(batch, gates)"),
+    Mutant("flow_is_no_root_mean_square", FLOW, "/ jnp.sqrt(jnp.maximum(counted, 1))", "/ jnp.maximum(counted, 1)"),
+    Mutant("flow_counts_the_source_examples", FLOW, "jnp.maximum(counted, 1)", "jnp.maximum(counted.T, 1)"),
+    Mutant(
+        "flow_reads_the_carry_emitted",
+        FLOW,
+        "reverse=True)\n        rows",
+        "reverse=True)\n        row = jax.tree.map(lambda a: jnp.roll(a, -1, 0), row)\n        rows",
+    ),
+    Mutant(
+        "flow_without_gates",
+        FLOW,
+        "(batch.xs, gates, batch.mask), outputs_bar",
+        "(batch.xs, None, batch.mask), outputs_bar",
+    ),
+    Mutant("flow_loss_one_place_off", FLOW, "a.at[place].set(c)", "a.at[place - 1].set(c)"),
+    Mutant(
+        "flow_stage_mixes_up_its_losses", FLOW, "zip(new, cotangents, strict=True)", "zip(cotangents, new, strict=True)"
+    ),
     Mutant(
         "sources_read_the_carry_received", FLOW, "c[1:] for c in carry_cotangents", "c[:-1] for c in carry_cotangents"
     ),
@@ -47,15 +62,8 @@ ANALYSES = (
         "gradient_sums(step, loss, params, carry, batch, gates)",
         "gradient_sums(step, loss, params, carry, batch)",
     ),
-    Mutant(
-        "lag_gate_one_step_off",
-        LAGS,
-        "times_gate(c, gates[:count])",
-        "times_gate(c, jnp.roll(gates, -1, axis=0)[:count])",
-    ),
-    Mutant(
-        "lag_gate_open_at_the_start", LAGS, "times_gate(c, gates[:count])", "times_gate(c, gates[:count].at[0].set(1))"
-    ),
+    Mutant("lag_gate_one_step_off", LAGS, "times_gate(c, gates)", "times_gate(c, jnp.roll(gates, -1, axis=0))"),
+    Mutant("lag_gate_open_at_the_start", LAGS, "times_gate(c, gates)", "times_gate(c, gates.at[0].set(1))"),
     Mutant(
         "lags_wrap_around_the_end",
         LAGS,
@@ -74,16 +82,7 @@ ANALYSES = (
         "return (one_on, *jax.tree.map(jnp.zeros_like, (outputs_bar, readout_grad)), state), row",
         "return (one_on, outputs_bar, readout_grad, state), row",
     ),
-    Mutant("stage_starts_one_lag_late", LAGS, "jnp.arange(first, last)", "jnp.arange(first, last) + (first > 0)"),
-    Mutant(
-        "stage_keeps_the_first_losses", LAGS, "a[:count], (one_on, outputs_bar)", "a[-count:], (one_on, outputs_bar)"
-    ),
-    Mutant(
-        "profile_one_lag_off",
-        LAGS,
-        "read(state, lag, count, cotangents, jax.tree",
-        "read(state, lag, count, one_on, jax.tree",
-    ),
+    Mutant("profile_one_lag_off", LAGS, "read(state, lag, cotangents, jax.tree", "read(state, lag, one_on, jax.tree"),
     Mutant("curve_without_readout_gradient", LAGS, "jax.tree.map(jnp.add, grad, readout_grad)", "grad"),
     Mutant(
         "profile_weighs_by_the_source",
