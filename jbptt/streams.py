@@ -20,15 +20,17 @@ from jbptt.types import Batch, Carry, Loss, Params, Step
 from jbptt.windows import History, empty_history, extend, latest, overlapping_sums, pad_front, pass_forward
 
 
-def windows_at_once(carry: Carry, window: int, batch_shape: tuple[int, ...]) -> int:
-    """How many blocks go back at once where no one says: for a single example 16 or what takes a mebibyte of carries.
+def windows_at_once(carry: Carry, window: int, batch_shape: tuple[int, ...], num_windows: int) -> int:
+    """How many blocks go back at once where no one says: of a single example 64 or what takes a mebibyte of carries.
 
-    Nothing else makes its products tall; on CPU with more examples it may cost more than it gives.
+    Nothing else makes its products tall; on CPU with more examples, or of few blocks, it may cost more than it gives.
     """
-    if math.prod(batch_shape) > 1:
+    if math.prod(batch_shape) > 1 or num_windows < 16:
         return 1
     of_step = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(carry) if hasattr(leaf, "size"))
-    return min(16, max(1, 2**20 // max(1, window * of_step)))
+    most = min(64, max(1, 2**20 // max(1, window * of_step)))
+    num_groups = -(-num_windows // most)
+    return max(min(16, most), num_windows // num_groups)  # groups of one size leave the fewest to go alone
 
 
 def sum_pieces(run: Callable, state: Any, batch: Batch, length: int) -> tuple[Any, Any]:
@@ -73,7 +75,7 @@ def in_blocks(
     parallel: int | None,
 ) -> tuple[Sums, Carry, History | None]:
     """Window after window, or groups of `parallel` windows; a history where the last one is left unfinished."""
-    parallel = parallel or windows_at_once(carry, window, batch_shape)
+    parallel = parallel or windows_at_once(carry, window, batch_shape, batch_steps(batch) // window)
 
     def one(state, piece):
         carry, _ = state

@@ -76,9 +76,9 @@ def test_memory_of_estimators(name, examples, record_property):
     assert shares["full"] <= 0.05
 
 
-@pytest.mark.parametrize(("examples", "most"), [(1, 4 * 2**20), (16, None)])
+@pytest.mark.parametrize(("examples", "most"), [(1, 6 * 2**20), (16, None)])
 def test_memory_of_windows_side_by_side(examples, most):
-    """By default 16 windows of a single example, if their carries fit into a mebibyte; else one."""
+    """By default up to 64 windows of a single example, if their carries fit into a mebibyte; else one."""
     step, *shapes = problem("lstm", examples)
     default, one = (
         temporary_bytes(estimated(truncated_bptt(step, squared_error, window=32, parallel_windows=number)), *shapes)
@@ -87,7 +87,10 @@ def test_memory_of_windows_side_by_side(examples, most):
     assert one < default <= most if most else default == one
     wide = cells.lstm(CHANNELS, 2**14, dtype=jnp.float32)
     for window, number in ((32, 1), (4, 2), (2, 4)):  # the carries of a step take 128 KiB
-        assert windows_at_once(jax.eval_shape(wide.initial_carry), window, ()) == number
+        assert windows_at_once(jax.eval_shape(wide.initial_carry), window, (), 100) == number
+    small = jax.eval_shape(cells.rnn(CHANNELS, 4, dtype=jnp.float32).initial_carry)
+    for num_windows, number in ((15, 1), (16, 16), (64, 64), (65, 32), (100, 50), (1000, 62)):
+        assert windows_at_once(small, 2, (), num_windows) == number
 
 
 def test_memory_of_randomized_and_sliding_estimators():
