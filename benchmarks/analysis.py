@@ -143,7 +143,9 @@ def picture(rows: list[dict[str, Any]]) -> Any:
     ax = figure.subplots()
     ax.barh(range(len(bars)), [value for _, value in bars], color="#0072b2")
     for i, (_, value) in enumerate(bars):
-        ax.text(value, i, f" {value:.3g}×", va="center")
+        ax.annotate(
+            f"{value:.3g}×", (value, i), (6, 0), textcoords="offset points", va="center", backgroundcolor="white"
+        )
     ax.axvline(1, color="0.4", linewidth=1)
     ax.set_yticks(range(len(bars)), [name for name, _ in bars])
     ax.invert_yaxis()
