@@ -28,9 +28,10 @@ def windows_at_once(carry: Carry, window: int, batch_shape: tuple[int, ...], num
     if math.prod(batch_shape) > 1 or num_windows < 16:
         return 1
     of_step = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(carry) if hasattr(leaf, "size"))
-    most = min(64, max(1, 2**20 // max(1, window * of_step)))
-    num_groups = -(-num_windows // most)
-    return max(min(16, most), num_windows // num_groups)  # groups of one size leave the fewest to go alone
+    most = min(64, num_windows, max(1, 2**20 // max(1, window * of_step)))
+    return min(
+        range(-(-most // 2), most + 1), key=lambda number: (num_windows % number, -number)
+    )  # the rest goes alone
 
 
 def sum_pieces(run: Callable, state: Any, batch: Batch, length: int) -> tuple[Any, Any]:

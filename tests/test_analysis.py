@@ -337,6 +337,44 @@ def test_eager_is_jit_and_vmap_is_a_loop():
     assert_close(together, jax.tree.map(lambda *a: jnp.stack(a), *looped))
 
 
+@pytest.mark.parametrize("analysis", [gradient_flow, functools.partial(lag_profile, max_lag=3)])
+def test_derivatives_of_what_is_gated(analysis):
+    """They are those of its numbers: gates scale what flows back, not how the carries depend on the parameters."""
+    step, loss, params, carry, batch = problems.make("tanh+readout", NUM_STEPS)
+    flat, unravel = ravel_pytree(params)
+    along = jnp.asarray(np.random.default_rng(1).normal(size=flat.shape))
+
+    @jax.jit
+    def squares(distance):
+        found = analysis(step, loss, unravel(flat + distance * along), carry, batch, gates=GATES)
+        return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(found) if leaf.dtype.kind == "f")
+
+    assert GATES[1] not in (0, 1)
+    numeric = (squares(1e-6) - squares(-1e-6)) / 2e-6
+    for derivative in (jax.grad(squares)(0.0), jax.jvp(squares, (0.0,), (1.0,))[1]):
+        np.testing.assert_allclose(derivative, numeric, rtol=1e-6)
+
+
+@pytest.mark.parametrize("num_steps", [65, 193])
+def test_flow_in_stages_is_that_in_one(num_steps):
+    step = lambda w, h, x: (jnp.tanh(w * h + x),) * 2
+    batch = Batch(jnp.asarray(np.random.default_rng(0).normal(size=(num_steps, 2))))
+    problem = step, lambda y, t: y**2, 1.2, jnp.zeros(2), batch
+    assert num_steps > flow.stage_length(num_steps)
+    staged = gradient_flow(*problem)
+    with mock.patch.object(flow, "stage_length", lambda num_steps: num_steps):
+        assert_close(staged, gradient_flow(*problem))
+
+
+def test_flow_says_which_losses_meet_an_infinite_derivative():
+    """That of step 3, a root at 0: later losses meet it on their way to earlier carries, no others."""
+    step = lambda w, h, x: (w * jnp.sqrt(h) + x,) * 2
+    batch = Batch(jnp.asarray([0.0, 0.0, -1.0, 1.0, 1.0])[:, None])
+    found = np.asarray(gradient_flow(step, lambda y, t: y**2, 1.0, jnp.ones(1), batch))
+    t, s = np.arange(5)[:, None], np.arange(5)
+    assert np.array_equal(np.isfinite(found), (t < 3) | (s > 3))
+
+
 def test_sizes_whose_squares_overflow_and_underflow_in_float32():
     """A loss 10^±30 times as large has the same curve, and 10^±30 times the norms."""
     with jax.enable_x64(False):

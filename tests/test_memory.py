@@ -89,8 +89,9 @@ def test_memory_of_windows_side_by_side(examples, most):
     for window, number in ((32, 1), (4, 2), (2, 4)):  # the carries of a step take 128 KiB
         assert windows_at_once(jax.eval_shape(wide.initial_carry), window, (), 100) == number
     small = jax.eval_shape(cells.rnn(CHANNELS, 4, dtype=jnp.float32).initial_carry)
-    for num_windows, number in ((15, 1), (16, 16), (64, 64), (65, 32), (100, 50), (1000, 62)):
+    for num_windows, number in ((15, 1), (16, 16), (64, 64), (65, 64), (100, 50), (127, 63)):
         assert windows_at_once(small, 2, (), num_windows) == number
+    assert windows_at_once(small, 2**12, (), 31) == 15  # 16 fit
 
 
 def test_memory_of_randomized_and_sliding_estimators():

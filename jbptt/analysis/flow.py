@@ -17,7 +17,7 @@ from jbptt.adjoint import (
 )
 from jbptt.cells import split_readout
 from jbptt.norms import leafwise, norm, scaled_norm, unit
-from jbptt.recurrence import gated_step, held, scan_steps, steps_from, trajectory, zeros_along
+from jbptt.recurrence import held, scan_steps, steps_from, times_gate, trajectory, zeros_along
 from jbptt.types import Batch, Carry, Loss, Params, Step, is_inexact, split_inexact, weighted_mean
 
 
@@ -91,7 +91,7 @@ def gradient_flow(
         F[t, s] = RMS over examples of ‖∂ℓ_t/∂carries[s]‖,   s ≤ t,   0 above the diagonal
 
     ℓ_t is unweighted; examples masked at t do not count. The cotangents of all losses go back side by side, from the
-    last step to the first: T² products of a Jacobian and a cotangent, 5/8 of them from T = 256 on; memory
+    last step to the first: T² products of a Jacobian and a cotangent, 5/8 of them where T > 192; memory
     O(T) carries and the `[T, T]` result. With `per_leaf`, a list of such matrices, one for each inexact leaf of the
     carry (in the order of `jax.tree.leaves`).
 
@@ -104,10 +104,12 @@ def gradient_flow(
     core, _ = split_readout(step)
     _, (carries, outputs) = trajectory(core, params, carry, batch.xs, batch.mask, num_steps)
     _, outputs_bar = output_cotangents(step, loss, params, outputs, batch)
-    inputs = carries, (batch.xs, gates, batch.mask), outputs_bar
+    inputs = carries, (batch.xs, batch.mask), gates, outputs_bar
     norms = _adjoint_norms(core, params, inputs, num_steps, leafwise(norm) if per_leaf else norm)
     counted = loss_weights(batch, jnp.zeros((num_steps, *batch_shape))).reshape(num_steps, -1).sum(1)[:, None]
-    return jax.tree.map(lambda a: jnp.where(counted > 0, a.T / jnp.sqrt(jnp.maximum(counted, 1)), 0), norms)
+    # A loss that lies before a step has met its Jacobian as a zero, which times infinity is NaN.
+    meets = (counted > 0) & jnp.tri(num_steps, dtype=bool)
+    return jax.tree.map(lambda a: jnp.where(meets, a.T / jnp.sqrt(jnp.maximum(counted, 1)), 0), norms)
 
 
 def _adjoint_norms(core: Step, params: Params, inputs: Any, num_steps: int, norm_fn: Any) -> Any:
@@ -133,22 +135,24 @@ def _adjoint_norms(core: Step, params: Params, inputs: Any, num_steps: int, norm
 
 def _one_step_back(core: Step, params: Params, cotangents: list, inputs: Any) -> list:
     """Every loss's cotangent through one step, whose own loss, in its place, sets out."""
-    place, carry, given, outputs_bar = inputs
+    place, carry, given, gate, outputs_bar = inputs
     leaves, rebuild = split_inexact(carry)
 
     def run(leaves):
-        after, outputs = gated_step(core)(params, rebuild(leaves), given)
+        after, outputs = held(core)(params, rebuild(leaves), given)
         return split_inexact(after)[0], split_inexact(outputs)[0]
 
     _, pull = jax.vjp(run, leaves)
     (own,) = pull(([jnp.zeros_like(leaf) for leaf in leaves], outputs_bar))
     (later,) = jax.vmap(pull, in_axes=((0, None),))((cotangents, [jnp.zeros_like(y) for y in outputs_bar]))
-    return [a.at[place].set(c) for a, c in zip(later, own, strict=True)]
+    cotangents = [a.at[place].set(c) for a, c in zip(later, own, strict=True)]
+    # Not by `gated_step`: derivatives of the flow differentiate what is computed here.
+    return cotangents if gate is None else [jax.vmap(times_gate, (0, None))(c, gate) for c in cotangents]
 
 
 def stage_length(num_steps: int) -> int:
-    """Steps that share a program, a quarter of them from 256 on: each leaves out the losses of the steps before it."""
-    return max(64, -(-num_steps // 4))
+    """Steps that share a program, 64 at most or a quarter of all: each leaves out the losses of the steps before it."""
+    return -(-num_steps // min(4, -(-num_steps // 64)))
 
 
 class GradientSources(NamedTuple):

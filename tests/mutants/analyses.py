@@ -45,8 +45,8 @@ ANALYSES = (
     Mutant(
         "flow_without_gates",
         FLOW,
-        "(batch.xs, gates, batch.mask), outputs_bar",
-        "(batch.xs, None, batch.mask), outputs_bar",
+        "(batch.xs, batch.mask), gates, outputs_bar",
+        "(batch.xs, batch.mask), None, outputs_bar",
     ),
     Mutant("flow_loss_one_place_off", FLOW, "a.at[place].set(c)", "a.at[place - 1].set(c)"),
     Mutant(
