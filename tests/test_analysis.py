@@ -404,6 +404,9 @@ def test_integer_carries_have_no_cotangents():
     np.testing.assert_array_equal(found.cotangents[1], np.zeros(4))
     np.testing.assert_allclose(found.cotangents[0][:, 0] * 6, [0.875, 0.75, 0.5, 0], rtol=1e-15)
     np.testing.assert_array_equal(flow, [[0.5, 0, 0], [0.25, 0.5, 0], [0.125, 0.25, 0.5]])
+    counter = (lambda w, n, x: (n + 1, w * x), lambda y, target: y, 0.5, jnp.zeros(2, int), Batch(jnp.ones((3, 2))))
+    np.testing.assert_array_equal(gradient_flow(*counter), np.zeros((3, 3)))
+    assert gradient_flow(*counter, per_leaf=True) == []
 
 
 @pytest.mark.parametrize(
