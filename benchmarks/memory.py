@@ -85,9 +85,11 @@ def picture(rows: list[dict[str, Any]], title: str) -> Any:
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     ax = figure.subplots()
     ax.plot([row["bytes"] / MEBIBYTE for row in rows], [row["milliseconds"] for row in rows], "o-")
-    for row in rows:
+    for before, row in zip([rows[0], *rows], rows, strict=False):
         place = row["bytes"] / MEBIBYTE, row["milliseconds"]
-        ax.annotate(str(row["segment"]), place, xytext=(4, 5), textcoords="offset points")
+        inside = row["bytes"] < before["bytes"]  # where the curve turns back, the space to the right is taken
+        offset, align = ((-6, -4), "right") if inside else ((4, 5), "left")
+        ax.annotate(str(row["segment"]), place, xytext=offset, textcoords="offset points", ha=align)
     ax.set(xscale="log", xlabel="temporary memory, MiB", ylabel="time of one gradient, ms", title=title)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.xaxis.set_minor_formatter(NullFormatter())
