@@ -85,7 +85,7 @@ def picture(rows: list[dict[str, Any]], title: str) -> Any:
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     ax = figure.subplots()
     ax.plot([row["bytes"] / MEBIBYTE for row in rows], [row["milliseconds"] for row in rows], "o-")
-    for before, row in zip([rows[0], *rows], rows, strict=False):
+    for before, row in zip([rows[0], *rows[:-1]], rows, strict=True):
         place = row["bytes"] / MEBIBYTE, row["milliseconds"]
         inside = row["bytes"] < before["bytes"]  # where the curve turns back, the space to the right is taken
         offset, align = ((-6, -4), "right") if inside else ((4, 5), "left")

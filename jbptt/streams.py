@@ -29,9 +29,8 @@ def windows_at_once(carry: Carry, window: int, batch_shape: tuple[int, ...], num
         return 1
     of_step = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(carry) if hasattr(leaf, "size"))
     most = min(64, num_windows, max(1, 2**20 // max(1, window * of_step)))
-    return min(
-        range(-(-most // 2), most + 1), key=lambda number: (num_windows % number, -number)
-    )  # the rest goes alone
+    # Windows that are left over go alone: of the sizes from half of it on, the largest that leaves the fewest.
+    return min(range(-(-most // 2), most + 1), key=lambda number: (num_windows % number, -number))
 
 
 def sum_pieces(run: Callable, state: Any, batch: Batch, length: int) -> tuple[Any, Any]:

@@ -147,9 +147,7 @@ FAULTS = [
     Fault("a mask of 0 and 1", lambda: update(mask=jnp.ones((T, B))), "mask must be bool"),
     Fault(
         "a batch of another shape in the middle of a stream",
-        lambda: update_twice(
-            partial(truncated_bptt, window=4), BATCH._replace(xs=XS[:, :2], targets=BATCH.targets[:, :2])
-        ),
+        lambda: update_twice(partial(truncated_bptt, window=4), Batch(XS[:, :2], BATCH.targets[:, :2])),
         "the state's history does not fit the batch",
     ),
     Fault(
@@ -246,12 +244,7 @@ FAULTS = [
         "zeros beyond; diagnose says vanishing, names the lag and calls it an underflow",
     ),
     Fault("seed 2³²", lambda: validation.check_seed(2**32), "seed must be an integer in [0, 2**32)"),
-    Fault(
-        "a leaked tracer",
-        lambda: leak(),
-        "leaked",
-        error=jax.errors.UnexpectedTracerError,
-    ),
+    Fault("a leaked tracer", lambda: leak(), "leaked", error=jax.errors.UnexpectedTracerError),
     Fault(
         "a Python side effect in a step",
         lambda: [count_traces(num_steps) for num_steps in (3, T)],
@@ -358,11 +351,8 @@ def without_x64(batch: Batch) -> Any:
 
 def sum_of_ones(num_steps: int) -> Any:
     estimator = full_bptt(lambda w, h, x: (h, w * x), lambda y, target: y)
-    one, carry, batch = (
-        jnp.ones((), jnp.bfloat16),
-        jnp.zeros((), jnp.bfloat16),
-        Batch(jnp.ones(num_steps, jnp.bfloat16)),
-    )
+    one, carry = jnp.ones((), jnp.bfloat16), jnp.zeros((), jnp.bfloat16)
+    batch = Batch(jnp.ones(num_steps, jnp.bfloat16))
     return estimator.update(one, estimator.init(one, carry, batch), batch)[0]
 
 
