@@ -141,6 +141,104 @@ class CompiledInside(nnx.Module):
     in_features = INPUT
 
 
+class Decoding(linen.Module):
+    """State in a collection that is written only where it is mutable, as decoders keep their cache."""
+
+    way: str = "cache"
+
+    @linen.compact
+    def __call__(self, carry, x):
+        h = linen.Dense(INPUT)(x)
+        if self.way == "shown":
+            self.sow("intermediates", "h", h)
+        if self.way == "perturbed":
+            h = self.perturb("h", h)
+        mutable = self.is_mutable_collection("cache")
+        if self.way in ("cache", "counted", "evaluated") or (self.way == "made late" and mutable):
+            past = self.variable("cache", "past", jnp.zeros, (INPUT,))
+            new = 0.9 * past.value + x.mean(range(x.ndim - 1))
+            if mutable:
+                past.value = new
+            if self.way == "evaluated":  # as a norm: its own statistics, or those that were kept
+                return carry, h - (h.mean(0) if mutable else past.value)
+            h = h if self.way == "counted" else h + new
+        return carry, h
+
+
+def decoding(way, collections=None):
+    variables = Decoding(way).init(KEY, jnp.zeros((2, INPUT)), jnp.zeros((2, INPUT)))
+    variables = {name: variables[name] for name in collections or variables}
+    return interop.from_linen(Decoding(way), variables, input_size=INPUT, initial_carry=jnp.zeros(INPUT))
+
+
+class Bridged(nnx.Module):
+    """A linen module inside, which may not write there either."""
+
+    def __init__(self):
+        zeros = jnp.zeros((2, INPUT))
+        self.inner = nnx.bridge.ToNNX(Decoding(), rngs=nnx.Rngs(0)).lazy_init(zeros, zeros)
+
+    def __call__(self, carry, x):
+        return self.inner(carry, x)
+
+
+class Caching(nnx.Module):
+    def __init__(self, rngs):
+        self.past, self.kernel = nnx.Cache(jnp.zeros(INPUT)), nnx.Param(jnp.ones(INPUT))
+
+    def __call__(self, carry, x):
+        self.past[...] = 0.9 * self.past[...] + x.mean(range(x.ndim - 1))
+        return carry, x * self.kernel[...] + self.past[...]
+
+
+def caching_in_linen():
+    module = nnx.bridge.to_linen(Caching)
+    variables = module.init(KEY, jnp.zeros((2, INPUT)), jnp.zeros((2, INPUT)))
+    return interop.from_linen(module, variables, input_size=INPUT, initial_carry=jnp.zeros(INPUT))
+
+
+class LateState(hk.Module):
+    """Keeps nothing while parameters are made."""
+
+    def __call__(self, x, carry):
+        if not hk.running_init():
+            past = hk.get_state("past", [INPUT], init=jnp.zeros)
+            hk.set_state("past", past + x.mean(0))
+            x = x + past
+        return hk.Linear(INPUT)(x), carry
+
+
+class HoldsState(eqx.Module):
+    state: eqx.nn.State
+
+    def __call__(self, carry, x):
+        return carry, x
+
+
+class StartlessLinen(linen.RNNCellBase):
+    @linen.compact
+    def __call__(self, carry, x):
+        carry = jnp.tanh(linen.Dense(HIDDEN)(jnp.concatenate([carry, x], -1)))
+        return carry, carry
+
+    num_feature_axes = 1
+
+
+class StartlessNnx(nnx.RNNCellBase):
+    in_features = INPUT
+
+    def __call__(self, carry, x):
+        return carry, x
+
+
+class StartlessHaiku(hk.RNNCore):
+    def __call__(self, x, carry):
+        return x, carry
+
+    def initial_state(self, batch_size):
+        raise NotImplementedError
+
+
 class InputFirst(eqx.Module):
     def __call__(self, x, carry):
         return carry + x, x
@@ -375,6 +473,38 @@ REFUSED = {
         lambda: interop.from_linen(BatchNormLinen(), {"params": {}}, input_size=2),
         "BatchNormLinen has no initialize_carry.*initial_carry=",
     ),
+    "linen cache": (lambda: step_once(decoding("cache")), r"Decoding .*\['cache'\]\['past'\].*stand still.*carry"),
+    "linen cache that comes into being": (
+        lambda: step_once(decoding("made late", ["params"])),
+        r"Decoding .*\['cache'\]\['past'\].*stand still",
+    ),
+    "linen cache within nnx": (
+        lambda: step_once(interop.from_nnx(Bridged(), initial_carry=jnp.zeros(INPUT))),
+        r"Bridged .*'past'.*stand still",
+    ),
+    "nnx cache within linen": (lambda: step_once(caching_in_linen()), r"ToLinen .*'past'.*stand still"),
+    "haiku state in apply alone": (
+        lambda: step_once(
+            interop.from_haiku(lambda: LateState(), KEY, input_size=INPUT, initial_carry=jnp.zeros(INPUT))
+        ),
+        r"keeps a state \(late_state\)",
+    ),
+    "equinox state held": (
+        lambda: interop.from_equinox(HoldsState(eqx.nn.State(eqx.nn.Identity())), initial_carry=jnp.zeros(2)),
+        "HoldsState .*eqx.nn.State",
+    ),
+    "linen cell without a start": (
+        lambda: interop.from_linen(StartlessLinen(), {"params": {}}, input_size=INPUT),
+        "StartlessLinen has no initialize_carry.*initial_carry=",
+    ),
+    "nnx cell without a start": (
+        lambda: interop.from_nnx(StartlessNnx()),
+        "StartlessNnx has no initialize_carry.*initial_carry=",
+    ),
+    "haiku core without a start": (
+        lambda: interop.from_haiku(lambda: StartlessHaiku(), KEY, input_size=INPUT),
+        "StartlessHaiku has no initial_state.*initial_carry=",
+    ),
     "haiku batch norm": (
         lambda: interop.from_haiku(BatchNormHaiku, KEY, input_size=INPUT),
         "keeps a state.*layer norm",
@@ -440,6 +570,15 @@ REFUSED = {
     "equinox two cells": (lambda: interop.from_equinox(equinox_module(), key=KEY), "holds 2 recurrent cells"),
     "not an equinox module": (lambda: interop.from_equinox(cells_of_nnx()[0]), "GRUCell .*equinox.Module"),
 }
+
+
+@pytest.mark.parametrize("way", ["shown", "perturbed", "counted", "evaluated"])
+def test_what_no_later_step_reads_may_be_written(way):
+    """Where nothing is mutable it is left out, and the outputs are the same without it."""
+    step, params, initial_carry = decoding(way)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, INPUT)))
+    wanted = linen.Dense(INPUT).apply({"params": params["Dense_0"]}, x)
+    assert_close(step(params, initial_carry((2,)), x)[1], wanted, rtol=1e-6)
 
 
 def test_a_chain_with_its_call_is_a_step():

@@ -33,6 +33,11 @@ BIDIRECTIONAL = (
     "its output at a step depends on later inputs, so it is no step. Convert its two cells, run one on xs and the "
     "other on jnp.flip(xs, 0), flip those outputs back and combine them in the loss"
 )
+FROZEN = (
+    "it moves {} on wherever that may be changed, and reads it in the next step. In a step it may not be changed, so "
+    "that it would stand still. Put it into the carry and hand it on: a step of your own calls the module with it "
+    "mutable (docs/interop.md shows one). Where it is meant to stand still, take the write out of the module"
+)
 REVERSED = "it reads from the end. Pass its .cell, and xs and targets flipped by jnp.flip(…, 0)"
 
 
@@ -83,6 +88,46 @@ def check_call(
             f"its __call__ takes {first} first, and a step takes (carry, x) and returns (carry, y). Pass call=lambda "
             "module, carry, x: …, which makes one step",
         )
+
+
+def frozen_state(apply: Callable[..., tuple[Any, PyTree]], state: PyTree, *args: Any) -> list[str]:
+    """What a module both reads and writes in one step, were it free to: `apply(state, *args) -> (result, state)`.
+
+    It runs twice, on shapes: in the first run may come into being what is not there yet. What it only shows (`sow`) is
+    read by no result. A module that cannot run so says nothing.
+    """
+
+    def again(state, *args):
+        result, after = apply(state, *args)
+        old = dict(jax.tree.leaves_with_path(state))
+        written.update(path for path, leaf in jax.tree.leaves_with_path(after) if old.get(path, leaf) is not leaf)
+        return result
+
+    written: set[Any] = set()
+    try:
+        _, state = jax.eval_shape(apply, state, *args)
+        read = frozenset().union(*dependences(again, state, *args)) if jax.tree.leaves(state) else frozenset()
+    except Exception:
+        return []
+    paths = [path for path, _ in jax.tree.leaves_with_path(state)]
+    return [jax.tree_util.keystr(path) for i, path in enumerate(paths) if i in read and path in written]
+
+
+@contextmanager
+def missing_start(owner: Any, method: str) -> Iterator[None]:
+    """A method that is there only to be overridden is as good as none."""
+    try:
+        yield
+    except NotImplementedError as error:
+        raise ValueError(no_start(owner, method)) from error
+
+
+def no_start(owner: Any, method: str) -> str:
+    """What is said where a module does not say what its carry looks like."""
+    return (
+        f"{type(owner).__name__} has no {method}. Pass initial_carry=, the carry of one example or a function of the "
+        "batch shape."
+    )
 
 
 def call_step(module: Any, function: Callable[..., Any], *args: Any, **options: Any) -> tuple[Any, Any]:

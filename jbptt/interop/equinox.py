@@ -34,9 +34,9 @@ def from_equinox(
       parameters go back by `to_equinox`.
 
     Raises:
-      ValueError: not an Equinox module, a wrong call, `eqx.nn.Sequential` without `call`, a layer with `eqx.nn.State`,
-        no way to know the carry, a carry without arrays, no key in `key`; from the step, while it is traced: a key is
-        missing, here or in the carry.
+      ValueError: not an Equinox module, a wrong call, `eqx.nn.Sequential` without `call`, an `eqx.nn.State` or a layer
+        with one, no way to know the carry, a carry without arrays, no key in `key`; from the step, while it is traced:
+        a key is missing, here or in the carry.
       ImportError: equinox is not installed.
 
     >>> import equinox as eqx
@@ -49,8 +49,8 @@ def from_equinox(
     cell_types = eqx.nn.GRUCell, eqx.nn.LSTMCell
     if not isinstance(module, eqx.Module):
         calls.refuse(module, "from_equinox takes an instance of equinox.Module")
-    if _held(module, eqx.nn.StateIndex):
-        calls.refuse(module, f"it holds a layer that keeps an eqx.nn.State. {calls.STATEFUL}")
+    if _held(module, (eqx.nn.StateIndex, eqx.nn.State)):
+        calls.refuse(module, f"it holds an eqx.nn.State, or a layer that keeps one. {calls.STATEFUL}")
     is_cell = isinstance(module, cell_types)
     if call is not None or not is_cell:
         calls.check_call(module, call, eqx.nn.Sequential, key=key)

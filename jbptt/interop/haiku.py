@@ -53,17 +53,22 @@ def from_haiku(
     x = jax.tree.map(lambda s: jnp.zeros((1, *s.shape), s.dtype), calls.input_shapes(input_size))
     key_init, key_steps = jax.random.split(calls.typed_key(key))
     params, state = network.init(key_init, start((1,)), x)
-    if state:
-        raise ValueError(f"make_core's core keeps a state ({', '.join(state)}): no step. {calls.STATEFUL}.")
+
+    def run(params, key, carry, x):
+        after, kept = network.apply(params, state, key, carry, x)
+        if kept:  # some keep a state in apply alone (hk.running_init)
+            raise ValueError(f"make_core's core keeps a state ({', '.join(kept)}): no step. {calls.STATEFUL}.")
+        return after
+
     # Asked of the program, because a core may draw only where there is a key.
-    is_random = any(dependences(lambda key: network.apply(params, {}, key, start((1,)), x)[0], key_steps))
+    is_random = any(dependences(lambda key: run(params, key, start((1,)), x), key_steps))
 
     def step(params, carry, x):
         if not is_random:
-            return network.apply(params, state, None, carry, x)[0]
+            return run(params, None, carry, x)
         inner, key_t = calls.split_keys("make_core's core", carry)
         key_t, used = jax.random.split(key_t)
-        (inner, y), _ = network.apply(params, state, used, inner, x)
+        inner, y = run(params, used, inner, x)
         return (inner, key_t), y
 
     keys = (lambda _, new: key_steps if new is None else new) if is_random else None
@@ -93,14 +98,14 @@ def _core_step(make_core: Any, call: Any, carry: Any, x: Any) -> tuple[Any, Any]
 def _initial_carry(make_core: Any, key: jax.Array) -> calls.InitialCarry:
     import haiku as hk
 
+    method = "initial_state(batch_size)"
+
     def initial_state(batch_size):
         core = _made(make_core)
         if not hasattr(core, "initial_state"):
-            raise ValueError(
-                f"{type(core).__name__} has no initial_state(batch_size). Pass initial_carry=, the carry of one "
-                "example or a function of the batch shape."
-            )
-        return core.initial_state(batch_size)
+            raise ValueError(calls.no_start(core, method))
+        with calls.missing_start(core, method):
+            return core.initial_state(batch_size)
 
     made = hk.transform(initial_state)
     if jax.eval_shape(lambda: made.init(key, 1)):

@@ -1,7 +1,7 @@
 """Flax linen modules as steps."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -42,7 +42,8 @@ def from_linen(
     Raises:
       ValueError: not a linen module, no "params" in the variables, a wrong call, `linen.Sequential` without `call`,
         bidirectional or reversed, no `initialize_carry`, one that depends on the parameters, no key in `key`; from the
-        step, while it is traced: a collection is written to, a key is missing, here or in the carry.
+        step, while it is traced: a collection is written to, or would be if it were mutable (and is read by the next
+        step), a key is missing, here or in the carry.
       ImportError: flax is not installed.
 
     >>> from flax import linen
@@ -53,6 +54,7 @@ def from_linen(
     (2, 8)
     """
     from flax import errors, linen
+    from flax.core import DenyList
 
     if isinstance(module, linen.Bidirectional):
         calls.refuse(module, calls.BIDIRECTIONAL)
@@ -82,14 +84,29 @@ def from_linen(
                 f"{type(module).__name__} changed a variable in one step. {calls.STATEFUL}{calls.FIXED_STATISTICS}."
             ) from error
 
+    @cache  # for the shapes of one step: it is traced several times
+    def frozen(structure, shapes):
+        def apply(state, live, carry, x, rngs):
+            free = {"rngs": rngs, "method": call, "mutable": DenyList("params")}
+            return module.apply({**state, "params": live}, carry, x, **free)
+
+        return calls.frozen_state(apply, constants, *structure.unflatten(shapes))
+
+    def checked(*args, rngs):
+        after = calls.call_step(module, partial(run, rngs=rngs), *args)
+        shapes, structure = jax.tree.flatten(jax.eval_shape(lambda *tree: tree, *args, rngs))
+        if found := frozen(structure, tuple(shapes)):
+            calls.refuse(module, calls.FROZEN.format(", ".join(found)))
+        return after
+
     def step(params, carry, x):
         if key is None:
             with calls.missing_key(module, errors.InvalidRngError):
-                return calls.call_step(module, partial(run, rngs={}), params, carry, x)
+                return checked(params, carry, x, rngs={})
         inner, key_t = calls.split_keys(type(module).__name__, carry)
         key_t, *used = jax.random.split(key_t, 3)
         # Streams that have no key of their own take that of "params"; modules ask whether there is a "dropout".
-        inner, y = calls.call_step(module, partial(run, rngs=dict(zip(STREAMS, used, strict=True))), params, inner, x)
+        inner, y = checked(params, inner, x, rngs=dict(zip(STREAMS, used, strict=True)))
         return (inner, key_t), y
 
     own_key = None if key is None else calls.typed_key(key)
@@ -99,15 +116,14 @@ def from_linen(
 
 def _initial_carry(module: Any, variables: Mapping[str, Any], input_size: Any) -> calls.InitialCarry:
     calls.input_shapes(input_size)
+    method = "initialize_carry(key, input_shape)"
     if not hasattr(module, "initialize_carry"):
-        raise ValueError(
-            f"{type(module).__name__} has no initialize_carry(key, input_shape). Pass initial_carry=, the carry of one "
-            "example or a function of the batch shape."
-        )
+        raise ValueError(calls.no_start(module, method))
     key = jax.random.key(0)  # as linen.RNN does where no init_key is given
 
     def initial(params, batch_shape):
         shape = calls.first_shape(input_size, batch_shape)
         return module.apply({**variables, "params": params}, method=lambda live: live.initialize_carry(key, shape))
 
-    return calls.unlearned(module, initial, variables["params"])
+    with calls.missing_start(module, method):
+        return calls.unlearned(module, initial, variables["params"])

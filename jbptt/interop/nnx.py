@@ -79,16 +79,35 @@ def from_nnx(
     def fits(keys):
         return jax.tree.structure(keys) == jax.tree.structure(streams)
 
+    bridged = any(isinstance(part, nnx.bridge.ToNNX) for _, part in nnx.iter_modules(module))
+
     def step(params, carry, x):
         inner, streams_t = calls.split_keys(type(module).__name__, carry, fits) if is_random else (carry, streams)
         live = nnx.merge(graph, *_copy((params, streams_t, constants)))
-        inner, y = calls.call_step(module, run, live, inner, x)
+        after, y = calls.call_step(module, run, live, inner, x)
         graph_t, params_t, streams_t, constants_t = nnx.split(live, nnx.Param, nnx.RngState, ...)
         _check_unchanged(module, (graph, params, constants), (graph_t, params_t, constants_t))
-        return ((inner, streams_t) if is_random else inner), y
+        if bridged and (found := calls.frozen_state(_apply_free(graph, run), constants, params, streams, inner, x)):
+            calls.refuse(module, calls.FROZEN.format(", ".join(found)))
+        return ((after, streams_t) if is_random else after), y
 
     keys = (lambda _, key: _copy(streams) if key is None else _reseeded(streams, key)) if is_random else None
     return step, params, calls.with_keys(start, keys)
+
+
+def _apply_free(graph: Any, run: Callable[..., Any]) -> Callable[..., Any]:
+    """One step as `frozen_state` runs it: linen modules within (`nnx.bridge.ToNNX`) may write all but parameters."""
+    from flax import linen, nnx
+    from flax.core import DenyList
+
+    class Free(linen.Module):
+        def __call__(self, constants, params, streams, carry, x):
+            live = nnx.merge(graph, *_copy((params, streams, constants)))
+            result = run(live, carry, x)
+            after = dict(nnx.to_flat_state(nnx.split(live, nnx.Param, nnx.RngState, ...)[3]))
+            return result, nnx.from_flat_state({path: after[path] for path, _ in nnx.to_flat_state(constants)})
+
+    return lambda *args: Free().apply({}, *args, mutable=DenyList("params"))[0]
 
 
 def _copy(trees: PyTree) -> PyTree:
@@ -122,7 +141,12 @@ def _initial_carry(module: Any, input_size: Any) -> Callable[[Any, tuple[int, ..
             "in_features. Pass input_size=, the width of x, or initial_carry=."
         )
     calls.input_shapes(size)
-    return lambda live, shape: owner_in(live).initialize_carry(calls.first_shape(size, shape), nnx.Rngs(0))
+
+    def initial(live, shape):
+        with calls.missing_start(owner, "initialize_carry(input_shape, rngs)"):
+            return owner_in(live).initialize_carry(calls.first_shape(size, shape), nnx.Rngs(0))
+
+    return initial
 
 
 def _check_unchanged(module: Any, before: PyTree, after: PyTree) -> None:
