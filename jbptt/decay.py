@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jbptt.norms import max_or_nan
+
 TAIL_LAGS = 8
 """Fewer lags than this say nothing about those beyond them."""
 
@@ -53,7 +55,7 @@ def tail_rate(norms: jax.Array, num_lags: jax.Array) -> jax.Array:
     span = jnp.maximum(num_lags // 8, 1)
     ahead = lag + span
     change = (logs[jnp.minimum(ahead, len(norms) - 1)] - logs) / span.astype(logs.dtype)
-    rate = jnp.maximum(slope + 2 * error, jnp.max(jnp.where(later & (ahead < num_lags), change, -jnp.inf)))
+    rate = jnp.maximum(slope + 2 * error, max_or_nan(jnp.where(later & (ahead < num_lags), change, -jnp.inf)))
     rate = jnp.where((num_lags < TAIL_LAGS) | (rate >= 0), jnp.inf, rate)
     return jnp.where((num_lags > 0) & (norms[jnp.maximum(num_lags - 1, 0)] == 0), -jnp.inf, rate)
 
@@ -89,9 +91,9 @@ def bound_bias(
     lag = jnp.arange(len(norms))
     to_last = num_lags - 1 - lag
     later = (lag >= (num_lags - 1) // 2) & (to_last >= 0)
-    last = jnp.max(jnp.where(later, norms * decay ** jnp.maximum(to_last, 0).astype(decay.dtype), 0))
+    last = max_or_nan(jnp.where(later, norms * decay ** jnp.maximum(to_last, 0).astype(decay.dtype), 0))
     phi = jnp.where(to_last >= 0, norms, last * decay ** jnp.maximum(-to_last, 0).astype(decay.dtype))
-    slope = jnp.max(grad_norms[1:] / jnp.where(phi[:-1] > 0, phi[:-1], jnp.inf), initial=0)
+    slope = max_or_nan(grad_norms[1:] / jnp.where(phi[:-1] > 0, phi[:-1], jnp.inf), initial=0)
     reached = jnp.where(num_lags == len(norms), last, phi[-1])
     beyond = jnp.where(decays, reached * decay / jnp.where(decays, 1 - decay, 1), jnp.inf)
     error = slope * (jnp.sum(jnp.where(lag >= lag[:, None], phi, 0), axis=1) + beyond)

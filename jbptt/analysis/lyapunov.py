@@ -19,7 +19,7 @@ from jbptt import validation
 from jbptt.adjoint import split_inexact
 from jbptt.analysis.graded import times_power
 from jbptt.analysis.jacobians import check_differentiable, push_tangents
-from jbptt.norms import norm
+from jbptt.norms import max_or_nan, norm
 from jbptt.recurrence import default_segment, split_time, steps_from, unroll
 from jbptt.types import Carry, Params, PyTree, Step, float32_at_least
 
@@ -169,7 +169,7 @@ def advance(step: Step, params: Params, carry: Carry, frame: jax.Array, x: PyTre
 
 def rescaled(frame: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`frame / 2^exponent`, its largest entry in [½, 1), and the exponent, a constant to every derivative."""
-    largest = lax.stop_gradient(jnp.max(jnp.abs(frame)))
+    largest = lax.stop_gradient(max_or_nan(jnp.abs(frame)))
     exponent = jnp.where(jnp.isfinite(largest), jnp.frexp(largest)[1], 0)
     return times_power(frame, -exponent), exponent
 
@@ -210,7 +210,7 @@ def _singular(columns: jax.Array, upper: jax.Array) -> jax.Array:
     size = jnp.abs(jnp.diagonal(upper))
     # k columns that are zero outside of r rows have rank r at most, while rounding hides the zero of R_ii, i > r.
     num_rows = jnp.sum(jnp.any(columns != 0, axis=1))
-    return (size <= _SINGULAR * jnp.max(jnp.abs(upper))) | (jnp.arange(len(size)) >= num_rows)
+    return (size <= _SINGULAR * max_or_nan(jnp.abs(upper))) | (jnp.arange(len(size)) >= num_rows)
 
 
 @jax.custom_jvp
@@ -241,7 +241,7 @@ def orthonormalise(columns: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]
     frame, upper = safe_qr(columns)
     singular = _singular(columns, upper)
     size = jnp.abs(jnp.where(singular, 1, jnp.diagonal(upper)))
-    largest = lax.stop_gradient(jnp.max(jnp.abs(upper)))
+    largest = lax.stop_gradient(max_or_nan(jnp.abs(upper)))
     return frame, jnp.where(singular, -jnp.inf, jnp.log(size)), jnp.log(jnp.where(largest == 0, 1, largest))
 
 

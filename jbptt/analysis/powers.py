@@ -19,7 +19,7 @@ from jax.core import Tracer
 
 from jbptt import validation
 from jbptt.analysis.dominance import CASES, classify, decompose, normalised
-from jbptt.norms import norm, unit
+from jbptt.norms import max_or_nan, norm, unit
 from jbptt.types import float32_at_least
 
 
@@ -128,7 +128,7 @@ def alignment(matrix: Any, x: Any, k: int, *, symmetric: bool | None = None) -> 
 
 @partial(jax.jit, static_argnums=(2, 3))
 def _align(matrix: jax.Array, x: jax.Array, k: int, symmetric: bool) -> Alignment:
-    largest, start = jnp.max(jnp.abs(matrix)), normalised(x)
+    largest, start = max_or_nan(jnp.abs(matrix)), normalised(x)
     matrix = unit(matrix, largest)  # the eigenvectors stay, and so do the ratios of the eigenvalues
     spectrum = decompose(matrix, symmetric)
     ratio, eps = _ratio(spectrum.values), float(jnp.finfo(matrix.dtype).eps)

@@ -58,7 +58,7 @@ CLOSEST = {
     "jbptt/analysis/schedules.py": ("test_schedules",),
     "jbptt/clipping.py": ("test_clipping",),
     "jbptt/cotangents.py": ("test_cotangents",),
-    "jbptt/norms.py": ("test_clipping", "test_analysis", "test_diagnosis"),
+    "jbptt/norms.py": ("test_norms", "test_clipping", "test_analysis", "test_diagnosis"),
     "jbptt/analysis/flow.py": ("test_analysis", "test_batches"),
     "jbptt/analysis/lags.py": ("test_analysis", "test_diagnosis", "test_batches"),
     "jbptt/analysis/diagnosis.py": ("test_diagnosis", "test_analysis"),

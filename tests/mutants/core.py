@@ -457,6 +457,12 @@ CORE = (
     ),
     # clipping and norms
     Mutant(
+        "the_largest_drops_nan",
+        NORMS,
+        "jnp.where(jnp.isnan(values).any(axis), jnp.nan, values.max(axis, **options))",
+        "values.max(axis, **options)",
+    ),
+    Mutant(
         "clip_compares_the_largest_entry",
         NORMS,
         "(largest * jnp.maximum(ratio, 1) > max_norm)",
