@@ -143,6 +143,142 @@ def test_under_vmap_every_run_has_its_own_place():
     assert "NonFinite" in str(found)
 
 
+# NaN and infinities that are meant.
+
+
+def absorbed(found):
+    return [name for name, flag in zip(found.leaves, found.absorbed, strict=True) if flag]
+
+
+def forward_algorithm(params, alpha, x):
+    """In log space: log 0 in the transitions. The scale's derivative is not finite where q is 0."""
+    alpha = jax.nn.logsumexp(alpha[:, None] + params["log_a"], axis=0) + x["ll"]
+    total = jax.nn.logsumexp(alpha)
+    return alpha - total, total + params["scale"] * jnp.sqrt(x["q"] * params["scale"])
+
+
+def test_transitions_of_log_zero():
+    """−inf in the parameters and in the carry at the start, of which every later one is finite."""
+    log_a = jnp.log(jnp.array([[0.8, 0.2, 0.0], [0.0, 0.8, 0.2], [0.2, 0.0, 0.8]]))
+    params, carry = {"log_a": log_a, "scale": jnp.array(1.0)}, jnp.array([0.0, -jnp.inf, 0.0])
+    ll = jnp.asarray(np.random.default_rng(0).normal(size=(12, 3)))
+    ones = jnp.ones(12)
+
+    def run(q, ll, log_a):
+        batch = Batch({"ll": ll, "q": q})
+        return find_nonfinite(forward_algorithm, lambda y, _: -y, {**params, "log_a": log_a}, carry, batch)
+
+    cases = {
+        "healthy": (ones, ll, log_a),
+        "slope of a root": (plant(ones, 7, 0.0), ll, log_a),
+        "nan": (ones, plant(ll, (5, 1), np.nan), log_a),
+        "impossible": (ones, plant(ll, 4, -np.inf), log_a),
+        "no way on": (ones, ll, jnp.full((3, 3), -jnp.inf)),
+        "negative": (plant(ones, 9, -1.0), ll, log_a),
+    }
+    found = jax.jit(jax.vmap(run))(*map(jnp.stack, zip(*cases.values(), strict=True)))
+    found = dict(zip(cases, (jax.tree.map(lambda a, i=i: a[i], found) for i in range(len(cases))), strict=True))
+    meant = ["params['log_a']", "carry"]
+    assert not bool(found["healthy"].found) and absorbed(found["healthy"]) == meant
+    assert "finite; not finite, but absorbed: params['log_a'], carry" in str(found["healthy"])
+    places = {name: (one.phase, int(one.step), one.leaf) for name, one in found.items() if name != "healthy"}
+    assert places == {
+        "slope of a root": ("backward", 7, "the gradient of params['scale']"),
+        "nan": ("given", 5, "xs['ll']"),
+        "impossible": ("given", 4, "xs['ll']"),
+        "no way on": ("given", 0, "params['log_a']"),
+        "negative": ("forward", 9, "y"),
+    }
+    for name in ("slope of a root", "nan", "impossible", "negative"):
+        assert absorbed(found[name]) == meant, name
+    assert absorbed(found["no way on"]) == []
+    assert str(found["nan"]).endswith("(not finite before it, but absorbed: params['log_a'], carry)")
+
+
+def softmax_so_far(w, state, x):
+    """Attention over all steps so far, whose largest score starts at −inf; a mask of −inf is added to the scores."""
+    largest, total, mean = state
+    score = w * x["score"] + x["mask"]
+    new = jnp.maximum(largest, score)
+    old, own = jnp.exp(largest - new), jnp.exp(score - new)
+    weight = total * old + own
+    mean = (mean * total * old + x["value"] * own) / weight
+    return (new, weight, mean), mean
+
+
+def test_a_largest_score_that_starts_at_minus_infinity():
+    """Finite from the first step on; hidden steps are at −inf; a value of 1e200 overflows in the loss."""
+    rng = np.random.default_rng(1)
+    xs = {"score": rng.normal(size=T), "value": rng.normal(size=T), "mask": np.array([0, 0, -np.inf, 0, -np.inf, 0])}
+    xs, start = jax.tree.map(jnp.asarray, xs), (jnp.array(-jnp.inf), jnp.zeros(()), jnp.zeros(()))
+
+    def looked_at(**changes):
+        batch = Batch({**xs, **changes})
+        return find(softmax_so_far, lambda y, _: y**2, jnp.array(0.5), start, batch)
+
+    healthy = looked_at()
+    assert not bool(healthy.found) and absorbed(healthy) == ["carry[0]", "xs['mask']"]
+    broken = looked_at(value=plant(xs["value"], 3, np.nan))
+    assert (broken.phase, int(broken.step), broken.leaf) == ("given", 3, "xs['value']")
+    assert absorbed(broken) == ["carry[0]", "xs['mask']"]
+    hidden = looked_at(mask=plant(xs["mask"], 0, -np.inf))  # nothing is seen: 0 / 0
+    assert (hidden.phase, int(hidden.step), hidden.leaf) == ("given", 0, "xs['mask']")
+    large = looked_at(value=plant(xs["value"], 3, 1e200))
+    assert (large.phase, int(large.step), large.leaf) == ("forward", 3, "loss")
+
+
+def test_what_no_loss_reads_is_not_named():
+    """A carry and an output that are NaN at step 2, for themselves, and an infinity that comes out beside them."""
+
+    def step(w, state, x):
+        h, watched = state
+        h = jnp.where(x == 1, jnp.inf, w * h + x)
+        return (jnp.where(x > 0, jnp.nan, watched), h), (jnp.where(x > 0, jnp.nan, h), h)
+
+    def reordered(w, state, x):
+        (watched, h), y = step(w, state, x)
+        return (h, watched), y
+
+    start = jnp.zeros(()), jnp.zeros(())
+    loss = lambda y, _: y[1]
+    quiet = find(reordered, loss, jnp.array(0.5), start, Batch(jnp.array([0.0, 0, 2, 0, 0])))
+    assert not bool(quiet.found) and absorbed(quiet) == ["carry[1]", "y[0]"]
+    assert "absorbed: carry[1], y[0]" in str(quiet)
+
+    def beside(w, state, x):
+        """The watched leaf stands first."""
+        watched, h = state
+        return step(w, (h, watched), x)
+
+    for last in (1.0, 0.0):
+        found = find(beside, loss, jnp.array(0.5), start, Batch(jnp.array([0.0, 2, 0, 1, last])))
+        assert (found.phase, int(found.step), found.leaf) == ("forward", 3, "carry[1]")
+        assert absorbed(found) == ["carry[0]", "y[0]"]
+    last = find(beside, loss, jnp.array(0.5), start, Batch(jnp.array([0.0, 2, 0, 1])))
+    assert (last.phase, int(last.step), last.leaf) == ("forward", 3, "y[1]")  # no loss reads the last carry
+
+
+def test_losses_whose_mean_alone_is_not_finite():
+    batch = Batch(jnp.full(4, 3e38, jnp.float32))
+    found = find(lambda w, h, x: (h, x + w), lambda y, _: y, jnp.float32(0), jnp.zeros((), jnp.float32), batch)
+    assert (found.phase, int(found.step), found.leaf) == ("forward", 3, "loss")
+
+
+def test_an_infinity_of_thousands_of_entries():
+    """As many as XLA's reductions change at: the right leaf among large ones."""
+    params = {"mask": jnp.full(4096, -jnp.inf).at[0].set(0.0), "w": jnp.ones(4096)}
+
+    def step(params, h, x):
+        h = 0.5 * h + x * jnp.sum(jax.nn.softmax(params["mask"]) * params["w"])
+        return h, h
+
+    batch = Batch(jnp.ones(3))
+    assert not bool(find(step, lambda y, _: y, params, jnp.zeros(()), batch).found)
+    params["w"] = params["w"].at[7].set(jnp.nan)
+    found = find(step, lambda y, _: y, params, jnp.zeros(()), batch)
+    assert (found.phase, found.leaf, absorbed(found)) == ("given", "params['w']", ["params['mask']"])
+
+
 # Traps of `where`: the branch that is not taken must not poison the gradient.
 
 
@@ -158,8 +294,8 @@ def test_double_where_traps(name):
         slope = jax.grad(loss)(jnp.array([1.0, 2.0, -jnp.inf]), target)
         step = lambda w, h, x: (h, w + jnp.array([0.0, 0.0, -jnp.inf]) + h)
         found = find(step, loss, jnp.array([1.0, 2.0, 3.0]), jnp.zeros(3), Batch(jnp.ones(2), jnp.stack([target] * 2)))
-        assert np.all(np.isfinite(slope)) == (found.phase != "backward")
-        assert (found.phase, found.leaf) == ("forward", "y")  # the −inf itself is what is found
+        assert np.all(np.isfinite(slope)) and not bool(found.found)
+        assert list(np.array(found.leaves)[found.absorbed]) == ["y"]  # the −inf is told apart
     else:
         batch = Batch(jnp.ones(T, jnp.float32))
         estimator = full_bptt(growing, lambda y, target: y)

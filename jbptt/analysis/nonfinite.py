@@ -1,8 +1,12 @@
-"""Where NaN or infinity first appears: in what was given, on the way forward, or on the way back."""
+"""What first makes a loss or a gradient not finite: what was given, the way forward, or the way back.
+
+NaN and infinity may be meant: log 0 in transitions, a mask of −inf, a maximum that starts at −inf. So nothing is named
+for what it is, only for what it does.
+"""
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,24 +15,43 @@ from jax.tree_util import keystr, tree_leaves_with_path
 
 from jbptt import validation
 from jbptt.adjoint import counted_steps, loss_weights, step_losses, weighted_losses
+from jbptt.analysis.culprits import Culprit, Looked, Places, search
 from jbptt.analysis.flow import adjoints, carry_cotangents
 from jbptt.recurrence import held, times_gate, trajectory, zero_masked
-from jbptt.types import Batch, Carry, Loss, Params, Step, align_leading, split_inexact
+from jbptt.types import (
+    Batch,
+    Carry,
+    Loss,
+    Params,
+    PyTree,
+    Step,
+    align_leading,
+    is_inexact,
+    split_inexact,
+    weighted_mean,
+)
 
 PHASES = ("given", "forward", "backward")
+GIVEN = ("xs", "gates", "targets", "weights")
+
+# In the domain of nearly every function; of the size that exp, its square and the rounding of a sum bear: e^−40 beside
+# 1 is 0 in float64.
+STAND_INS = {"nan": 0.5, "posinf": 40.0, "neginf": -40.0}
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class NonFinite:
-    """The first number that is not finite, as data: arrays under jit and vmap, words outside of them.
+    """What first makes a loss, an adjoint or a gradient not finite, as data: arrays under jit and vmap, words outside.
 
     Attributes:
-      found: whether there is one.
+      found: whether a loss, an adjoint or a gradient is not finite.
       phase_index: into `PHASES`: given (parameters, initial carry, inputs, targets, weights, gates), forward (carries,
         outputs, losses), backward (adjoints, gradients).
       step: the step that read or produced it; 0 for parameters and the initial carry.
       leaf_index: into `leaves`.
+      absorbed: `[leaves]`, which hold NaN or infinity before that (anywhere, if nothing is found) of which no loss,
+        adjoint or gradient takes harm.
       leaves: names of everything that was looked at.
     """
 
@@ -36,24 +59,29 @@ class NonFinite:
     phase_index: jax.Array
     step: jax.Array
     leaf_index: jax.Array
+    absorbed: jax.Array
     leaves: tuple[str, ...] = field(metadata={"static": True})
 
     @property
     def phase(self) -> str:
-        """`given`, `forward` or `backward`; empty if everything is finite. Only outside of jit and vmap."""
+        """`given`, `forward` or `backward`; empty if nothing is found. Only outside of jit and vmap."""
         return PHASES[int(self.phase_index)] if self.found else ""
 
     @property
     def leaf(self) -> str:
-        """Its name; empty if everything is finite. Only outside of jit and vmap."""
+        """Its name; empty if nothing is found. Only outside of jit and vmap."""
         return self.leaves[int(self.leaf_index)] if self.found else ""
 
     def __str__(self) -> str:
         if np.ndim(self.found):
             return repr(self)
-        if not self.found:
-            return "everything is finite: parameters, inputs, carries, outputs, losses, adjoints and gradients"
-        return f"first not finite: {self.leaf}, {_WORDS[self.phase]} at step {int(self.step)}"
+        absorbed = ", ".join(name for name, flag in zip(self.leaves, self.absorbed, strict=True) if flag)
+        if self.found:
+            words = f"first not finite: {self.leaf}, {_WORDS[self.phase]} at step {int(self.step)}"
+            return f"{words} (not finite before it, but absorbed: {absorbed})" if absorbed else words
+        if absorbed:
+            return f"losses, adjoints and gradients are finite; not finite, but absorbed: {absorbed}"
+        return "everything is finite: parameters, inputs, carries, outputs, losses, adjoints and gradients"
 
 
 _WORDS = {"given": "as given,", "forward": "on the way forward", "backward": "on the way back"}
@@ -61,11 +89,7 @@ _WORDS = {"given": "as given,", "forward": "on the way forward", "backward": "on
 
 def _names(prefix: str, tree: Any) -> list[str]:
     """Names of the inexact leaves."""
-    return [
-        prefix + keystr(path)
-        for path, leaf in tree_leaves_with_path(tree)
-        if jnp.issubdtype(jax.dtypes.result_type(leaf), jnp.inexact)
-    ]
+    return [prefix + keystr(path) for path, leaf in tree_leaves_with_path(tree) if is_inexact(leaf)]
 
 
 def _bad(tree: Any, num_leading: int = 0) -> jax.Array:
@@ -77,13 +101,18 @@ def _bad(tree: Any, num_leading: int = 0) -> jax.Array:
 def find_nonfinite(
     step: Step, loss: Loss, params: Params, carry: Carry, batch: Batch, *, gates: jax.Array | None = None
 ) -> NonFinite:
-    """Which step, which leaf, forward or backward: where a loss or a gradient first stops being finite.
+    """Which step, which leaf, forward or backward: what first makes a loss or a gradient not finite.
 
-    In the order of computation: parameters and initial carry; then step by step inputs, gates, the new carry,
+    In the order of computation: parameters and initial carry; then step by step inputs, gates, the new carry and
     the output, the target, the weight, the loss; then back step by step the adjoint of the carry received and the
-    step's part of the parameter gradient. Padding and losses of weight 0 do not count. Two forward
-    passes and one backward, and every step's derivative once more, one after another; memory O(T) carries.
-    Works under jit and vmap (all fields are data but the names).
+    step's part of the parameter gradient. NaN and infinity of which no loss, adjoint or gradient takes harm (log 0 in
+    transitions, a running maximum that starts at −inf, a leaf that no loss reads) are not named, but listed in
+    `absorbed`. To tell, the search runs again with all that is not finite up to a place replaced by finite numbers.
+    Padding and losses of weight 0 do not count.
+
+    Two forward passes and one backward, and every step's derivative once more, one after another; that about
+    log₂(T · leaves) times where a loss or a gradient is not finite. Memory O(T) carries. Works under jit and vmap (all
+    fields are data but the names).
 
     Args:
       step: `(params, carry, x) -> (carry, y)`.
@@ -95,43 +124,118 @@ def find_nonfinite(
 
     Raises:
       ValueError: what `full_bptt` raises.
+
+    >>> step = lambda w, h, x: (jnp.maximum(h, x), jnp.sqrt(w * x))
+    >>> batch = Batch(jnp.array([4.0, 1.0, -3.0, 9.0]))
+    >>> print(find_nonfinite(step, lambda y, target: y, 0.5, -jnp.inf, batch))
+    first not finite: y, on the way forward at step 2 (not finite before it, but absorbed: carry)
     """
-    num_steps, batch_shape = validation.check_problem(step, loss, params, carry, batch, gates)
+    num_steps, _ = validation.check_problem(step, loss, params, carry, batch, gates)
     gates = None if gates is None else jnp.asarray(gates)
-    _, (_, ys) = trajectory(step, params, carry, batch.xs, batch.mask, num_steps)
-    path = adjoints(step, loss, params, carry, batch, gates=gates)
-    after = jax.tree.map(lambda a: a[1:], path.carries)
+    trees = _Trees(params, carry, batch, gates)
+    layout = _layout(step, trees, num_steps)
+    return _result(search(partial(_look, step, loss, trees, layout), layout.places), layout)
+
+
+class _Trees(NamedTuple):
+    """What is given."""
+
+    params: Params
+    carry: Carry
+    batch: Batch
+    gates: jax.Array | None
+
+
+class _Layout(NamedTuple):
+    """Names of the leaves looked at, and their places.
+
+    Attributes:
+      start: of parameters and initial carry.
+      columns: by prefix the columns of what every step has: xs, gates, carry, y, targets, weights, loss.
+      names: of the columns.
+      back: of adjoints and gradients.
+      places: where all but the last stand. The new carry and the output share one.
+    """
+
+    start: list[str]
+    columns: dict[str, range]
+    names: list[str]
+    back: list[str]
+    places: Places
+
+
+def _layout(step: Step, trees: _Trees, num_steps: int) -> _Layout:
+    params, carry, batch, gates = trees
+    run = partial(trajectory, step, length=num_steps)
+    _, (_, ys) = jax.eval_shape(run, params, carry, batch.xs, batch.mask)
+    forward = {"xs": batch.xs, "gates": gates, "carry": carry, "y": ys, "targets": batch.targets}
+    forward |= {"weights": batch.weights, "loss": jnp.zeros(())}
+    columns, names, places = {}, [], []
+    for prefix, tree in forward.items():
+        found = _names(prefix, tree)
+        columns[prefix] = range(len(names), len(names) + len(found))
+        names += found
+        next_place = places[-1] + 1 if places else 0
+        if prefix == "y" and columns["carry"]:
+            next_place -= 1
+        places += [next_place if prefix in ("carry", "y") else next_place + i for i in range(len(found))]
+    start = _names("params", params) + _names("carry", carry)
+    back = _names("the adjoint of carry", carry) + _names("the gradient of params", params)
+    return _Layout(start, columns, names, back, Places(len(start), num_steps, np.array(places)))
+
+
+def _made_finite(tree: PyTree, chosen: list[Any]) -> PyTree:
+    """Stand-ins for what is not finite in the inexact leaves; along leading axes where `chosen` says so of a leaf."""
+    leaves, rebuild = split_inexact(tree)
+    pairs = zip(map(jnp.asarray, leaves), map(jnp.asarray, chosen), strict=True)
+    return rebuild([jnp.where(align_leading(flag, a.ndim), jnp.nan_to_num(a, **STAND_INS), a) for a, flag in pairs])
+
+
+def _look(step: Step, loss: Loss, trees: _Trees, layout: _Layout, place: jax.Array, spared: jax.Array) -> Looked:
+    """One run with all up to `place` made finite, but for the column `spared` at that place itself.
+
+    Outcomes: the loss of every step, their weighted mean, and back from the last step the adjoints and gradients.
+    """
+    places = layout.places
+    limit = place - places.num_start - places.width * jnp.arange(places.num_steps)
+
+    def settle(prefix, tree, limit):
+        at = [(column, int(places.of_columns[column])) for column in layout.columns[prefix]]
+        return _made_finite(tree, [(limit > p) | ((limit == p) & (column != spared)) for column, p in at])
+
+    def settled_step(params, carry, inputs):
+        x, limit = inputs
+        after, y = step(params, carry, x)
+        return settle("carry", after, limit), settle("y", y, limit)
+
+    params, carry = _made_finite(trees[:2], [place >= i for i in range(places.num_start)])
+    gates = settle("gates", trees.gates, limit)
+    xs, targets, weights = (settle(name, getattr(trees.batch, name), limit) for name in ("xs", "targets", "weights"))
+    batch = Batch((xs, limit), targets, trees.batch.mask, weights)
+
+    path = adjoints(settled_step, loss, params, carry, batch, gates=gates)
+    _, (_, ys) = trajectory(settled_step, params, carry, batch.xs, batch.mask, places.num_steps)
     losses, _ = step_losses(loss, ys, batch)
+    after = jax.tree.map(lambda a: a[1:], path.carries)
 
     per_step = jax.vmap(zero_masked)
-    xs, ys = (tree if batch.mask is None else per_step(batch.mask, tree) for tree in (batch.xs, ys))
+    xs, ys = (tree if batch.mask is None else per_step(batch.mask, tree) for tree in (xs, ys))
     counted = counted_steps(batch)
-    targets = batch.targets if counted is None else per_step(counted, batch.targets)
-    weights = None if batch.weights is None else jnp.asarray(batch.weights)
+    targets = targets if counted is None else per_step(counted, targets)
     if batch.mask is not None and weights is not None:  # what is masked has no weight, whatever stands there
         ndim = max(batch.mask.ndim, weights.ndim)
         weights = jnp.where(align_leading(batch.mask, ndim), align_leading(weights, ndim), 0)
-    forward = {"xs": xs, "gates": gates, "carry": after, "y": ys, "targets": targets, "weights": weights}
-    forward |= {"loss": losses}
+    forward = xs, gates, after, ys, targets, weights, losses
+    there = jnp.concatenate([flags for tree in forward if (flags := _bad(tree, 1)).ndim == 2], axis=1)
 
-    total = jnp.sum(loss_weights(batch, jnp.zeros((num_steps, *batch_shape))))
+    by_loss = loss_weights(batch, losses)
+    weight, mean = jnp.sum(by_loss), jnp.sum(jnp.where(by_loss == 0, 0, by_loss * losses))
     entering = jax.tree.map(lambda a: a[:-1], path.carries)
     emitted = [c[1:] for c in carry_cotangents(path)]
-    back = partial(_step_back, step, loss, params, total)
-    flags_back = jax.lax.map(back, (entering, emitted, batch, gates))
-
-    start, there = _bad((params, carry)), _flags(forward, num_steps)
-    names_start = _names("params", params) + _names("carry", carry)
-    names_there = [name for prefix, tree in forward.items() for name in _names(prefix, tree)]
-    names_back = _names("the adjoint of carry", carry) + _names("the gradient of params", params)
-    given = [name.startswith(("xs", "gates", "targets", "weights")) for name in names_there]
-    return _first(start, there, flags_back[::-1], given, (*names_start, *names_there, *names_back))
-
-
-def _flags(trees: dict[str, Any], num_steps: int) -> jax.Array:
-    """`[T, leaves]` of all trees side by side."""
-    parts = [_bad(tree, 1) for tree in trees.values()]
-    return jnp.concatenate([part for part in parts if part.ndim == 2] or [jnp.zeros((num_steps, 0), bool)], axis=1)
+    back = jax.lax.map(partial(_step_back, settled_step, loss, params, weight), (entering, emitted, batch, gates))
+    lost = there[:, -1] & (limit < places.width - 1)  # a loss that is made finite counts as finite
+    outcomes = lost, ~jnp.isfinite(weighted_mean(mean, weight))[None], back[::-1].reshape(-1)
+    return Looked(_bad((params, carry)), there, jnp.concatenate(outcomes))
 
 
 def _step_back(step, loss, params, total, inputs):
@@ -152,21 +256,30 @@ def _step_back(step, loss, params, total, inputs):
     return jnp.concatenate([_bad(adjoint), _bad(grad)])
 
 
-def _first(start, there, back, given, names) -> NonFinite:
-    """The first flag of all, in the order of computation."""
-    num_steps, width, width_back = there.shape[0], there.shape[1], back.shape[1]
-    order = jnp.concatenate([start, there.reshape(-1), back.reshape(-1)])
-    found, first = jnp.any(order), jnp.argmax(order)
-    i, j = first - len(start), first - len(start) - num_steps * width
-    at_start, at_back = i < 0, j >= 0
-    column = jnp.where(at_back, j % max(1, width_back), i % max(1, width))
-    step = jnp.where(at_back, num_steps - 1 - j // max(1, width_back), i // max(1, width))
-    phase = jnp.where(at_back, 2, jnp.where(jnp.asarray([*given, True])[jnp.minimum(column, width)], 0, 1))
-    leaf = jnp.where(at_back, len(start) + width + column, len(start) + column)
+def _result(found: Culprit, layout: _Layout) -> NonFinite:
+    """A place on the way forward; else an adjoint or gradient; else, where their mean is not finite, the last loss."""
+    num_start, num_steps, places = layout.places
+    num_there, num_back = len(layout.names), max(1, len(layout.back))
+    is_any, at_start = jnp.any(found.given.broken), found.is_place & (found.place < num_start)
+    back = found.outcome - num_steps - 1
+    is_back = ~found.is_place & (back >= 0)
+    column = jnp.where(found.is_place, found.column, num_there - 1)
+    step = jnp.where(found.is_place, found.step, jnp.where(is_back, num_steps - 1 - back // num_back, num_steps - 1))
+
+    given = np.isin(np.arange(num_there), [column for prefix in GIVEN for column in layout.columns[prefix]])
+    phase = jnp.where(is_back, 2, jnp.where(at_start | jnp.asarray(given)[column], 0, 1))
+    leaf = jnp.where(is_back, num_start + num_there + back % num_back, num_start + column)
+    there = num_start + layout.places.width * np.arange(num_steps)[:, None] + places
+    absorbed = (
+        found.given.start & (np.arange(num_start) < found.place),
+        jnp.any(found.given.there & (there < found.place), axis=0),
+        jnp.zeros(len(layout.back), bool),
+    )
     return NonFinite(
-        found=found,
-        phase_index=jnp.where(at_start, 0, phase),
-        step=jnp.where(at_start | ~found, 0, step),
-        leaf_index=jnp.where(at_start, first, leaf),
-        leaves=tuple(names),
+        found=is_any,
+        phase_index=jnp.where(is_any, phase, 0),
+        step=jnp.where(is_any, step, 0),
+        leaf_index=jnp.where(is_any, jnp.where(at_start, found.place, leaf), 0),
+        absorbed=jnp.concatenate(absorbed),
+        leaves=(*layout.start, *layout.names, *layout.back),
     )

@@ -74,6 +74,7 @@ CLOSEST = {
     "jbptt/analysis/dominance.py": ("test_powers",),
     "jbptt/analysis/powers.py": ("test_powers",),
     "jbptt/analysis/advice.py": ("test_advice", "test_diagnosis"),
+    "jbptt/analysis/culprits.py": ("test_nonfinite",),
     "jbptt/analysis/nonfinite.py": ("test_nonfinite", "test_faults"),
     "jbptt/dependence.py": ("test_validation", "test_faults"),
     "jbptt/experiments/treatments.py": ("test_remedies",),

@@ -19,6 +19,7 @@ JACOBIANS = "jbptt/analysis/jacobians.py"
 LAGS = "jbptt/analysis/lags.py"
 LYAPUNOV = "jbptt/analysis/lyapunov.py"
 NONFINITE = "jbptt/analysis/nonfinite.py"
+CULPRITS = "jbptt/analysis/culprits.py"
 POWERS = "jbptt/analysis/powers.py"
 PRODUCTS = "jbptt/analysis/products.py"
 STUCK = "jbptt/analysis/stuck.py"
@@ -308,12 +309,12 @@ ANALYSES = (
     ),
     Mutant("advice_scales_weights_the_wrong_way", ADVICE, "math.exp(-exponent)", "math.exp(exponent)"),
     # the first number that is not finite
-    Mutant("nonfinite_goes_back_forwards", NONFINITE, "there, flags_back[::-1], given", "there, flags_back, given"),
+    Mutant("nonfinite_goes_back_forwards", NONFINITE, "back[::-1].reshape(-1)", "back.reshape(-1)"),
     Mutant(
         "nonfinite_counts_padding",
         NONFINITE,
-        "xs, ys = (tree if batch.mask is None else per_step(batch.mask, tree) for tree in (batch.xs, ys))",
-        "xs = batch.xs",
+        "xs, ys = (tree if batch.mask is None else per_step(batch.mask, tree) for tree in (xs, ys))",
+        "",
     ),
     Mutant(
         "nonfinite_reads_the_carry_received",
@@ -326,6 +327,15 @@ ANALYSES = (
         NONFINITE,
         "    if gate is not None:\n        adjoint = [times_gate(a, gate) for a in adjoint]\n",
         "",
+    ),
+    Mutant(
+        "nonfinite_names_what_is_absorbed", CULPRITS, "helps = ~looked.broken[state.outcome]", "helps = jnp.array(True)"
+    ),
+    Mutant(
+        "nonfinite_names_what_no_loss_reads",
+        CULPRITS,
+        "guilty = jnp.any(looked.broken & ~state.after)",
+        "guilty = jnp.array(True)",
     ),
     # what depends on what
     Mutant("path_over_one_carry_only", DEPENDENCE, "    for _ in emitted:\n", "    if emitted:\n"),
