@@ -83,7 +83,9 @@ def adaptive_bptt(step: Step, loss: Loss, *, tolerance: float, max_window: int, 
 
     def check(params: Params, carry: Carry, batch: Batch) -> tuple[int, ...]:
         _, batch_shape = validation.check_problem(step, loss, params, carry, batch)
-        validation.check_carry_batch(carry, batch_shape, "the probe measures norms per example")
+        validation.check_per_example(
+            step, loss, params, carry, batch, batch_shape, "the probe measures norms per example"
+        )
         return batch_shape
 
     def init(params: Params, carry: Carry, batch: Batch, key=None) -> AdaptiveState:

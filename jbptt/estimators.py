@@ -11,7 +11,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jbptt import truncation, validation
+from jbptt import batch_axes, truncation, validation
 from jbptt.adjoint import estimate_of
 from jbptt.plans import Plan, plan_of, planned_sums
 from jbptt.streams import in_blocks, in_strides
@@ -113,14 +113,17 @@ def gated_bptt(
 
     def init(params: Params, carry: Carry, batch: Batch, key=None) -> KeyState:
         sizes = validation.check_problem(step, loss, params, carry, batch)
-        validation.check_gates(jax.eval_shape(lambda k: gates_fn(k, sizes[0]), key), *sizes, carry)
+        problem = batch_axes.first_step(step, loss, params, carry, batch)
+        validation.check_gates(jax.eval_shape(lambda k: gates_fn(k, sizes[0]), key), *sizes, carry, problem)
         return KeyState(carry, key)
 
     def update(params: Params, state: KeyState, batch: Batch):
         sizes = validation.check_problem(step, loss, params, state.carry, batch)
         key, fresh = (None, None) if state.key is None else jax.random.split(state.key)
         gates = gates_fn(fresh, sizes[0])
-        validation.check_gates(gates, *sizes, state.carry)
+        validation.check_gates(
+            gates, *sizes, state.carry, batch_axes.first_step(step, loss, params, state.carry, batch)
+        )
         gates = jnp.asarray(gates)
         sums, carry = planned_sums(step, loss, params, state.carry, batch, gates, sizes[1], plan)
         return estimate_of(sums, gates=gates), KeyState(carry, key)
@@ -171,7 +174,7 @@ def randomized_bptt(
     schedule_fn, check = {
         "keep_prob": (truncation.randomized, partial(validation.check_probability, "keep_prob")),
         "mean_length": (truncation.artbp, validation.check_mean_length),
-        "length_probs": (truncation.random_lengths, partial(validation.check_length_probs, num_steps=None)),
+        "length_probs": (truncation.random_lengths, partial(truncation.check_length_probs, num_steps=None)),
     }[given[0]]
     check(options[given[0]])
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jbptt import validation
-from jbptt.types import Carry, Params, PyTree, Step, align_leading, float32_at_least, is_inexact
+from jbptt import batch_axes, validation
+from jbptt.types import Batch, Carry, Params, PyTree, Step, align_leading, float32_at_least, is_inexact
 
 
 def times_gate(cotangent: jax.Array, gate: jax.Array) -> jax.Array:
@@ -214,7 +214,8 @@ def unroll(
     """
     num_steps = validation.count_steps({"xs": xs, "gates": gates, "mask": mask}, length)
     validation.check_step(step, params, carry, xs)
-    validation.check_gates_and_mask(gates, mask, carry)
+    problem = batch_axes.first_step(lambda _, c, x: step(params, c, x), None, (), carry, Batch(xs))
+    validation.check_gates_and_mask(gates, mask, carry, problem)
     gates, mask = jax.tree.map(jnp.asarray, (gates, mask))
     if segment is not None:
         segment = validation.check_positive_integer("segment", segment)

@@ -5,6 +5,8 @@ carry that step t received. Hand it to `unroll(gates=...)` or, as a function of 
 `gated_bptt`.
 """
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -97,6 +99,27 @@ def artbp(
     return _renewal_gates(key, num_steps, hazard, reweight)
 
 
+def check_length_probs(value: Any, num_steps: int | None) -> None:
+    """A ValueError unless `value` is a distribution over 1, 2, … steps, and (num_steps given) reaches that far."""
+    if isinstance(value, Tracer):
+        return
+    try:
+        probs = np.asarray(value).astype(float)
+    except (TypeError, ValueError):
+        probs = np.array(np.nan)
+    if probs.ndim != 1 or not probs.size or not np.all(probs >= 0) or not probs.sum() <= 1 + 1e-5:
+        raise ValueError(
+            f"length_probs must be [L], each >= 0 and together at most 1, got {value!r}; "
+            "length_probs[k - 1] is the probability of a window of k steps"
+        )
+    if num_steps is not None and probs[: num_steps - 1].sum() > 1 - 1e-6:
+        raise ValueError(
+            f"length_probs lets hardly any window reach T = {num_steps} steps (less than 1e-6), so that pairs further "
+            "apart are never seen and no weight makes up for it; leave some probability to longer windows, "
+            "or pass reweight=False"
+        )
+
+
 def random_lengths(key: chex.PRNGKey, num_steps: int, length_probs: jax.Array, *, reweight: bool = True) -> jax.Array:
     """Windows whose lengths are drawn one after another from any distribution.
 
@@ -118,7 +141,7 @@ def random_lengths(key: chex.PRNGKey, num_steps: int, length_probs: jax.Array, *
         pairs further apart would never be seen, and no weight makes up for that.
     """
     validation.check_positive_integer("num_steps", num_steps)
-    validation.check_length_probs(length_probs, num_steps if reweight else None)
+    check_length_probs(length_probs, num_steps if reweight else None)
     # On the host where they are known: in float32 what is left of 1 has few digits.
     xp = jnp if isinstance(length_probs, Tracer) else np
     probs = xp.asarray(length_probs, float)

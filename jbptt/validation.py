@@ -12,7 +12,10 @@ import numpy as np
 from jax.core import Tracer
 from jax.tree_util import keystr, tree_flatten_with_path
 
+from jbptt import batch_axes, slips
+from jbptt.batch_axes import Problem
 from jbptt.dependence import missing_path
+from jbptt.slips import signature
 from jbptt.types import Batch, is_inexact
 
 
@@ -63,27 +66,6 @@ def check_probability(name: str, value: Any) -> None:
         )
 
 
-def check_length_probs(value: Any, num_steps: int | None) -> None:
-    """A ValueError unless `value` is a distribution over 1, 2, … steps, and (num_steps given) reaches that far."""
-    if isinstance(value, Tracer):
-        return
-    try:
-        probs = np.asarray(value).astype(float)
-    except (TypeError, ValueError):
-        probs = np.array(np.nan)
-    if probs.ndim != 1 or not probs.size or not np.all(probs >= 0) or not probs.sum() <= 1 + 1e-5:
-        raise ValueError(
-            f"length_probs must be [L], each >= 0 and together at most 1, got {value!r}; "
-            "length_probs[k - 1] is the probability of a window of k steps"
-        )
-    if num_steps is not None and probs[: num_steps - 1].sum() > 1 - 1e-6:
-        raise ValueError(
-            f"length_probs lets hardly any window reach T = {num_steps} steps (less than 1e-6), so that pairs further "
-            "apart are never seen and no weight makes up for it; leave some probability to longer windows, "
-            "or pass reweight=False"
-        )
-
-
 def check_above(name: str, value: Any, bound: float, why: str) -> None:
     """A ValueError unless `value` is a finite number > `bound`; traced values are trusted."""
     if isinstance(value, Tracer):
@@ -120,6 +102,7 @@ def count_steps(trees: dict[str, Any], length: Any = None) -> int:
     """T, on which the leading axis of every leaf of every named tree must agree."""
     found = {"length": check_positive_integer("length", length, smallest=0)} if length is not None else {}
     for name, tree in trees.items():
+        slips.check_arrays(name, tree)
         for path, leaf in tree_flatten_with_path(tree)[0]:
             shape = np.shape(leaf)
             if not shape:
@@ -155,45 +138,69 @@ def check_params(params: Any) -> None:
             )
 
 
-def _signature(leaf: Any) -> str:
-    return f"{jax.dtypes.result_type(leaf)}{list(np.shape(leaf))}"
-
-
 def check_step(step: Any, params: Any, carry: Any, xs: Any) -> Any:
     """Runs the step on shapes; returns y's. A ValueError names the carry leaf that drifts."""
     if callable(carry):
         raise ValueError("carry must be a tree of arrays, got a function; pass what it returns: initial_carry((16,))")
+    slips.check_arrays("carry", carry)
     x_first = jax.tree.map(lambda leaf: jax.eval_shape(lambda a: a[0], leaf), xs)
-    result = jax.eval_shape(lambda c, x: step(params, c, x), carry, x_first)
+    try:
+        result = jax.eval_shape(lambda c, x: step(params, c, x), carry, x_first)
+    except Exception as error:
+        if slip := slips.batch_first(step, params, carry, xs) or slips.input_first(step, params, carry, x_first):
+            raise ValueError(slip) from error
+        error.add_note(slips.where_it_failed("step(params, carry, x)", carry=carry, x=x_first))
+        raise
     if not (isinstance(result, tuple) and len(result) == 2):
         raise ValueError(
             f"step must return (carry, y), got {type(result).__name__}; wanted step(params, carry, x) -> (carry, y)"
         )
     new_carry, y = result
+    if drift := _drift(carry, new_carry):
+        slip = "" if slips.same_shapes(carry, new_carry) else slips.batch_first(step, params, carry, xs)
+        raise ValueError(slip or drift)
+    return y
+
+
+def _drift(carry: Any, new_carry: Any) -> str:
+    """How a step changes the structure, a shape or a dtype of the carry; "" if it does not."""
     before, after = tree_flatten_with_path(carry), tree_flatten_with_path(new_carry)
     if before[1] != after[1]:
-        raise ValueError(
+        return (
             f"step changes the structure of the carry: it received {before[1]} and returned {after[1]}; "
             "return a carry of the structure that it was given"
         )
     for (path, old), (_, new) in zip(before[0], after[0], strict=True):
-        if _signature(old) != _signature(new):
-            raise ValueError(
-                f"step changes carry{keystr(path)} from {_signature(old)} to {_signature(new)}; shape and dtype "
+        if signature(old) != signature(new):
+            return (
+                f"step changes carry{keystr(path)} from {signature(old)} to {signature(new)}; shape and dtype "
                 "must stay: build the initial carry with the step's shape and dtype, or cast inside the step"
             )
-    return y
+    return ""
 
 
-def check_carry_batch(carry: Any, batch_shape: tuple[int, ...], why: str, name: str = "carry") -> None:
-    """A ValueError unless every inexact carry leaf begins with the batch shape."""
+def check_carry_batch(
+    carry: Any, batch_shape: tuple[int, ...], why: str, name: str = "carry", problem: Problem | None = None
+) -> None:
+    """A ValueError unless every inexact carry leaf begins with the batch shape, and not by chance (with `problem`)."""
     for path, leaf in tree_flatten_with_path(carry)[0]:
         inexact = jnp.issubdtype(jax.dtypes.result_type(leaf), jnp.inexact)
         if inexact and np.shape(leaf)[: len(batch_shape)] != batch_shape:
             raise ValueError(
                 f"{name}{keystr(path)} has shape {np.shape(leaf)}, wanted it to begin with the batch shape "
-                f"{batch_shape}, because {why}; give every example a carry of its own"
+                f"{batch_shape}, because {why}; give every example a carry of its own, the batch axis first "
+                "(jnp.moveaxis where it is another)"
             )
+    if problem:
+        batch_axes.check_examples_come_first(problem, batch_shape, why)
+
+
+def check_per_example(
+    step: Any, loss: Any, params: Any, carry: Any, batch: Batch, batch_shape: tuple[int, ...], why: str
+) -> None:
+    """A ValueError unless every inexact carry leaf is per example, its batch axes first, because of `why`."""
+    problem = batch_axes.first_step(step, loss, params, carry, batch)
+    check_carry_batch(carry, batch_shape, why, problem=problem)
 
 
 def check_num_leading(num_leading: Any, tree: Any) -> int:
@@ -210,21 +217,23 @@ def check_num_leading(num_leading: Any, tree: Any) -> int:
     return num_leading
 
 
-def check_gates_and_mask(gates: Any, mask: Any, carry: Any) -> None:
+def check_gates_and_mask(gates: Any, mask: Any, carry: Any, problem: Problem | None = None) -> None:
     """Gates are bool or real, the mask is bool, and their further axes match the carry's leading ones."""
     if mask is not None:
         if jax.dtypes.result_type(mask) != jnp.bool_:
             raise ValueError(
                 f"mask must be bool, got {jax.dtypes.result_type(mask)}; pass mask.astype(bool), or use weights"
             )
-        check_carry_batch(carry, np.shape(mask)[1:], "the mask is per example")
+        check_carry_batch(carry, np.shape(mask)[1:], "the mask is per example", problem=problem)
     if gates is not None:
         if jnp.issubdtype(jax.dtypes.result_type(gates), jnp.complexfloating):
             raise ValueError(f"gates must be bool or real, got {jax.dtypes.result_type(gates)}")
-        check_carry_batch(carry, np.shape(gates)[1:], "the gates are per example")
+        check_carry_batch(carry, np.shape(gates)[1:], "the gates are per example", problem=problem)
 
 
-def check_gates(gates: Any, num_steps: int, batch_shape: tuple[int, ...], carry: Any) -> None:
+def check_gates(
+    gates: Any, num_steps: int, batch_shape: tuple[int, ...], carry: Any, problem: Problem | None = None
+) -> None:
     """Gates are an array `[T]` or `[T, *batch]`, bool or real."""
     if isinstance(gates, (list, tuple)):
         raise ValueError(f"gates must be an array, got a {type(gates).__name__}; pass jnp.asarray(gates)")
@@ -234,7 +243,7 @@ def check_gates(gates: Any, num_steps: int, batch_shape: tuple[int, ...], carry:
             f"{(num_steps, *batch_shape)} (T = {num_steps}, the leading time axis of the batch); "
             "return an array of that shape"
         )
-    check_gates_and_mask(gates, None, carry)
+    check_gates_and_mask(gates, None, carry, problem)
 
 
 def check_history(history: Any, batch: Batch, batch_shape: tuple[int, ...]) -> None:
@@ -255,7 +264,11 @@ def check_history(history: Any, batch: Batch, batch_shape: tuple[int, ...]) -> N
 def check_loss(loss: Any, y: Any, targets: Any) -> tuple[tuple[int, ...], Any]:
     """Runs the loss on shapes; returns the batch shape and the aux's shapes (None without aux)."""
     target = jax.tree.map(lambda leaf: jax.eval_shape(lambda a: a[0], leaf), targets)
-    result = jax.eval_shape(loss, y, target)
+    try:
+        result = jax.eval_shape(loss, y, target)
+    except Exception as error:
+        error.add_note(slips.where_it_failed("loss(y, target)", y=y, target=target))
+        raise
     value, aux = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
     if not isinstance(value, jax.ShapeDtypeStruct) or not jnp.issubdtype(value.dtype, jnp.floating):
         raise ValueError(
@@ -268,21 +281,6 @@ def check_loss(loss: Any, y: Any, targets: Any) -> tuple[tuple[int, ...], Any]:
                 f"{value.shape} (one entry per example, like the loss); leave the mean over examples to the estimate"
             )
     return value.shape, aux
-
-
-def warn_of_float64(trees: dict[str, Any], stacklevel: int = 4) -> None:
-    """A warning where JAX is about to round float64 to float32, which it does without a word."""
-    if jax.dtypes.canonicalize_dtype(np.float64) == np.float64:
-        return
-    for name, tree in trees.items():
-        for path, leaf in tree_flatten_with_path(tree)[0]:
-            if isinstance(leaf, (np.ndarray, np.generic)) and leaf.dtype in (np.float64, np.complex128):
-                warnings.warn(
-                    f"{name}{keystr(path)} is {leaf.dtype}, which is computed in single precision while x64 is off; "
-                    "cast it to float32, or jax.config.update('jax_enable_x64', True) before anything else",
-                    stacklevel=stacklevel,
-                )
-                return
 
 
 def warn_of_missing_path(step: Any, loss: Any, params: Any, carry: Any, batch: Batch) -> None:
@@ -302,7 +300,7 @@ def check_problem(step: Any, loss: Any, params: Any, carry: Any, batch: Batch, g
         raise ValueError(f"batch must be a jbptt.Batch, got {type(batch).__name__}; write Batch(xs, targets)")
     num_steps = count_steps(batch._asdict())
     check_params(params)
-    warn_of_float64({"params": params, "carry": carry, "batch": batch})
+    slips.warn_of_float64({"params": params, "carry": carry, "batch": batch})
     y = check_step(step, params, carry, batch.xs)
     batch_shape, _ = check_loss(loss, y, batch.targets)
     if 0 in batch_shape:
@@ -315,8 +313,11 @@ def check_problem(step: Any, loss: Any, params: Any, carry: Any, batch: Batch, g
             )
     if batch.weights is not None and jnp.issubdtype(jax.dtypes.result_type(batch.weights), jnp.complexfloating):
         raise ValueError(f"weights must be real, got {jax.dtypes.result_type(batch.weights)}")
-    check_gates_and_mask(None, batch.mask, carry)
+    slips.warn_of_cancelling_weights(batch.weights, batch.mask)
+    problem = batch_axes.first_step(step, loss, params, carry, batch)
+    check_gates_and_mask(None, batch.mask, carry, problem)
     if gates is not None:
-        check_gates(gates, num_steps, batch_shape, carry)
+        check_gates(gates, num_steps, batch_shape, carry, problem)
+    batch_axes.warn_of_doubts_about_loss(problem, batch, batch_shape)
     warn_of_missing_path(step, loss, params, carry, batch)
     return num_steps, batch_shape

@@ -14,7 +14,19 @@ import pytest
 import jbptt
 
 ROOT = Path(jbptt.__file__).parent
-CORE = ["types", "norms", "dependence", "validation", "recurrence", "cells", "truncation", "programs", "weights"]
+CORE = [
+    "types",
+    "norms",
+    "dependence",
+    "slips",
+    "batch_axes",
+    "validation",
+    "recurrence",
+    "cells",
+    "truncation",
+    "programs",
+    "weights",
+]
 CORE += ["loops", "adjoint", "division", "plans", "windows"]
 CORE += ["streams", "estimators", "decay", "adaptive", "cotangents", "clipping", "brute_force", "testing"]
 FLOORS = ["core", "interop", "analysis", "experiments", "report"]  # interop: a wing of the core, a room a library

@@ -278,6 +278,67 @@ FAULTS = [
         lambda: with_loss(lambda y, target: jnp.sum(y, -1) > 0),
         "loss must return a real floating",
     ),
+    Fault(
+        "batch first",
+        lambda: update(xs=jnp.swapaxes(XS, 0, 1), targets=jnp.swapaxes(BATCH.targets, 0, 1)),
+        "time must come first: xs [3, 6, 2] hands the step x [6, 2] for a carry float32[3, 2]",
+    ),
+    Fault(
+        "batch first, one example: the carry would grow",
+        lambda: update(xs=XS[None, :, 0], targets=BATCH.targets[None, :, 0], carry=CARRY[:1]),
+        "time must come first: xs [1, 6, 2]",
+    ),
+    Fault(
+        "x before the carry",
+        lambda: update(step=lambda p, x, h: CELL.step(p, h, x), params=WIDE, xs=jnp.ones((T, B, 5))),
+        "step must take (params, carry, x) and return (carry, y): with x before the carry it runs",
+    ),
+    Fault("tensors of another library", lambda: update(xs=Tensor()), "xs is a test_faults.Tensor, wanted an array"),
+    Fault("a table", lambda: update(targets={"a": Tensor()}), "targets['a'] is a test_faults.Tensor, wanted an array"),
+    Fault("a carry of strings", lambda: update(carry="zeros"), "carry is a str, wanted an array"),
+    Fault(
+        "sequences of several lengths",
+        lambda: update(xs=np.array([np.ones(3), np.ones(2)], object)),
+        "xs is a NumPy array of dtype object, wanted an array; pass numbers; pad",
+    ),
+    Fault(
+        "a loss that is not summed over features",
+        lambda: with_loss(lambda y, target: (y - target) ** 2),
+        None,
+        finite,
+        "each unit counts as an example",
+        "the loss has shape (3, 2), and its axis 1, of size 2, is one that params fix: features, not examples; a loss "
+        "returns one number per example",
+    ),
+    Fault(
+        "a loss that averages over examples",
+        lambda: with_loss(lambda y, target: jnp.mean((y - target) ** 2)),
+        None,
+        finite,
+        "the whole batch is one example to masks and analyses",
+        "the loss has shape (), but the carry's first axis",
+    ),
+    Fault(
+        "a loss with an axis too many",
+        lambda: with_loss(lambda y, target: tasks.squared_error(y, target)[:, None]),
+        None,
+        lambda e: same(e, update()),
+        "the gradient; analyses refuse the carry",
+        "the loss has shape (3, 1), but no leaf of the carry begins with (3, 1)",
+    ),
+    Fault(
+        "weights of both signs that cancel",
+        lambda: update(weights=np.array([1, -1, 1, -1, 1, -1.0001])),
+        None,
+        lambda e: np.abs(e.loss) > 1e3 * np.abs(e.loss_sum),
+        "a mean that is divided by nearly 0; divide grad_sum by a number of your own",
+        "weights of both signs nearly cancel",
+    ),
+    Fault(
+        "layers before examples, as many, beside a mask of the examples",
+        lambda: update(step=stacked_layers, carry=jnp.zeros((B, B, H)), mask=MASK),
+        "carry has shape (3, 3, 2), wanted the batch axis first, because the mask is per example, but its axis 1 holds",
+    ),
     Fault("step returns only y", lambda: update(step=lambda p, h, x: h), "step must return (carry, y)"),
     Fault(
         "a tuple instead of a Batch",
@@ -321,6 +382,24 @@ FAULTS = [
         "its gradient, two steps back; no warning",
     ),
 ]
+
+
+WIDE = {**PARAMS, "w_x": jnp.ones((5, H), jnp.float32)}
+
+
+class Tensor:
+    """What other libraries have in place of arrays."""
+
+    shape, ndim = (T, B, 2), 3
+
+
+def stacked_layers(params: Any, carry: Any, x: Any) -> Any:
+    """Three layers, the first axis of the carry `[layers, B, H]`."""
+    new = []
+    for h in carry:
+        h, x = CELL.step(params, h, x)
+        new.append(h)
+    return jnp.stack(new), x
 
 
 def without_gradient(estimate: Any) -> bool:

@@ -199,7 +199,7 @@ def adjoint_alignment(
         `full_bptt` raises.
     """
     num_steps, batch_shape = validation.check_problem(step, loss, params, carry, batch, gates)
-    validation.check_carry_batch(carry, batch_shape, "the alignment is measured per example")
+    validation.check_per_example(step, loss, params, carry, batch, batch_shape, "the alignment is measured per example")
     check_differentiable(carry)
     max_lag = check_max_lag(max_lag, num_steps)
     core, _ = split_readout(step)

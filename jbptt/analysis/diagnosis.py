@@ -95,7 +95,7 @@ def diagnose(
         `lag_profile` raise.
     """
     num_steps, batch_shape = validation.check_problem(step, loss, params, carry, batch, gates)
-    validation.check_carry_batch(carry, batch_shape, "the gradient is measured per example")
+    validation.check_per_example(step, loss, params, carry, batch, batch_shape, "the gradient is measured per example")
     gates = None if gates is None else jnp.asarray(gates)
     num_repeats = validation.check_positive_integer("num_repeats", num_repeats)
     if learning_rate is not None:

@@ -99,7 +99,7 @@ def gradient_flow(
       ValueError: carries that do not begin with the batch shape; what `full_bptt` raises.
     """
     num_steps, batch_shape = validation.check_problem(step, loss, params, carry, batch, gates)
-    validation.check_carry_batch(carry, batch_shape, "the flow is measured per example")
+    validation.check_per_example(step, loss, params, carry, batch, batch_shape, "the flow is measured per example")
     batch, gates = jax.tree.map(jnp.asarray, (batch._replace(weights=None), gates))
     core, _ = split_readout(step)
     _, (carries, outputs) = trajectory(core, params, carry, batch.xs, batch.mask, num_steps)

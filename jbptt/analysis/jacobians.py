@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from jbptt import validation
+from jbptt import slips, validation
 from jbptt.adjoint import split_inexact
 from jbptt.cells import split_readout
 from jbptt.cotangents import clips_cotangents
@@ -35,7 +35,7 @@ def check_system(step: Any, params: Any, carry: Any, xs: Any, mask: Any, length:
             f"mask has shape {np.shape(mask)}, wanted [T] = ({num_steps},): the carry is one unbatched system; "
             "use jax.vmap for a batch"
         )
-    validation.warn_of_float64({"params": params, "carry": carry, "xs": xs})
+    slips.warn_of_float64({"params": params, "carry": carry, "xs": xs})
     validation.check_step(step, params, carry, xs)
     validation.check_gates_and_mask(None, mask, carry)
     return num_steps

@@ -135,7 +135,7 @@ def lag_profile(
       ValueError: max_lag < 1 or > T; carries without the batch shape; what `full_bptt` raises.
     """
     num_steps, batch_shape = validation.check_problem(step, loss, params, carry, batch, gates)
-    validation.check_carry_batch(carry, batch_shape, "the profile is measured per example")
+    validation.check_per_example(step, loss, params, carry, batch, batch_shape, "the profile is measured per example")
     max_lag = validation.check_positive_integer("max_lag", max_lag)
     if max_lag > num_steps:
         raise ValueError(f"max_lag must be <= T = {num_steps}, got {max_lag}; there are no pairs further apart")

@@ -15,7 +15,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jax.tree_util import keystr, tree_leaves_with_path
 
-from jbptt import validation
+from jbptt import slips, validation
 from jbptt.adjoint import split_inexact
 from jbptt.analysis.graded import times_power
 from jbptt.analysis.jacobians import check_differentiable, push_tangents
@@ -125,7 +125,7 @@ def lyapunov_spectrum(
 def _check(step, params, carry, xs, length, num_discarded) -> tuple[int, int, Any]:
     """T, the number of dimensions and the dtype of the frame."""
     num_steps = validation.count_steps({"xs": xs}, length)
-    validation.warn_of_float64({"params": params, "carry": carry, "xs": xs})
+    slips.warn_of_float64({"params": params, "carry": carry, "xs": xs})
     validation.check_step(step, params, carry, xs)
     validation.check_positive_integer("num_discarded", num_discarded, smallest=0)
     if num_discarded >= num_steps:

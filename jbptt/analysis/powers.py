@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from jbptt import validation
+from jbptt import slips, validation
 from jbptt.analysis.dominance import CASES, classify, decompose, normalised
 from jbptt.norms import max_or_nan, norm, unit
 from jbptt.types import float32_at_least
@@ -167,7 +167,7 @@ def _check_matrix(matrix: Any, symmetric: bool | None) -> tuple[jax.Array, bool]
 def _check_real(name: str, value: Any) -> jax.Array:
     """`value` as a real array, float32 at least, finite unless it is traced."""
     value = value if hasattr(value, "dtype") else np.asarray(value)
-    validation.warn_of_float64({name: value}, stacklevel=5)
+    slips.warn_of_float64({name: value})
     dtype = jax.dtypes.result_type(value)
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
         raise ValueError(f"{name} must be real, got {dtype}; pass floating-point numbers")

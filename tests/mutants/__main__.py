@@ -39,6 +39,8 @@ PASSED = (0, 5)  # pytest's status; 5: no test ran, as all need a package that i
 # The fastest and closest tests of each module, most telling first.
 CLOSEST = {
     "jbptt/types.py": ("test_batches",),
+    "jbptt/slips.py": ("test_faults", "test_batch_axes"),
+    "jbptt/batch_axes.py": ("test_batch_axes", "test_faults"),
     "jbptt/validation.py": ("test_validation", "test_estimators"),
     "jbptt/cells.py": ("test_by_hand", "test_generated", "test_tasks", "test_torch"),
     "jbptt/recurrence.py": ("test_by_hand", "test_unroll", "test_batches", "test_memory", "test_analysis"),

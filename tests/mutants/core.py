@@ -20,6 +20,18 @@ NORMS = "jbptt/norms.py"
 COTANGENTS = "jbptt/cotangents.py"
 
 CORE = (
+    Mutant(
+        "every_pinned_size_is_a_feature",
+        "jbptt/batch_axes.py",
+        "if found and found[1] == (*batch",
+        "if not found and (*batch",
+    ),
+    Mutant("means_are_one_example", "jbptt/batch_axes.py", "return not all(free) and", "return all(free) and"),
+    Mutant(
+        "layers_are_examples", "jbptt/batch_axes.py", "_replace(carry=carry).run()", "_replace(carry=carry) is None"
+    ),
+    Mutant("batch_first_is_not_seen", "jbptt/slips.py", "_without(a, 1), xs), 1)", "_without(a, 0), xs), 1)"),
+    Mutant("weights_may_cancel", "jbptt/slips.py", "if total < SMALL * size:", "if total < 0 * size:"),
     # types: alignment, means, sums
     Mutant(
         "align_on_trailing_axes",

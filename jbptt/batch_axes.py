@@ -1,0 +1,236 @@
+"""Which axes hold examples: told by running one step on shapes with another number of them, not by sizes alone.
+
+An axis of examples can be resized in the carry, the inputs and the targets, and the parameters do not mind. An axis of
+features cannot: the parameters fix its size.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jbptt import slips
+from jbptt.types import Batch, Carry, Loss, Params, PyTree, Step, is_inexact
+
+Shape = tuple[int, ...]
+WHAT_A_LOSS_RETURNS = (
+    "a loss returns one number per example, of the batch shape: sum or average over features and outputs in it, "
+    "jnp.sum(..., axis=-1), and leave the mean over examples and steps to the estimate"
+)
+
+
+class Problem(NamedTuple):
+    """One step and its loss on shapes. `loss` may be None."""
+
+    step: Step
+    loss: Loss | None
+    params: Params
+    carry: Carry
+    x: PyTree
+    target: PyTree
+
+    def resized(self, change: Callable[[Shape], Shape], params_too: bool = False) -> "Problem":
+        """With other shapes of the carry, the inputs and the targets."""
+
+        def change_all(tree):
+            return jax.tree.map(lambda a: jax.ShapeDtypeStruct(change(a.shape), a.dtype), _shapes(tree))
+
+        params = change_all(self.params) if params_too else self.params
+        return self._replace(
+            params=params, carry=change_all(self.carry), x=change_all(self.x), target=change_all(self.target)
+        )
+
+    def run(self) -> tuple[PyTree, Shape] | None:
+        """The shapes of y and of the loss; None if it fails or the carry drifts."""
+        try:
+            after, y = jax.eval_shape(self.step, self.params, self.carry, self.x)
+            if _sizes(after) != _sizes(self.carry):
+                return None
+            value = () if self.loss is None else jax.eval_shape(self.loss, y, self.target)
+        except Exception:  # whatever the user's functions raise at shapes that do not fit
+            return None
+        return y, getattr(value[0] if isinstance(value, tuple) and value else value, "shape", ())
+
+
+def first_step(step: Step, loss: Loss | None, params: Params, carry: Carry, batch: Batch) -> Problem:
+    """What is asked of other numbers of examples: one step, on shapes."""
+    x, target = jax.eval_shape(lambda tree: jax.tree.map(lambda a: a[0], tree), (batch.xs, batch.targets))
+    return Problem(step, loss, params, carry, x, target)
+
+
+def _shapes(tree: PyTree) -> PyTree:
+    return jax.eval_shape(lambda t: t, tree)
+
+
+def _sizes(tree: PyTree) -> list[Shape]:
+    return [np.shape(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def _begins(shape: Shape, prefix: Shape) -> bool:
+    return shape[: len(prefix)] == prefix
+
+
+def _new_size(size: int, *trees: PyTree) -> int:
+    """A size that stands nowhere else, so that nothing fits by chance."""
+    taken = {n for shape in _sizes(trees) for n in shape}
+    return next(n for n in range(size + 1, size + 2 + len(taken)) if n not in taken)
+
+
+def _at_the_end_of(prefix: Shape, new: int) -> Callable[[Shape], Shape]:
+    """Resizes the last axis of a leading `prefix` where there is one."""
+    return lambda shape: (*prefix[:-1], new, *shape[len(prefix) :]) if _begins(shape, prefix) else shape
+
+
+def _everywhere(size: int, new: int) -> Callable[[Shape], Shape]:
+    return lambda shape: tuple(new if n == size else n for n in shape)
+
+
+def warn_of_doubts_about_loss(problem: Problem, batch: Batch, batch_shape: Shape) -> None:
+    """A warning where what the loss returns looks like anything but one number per example."""
+    if batch_shape and batch_shape in (np.shape(batch.mask)[1:], np.shape(batch.weights)[1:]):
+        return  # the user counts along these axes too
+    if doubts := doubts_about_loss(problem, batch_shape):
+        slips.warn_user(doubts)
+
+
+def doubts_about_loss(problem: Problem, batch_shape: Shape) -> str:
+    """Why the loss's axes look like no examples; "" where they look like some.
+
+    Costs nothing where sizes leave no doubt: the first axes of the carry are the loss's, and no parameter is as long.
+    """
+    carries = _sizes(list(filter(is_inexact, jax.tree.leaves(problem.carry))))
+    pinned = {n for shape in _sizes(problem.params) for n in shape}
+    for axis, size in enumerate(batch_shape):
+        prefix = batch_shape[: axis + 1]
+        if any(_begins(shape, prefix) for shape in carries):
+            fixed = size > 1 and size in pinned and _fixed_by_params(problem, prefix, batch_shape)
+            if fixed and not misplaced_examples(problem, batch_shape):
+                return (
+                    f"the loss has shape {batch_shape}, and its axis {axis}, of size {size}, is one that params fix: "
+                    f"features, not examples; {WHAT_A_LOSS_RETURNS}"
+                )
+        elif axis and any(_begins(shape, prefix[:-1]) for shape in carries):
+            return (
+                f"the loss has shape {batch_shape}, but no leaf of the carry begins with {prefix} (they have shapes "
+                f"{carries}): its axis {axis} is one too many; {WHAT_A_LOSS_RETURNS}"
+            )
+    if _pools_examples(problem, [shape for shape in carries if shape], batch_shape):
+        return (
+            f"the loss has shape {batch_shape}, but the carry's first axis (its leaves have shapes {carries}) looks "
+            "like one of examples: the inputs and outputs have it too, and no row depends on another; "
+            f"{WHAT_A_LOSS_RETURNS}"
+        )
+    return ""
+
+
+def _fixed_by_params(problem: Problem, prefix: Shape, batch_shape: Shape) -> bool:
+    """Whether the last axis of `prefix` cannot be resized alone, and what stands along it depends on each other.
+
+    Where that cannot be tried: whether it can be resized together with all that is as long in the parameters.
+    """
+    size, axis = prefix[-1], len(prefix) - 1
+    new = _new_size(size, problem.params, problem.carry, problem.x, problem.target)
+    for params_too in (False, True):  # models side by side have parameters of their own
+        found = problem.resized(_at_the_end_of(prefix, new), params_too).run()
+        if found and found[1] == (*batch_shape[:axis], new, *batch_shape[axis + 1 :]):
+            return False
+    if (independent := _independent(problem, prefix)) is not None:
+        return not independent
+    found = problem.resized(_everywhere(size, new), params_too=True).run()
+    return found is not None and found[1] == _everywhere(size, new)(batch_shape)
+
+
+def _pools_examples(problem: Problem, carries: list[Shape], batch_shape: Shape) -> bool:
+    """Whether the carry's first axis, which the loss lacks, is one of examples: free, and before one of features."""
+    leading, xs = {shape[0] for shape in carries}, _sizes(problem.x)
+    if len(leading) != 1 or min(map(len, carries)) < 2 or not xs:
+        return False
+    size = leading.pop()
+    if _begins(batch_shape, (size,)) or not all(_begins(shape, (size,)) for shape in xs):
+        return False
+    new = _new_size(size, problem.params, problem.carry, problem.x, problem.target)
+    found = problem.resized(_at_the_end_of((size,), new)).run()
+    if not found or found[1] != batch_shape or not all(_begins(shape, (new,)) for shape in _sizes(found[0])):
+        return False
+    free = [problem.resized(_at_the_end_of(shape[:2], new)).run() for shape in set(carries)]
+    return not all(free) and bool(_independent(problem, (size,)))
+
+
+def _independent(problem: Problem, prefix: Shape) -> bool | None:
+    """Whether what comes out at one index of the last axis of `prefix` depends on the carry at this index alone.
+
+    One step is run on random numbers, with NaN at index 0 of the carry: a small program, in doubtful cases alone. None
+    if that fails, as where the step closes over traced values.
+    """
+    axis = len(prefix) - 1
+    numbers = np.random.default_rng(0)
+
+    def drawn(leaf):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.split(jax.random.key(0, impl=jax.random.key_impl(leaf)), leaf.shape)
+        normal = numbers.normal(size=leaf.shape) if is_inexact(leaf) else np.zeros(leaf.shape)
+        return jnp.asarray(normal, leaf.dtype)
+
+    def poisoned(leaf):
+        at_0 = (slice(None),) * axis + (0,)
+        return leaf.at[at_0].set(jnp.nan) if is_inexact(leaf) and _begins(leaf.shape, prefix) else leaf
+
+    def rest_is_finite(leaf):
+        if not is_inexact(leaf) or not _begins(np.shape(leaf), prefix):
+            return True
+        return bool(jnp.isfinite(jax.lax.slice_in_dim(leaf, 1, None, axis=axis)).all())
+
+    try:
+        with jax.ensure_compile_time_eval(), jax.debug_nans(False):
+            params, carry, x = jax.tree.map(drawn, _shapes((problem.params, problem.carry, problem.x)))
+            results = jax.jit(problem.step)(params, jax.tree.map(poisoned, carry), x)
+            return all(map(rest_is_finite, jax.tree.leaves(results)))
+    except Exception:
+        return None
+
+
+def check_examples_come_first(problem: Problem, batch_shape: Shape, why: str) -> None:
+    """A ValueError where the carry begins with the batch shape by chance, and its examples are on another axis."""
+    if found := misplaced_examples(problem, batch_shape):
+        raise ValueError(
+            f"carry{jax.tree_util.keystr(found.path)} has shape {found.shape}, wanted the batch axis first, because "
+            f"{why}, but its axis {found.axis} holds the examples (with another number of them the step runs only if "
+            f"that axis changes); pass jnp.moveaxis(leaf, {found.axis}, 0), and move it back and forth inside the step"
+        )
+
+
+class Misplaced(NamedTuple):
+    """A carry leaf, and which of its axes holds the examples."""
+
+    path: Any
+    shape: Shape
+    axis: int
+
+
+def misplaced_examples(problem: Problem, batch_shape: Shape) -> Misplaced | None:
+    """The carry leaf whose examples are on another axis than the first, though that one is as long.
+
+    Costs nothing where no further axis is as long as the batch.
+    """
+    if len(batch_shape) != 1:
+        return None
+    (size,) = batch_shape
+    named = [(path, np.shape(leaf)) for path, leaf in jax.tree.leaves_with_path(problem.carry) if is_inexact(leaf)]
+    if not any(size in shape[1:] for _, shape in named):
+        return None
+    new = _new_size(size, problem.params, problem.carry, problem.x)
+    if problem.resized(_at_the_end_of(batch_shape, new)).run():
+        return None
+    for axis in sorted({i for _, shape in named for i, n in enumerate(shape) if i and n == size}):
+
+        def moved(shape, axis=axis):
+            if shape[axis : axis + 1] == batch_shape:
+                return (*shape[:axis], new, *shape[axis + 1 :])
+            return _at_the_end_of(batch_shape, new)(shape)
+
+        carry = problem.resized(moved).carry
+        if problem.resized(_at_the_end_of(batch_shape, new))._replace(carry=carry).run():
+            return next(Misplaced(path, shape, axis) for path, shape in named if shape[axis : axis + 1] == batch_shape)
+    return None
