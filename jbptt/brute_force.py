@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.flatten_util import ravel_pytree
 
 from jbptt import validation
-from jbptt.types import Batch, Carry, Loss, Params, Step, align_leading
+from jbptt.types import Batch, Carry, Loss, Params, Step, align_leading, real_vector
 
 
 def _spread(array: Any, default: Any, shape: tuple[int, ...]) -> jax.Array:
@@ -24,10 +23,10 @@ def _spread(array: Any, default: Any, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _flat_carry(carry: Carry) -> tuple[jax.Array, Callable[[jax.Array, Carry], Carry]]:
-    """The floating leaves of a carry as a vector, and the way back into another carry's remaining leaves."""
+    """The floating leaves of a carry as a real vector, and the way back into another carry's remaining leaves."""
     leaves, structure = jax.tree.flatten(carry)
     floating = [jnp.issubdtype(jax.dtypes.result_type(leaf), jnp.inexact) for leaf in leaves]
-    flat, back = ravel_pytree([leaf for leaf, f in zip(leaves, floating, strict=True) if f])
+    flat, back = real_vector([leaf for leaf, f in zip(leaves, floating, strict=True) if f])
 
     def rebuild(vector, rest):
         parts = iter(back(vector))
@@ -90,7 +89,7 @@ def brute_force_gradient(
         raise ValueError(f"coverage has shape {coverage.shape}, wanted [T, T] or [T, T, *batch] = {wanted[1]}")
     coverage = jnp.broadcast_to(align_leading(coverage, 2 + len(batch_shape)), wanted[1])
     coverage = coverage.reshape(num_steps, num_steps, -1)
-    flat_params, to_params = ravel_pytree(params)
+    flat_params, to_params = real_vector(params)
 
     def body(carry, inputs_t):
         flat, rebuild = _flat_carry(carry)
@@ -116,7 +115,8 @@ def brute_force_gradient(
 
     diagonal = jnp.einsum("tb,tbp->p", coverage[jnp.arange(num_steps), jnp.arange(num_steps)], own)
     (_, grad), _ = lax.scan(back, (jnp.zeros_like(slopes), diagonal), jnp.arange(num_steps)[::-1])
-    return to_params(jnp.where(total == 0, 0, grad / jnp.where(total == 0, 1, total)))
+    grad = to_params(jnp.where(total == 0, 0, grad / jnp.where(total == 0, 1, total)))
+    return jax.tree.map(jnp.conj, grad)  # JAX's ∂f/∂x − i ∂f/∂y where parameters are complex
 
 
 def frozen_loss(

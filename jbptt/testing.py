@@ -3,6 +3,7 @@
 Run them in float64 (`jax_enable_x64`) on small problems: time and memory grow with T².
 """
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -12,24 +13,44 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.flatten_util import ravel_pytree
-from jax.scipy.stats import norm as normal
+from jax.scipy import stats
 from jax.tree_util import keystr, tree_leaves_with_path
 
 from jbptt.brute_force import brute_force_gradient as brute_force_gradient
 from jbptt.brute_force import frozen_loss as frozen_loss
-from jbptt.types import Batch, Carry, Estimator, Loss, Params, Step
+from jbptt.norms import norm
+from jbptt.types import Batch, Carry, Estimator, Loss, Params, Step, real_vector
+
+
+def _sizes(params: Params) -> Params:
+    """The unit of every entry: its own size, of a zero the leaf's root mean square (1 of a leaf of zeros)."""
+
+    def one(leaf):
+        size, mean = jnp.abs(leaf), norm(leaf) / math.sqrt(max(1, jnp.size(leaf)))
+        mean = jnp.where(mean == 0, 1, mean).astype(size.dtype)
+        return jnp.where(size == 0, mean, jnp.maximum(size, 1e-3 * mean))
+
+    return jax.tree.map(one, params)
 
 
 def _direction(key: chex.PRNGKey, params: Params) -> Params:
-    """A random direction of unit length."""
-    flat, back = ravel_pytree(params)
-    drawn = jax.random.normal(key, flat.shape, flat.dtype)
-    return back(drawn / jnp.linalg.norm(drawn))
+    """A random direction, of unit length in the units of `_sizes`: one width of a difference serves all entries."""
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    drawn = [jax.random.normal(k, jnp.shape(a), jnp.result_type(a)) for k, a in zip(keys, leaves, strict=True)]
+    length = norm(drawn)
+    drawn = structure.unflatten([a / length.astype(jnp.finfo(a.dtype).dtype) for a in drawn])
+    return jax.tree.map(jnp.multiply, _sizes(params), drawn)
 
 
-def _dot(a: Params, b: Params) -> jax.Array:
-    return ravel_pytree(a)[0] @ ravel_pytree(b)[0]
+def _dot(gradient: Params, direction: Params) -> jax.Array:
+    """The slope along a direction: `Re Σ g·d`, without a conjugate, as JAX defines the gradient in complex numbers."""
+    products = jax.tree.map(lambda g, d: jnp.sum(jnp.real(g * d)), gradient, direction)
+    return sum(jax.tree.leaves(products), jnp.zeros(()))
+
+
+def _precision(params: Params) -> float:
+    return max((float(jnp.finfo(jnp.result_type(a)).eps) for a in jax.tree.leaves(params)), default=1.0)
 
 
 def check_truncated_gradient(
@@ -47,24 +68,27 @@ def check_truncated_gradient(
 ) -> None:
     """Holds a first update against central differences of `frozen_loss`, along random directions.
 
+    Each entry moves in units of its own size (a zero in that of its leaf), so parameters of any size may stand side by
+    side, a time constant of 1000 beside weights. Complex parameters are checked as JAX defines their gradient,
+    `dL = Re Σ g·dw`.
+
     Args:
       estimator: any whose coverage is made of cuts.
       step, loss, params, carry, batch, coverage: as in `frozen_loss`.
       key: for the directions and the estimator; None: `jax.random.key(0)`.
       num_directions: how many; an error e of the gradient shows as about ‖e‖ / √P along each, P the number of
-        parameters, and is caught from `rtol · ‖gradient‖` on.
+        parameters, and is caught from `rtol · ‖gradient‖` on, both in those units.
       rtol: of the largest slope possible, ‖gradient‖; None: 2·10³ ε^{2/3} (7e-8 in float64).
 
     Raises:
-      AssertionError: a slope differs.
+      AssertionError: a slope differs, or is not finite.
     """
     key = jax.random.key(0) if key is None else key
     function = jax.jit(frozen_loss(step, loss, params, carry, batch, coverage=coverage))
     grads = estimator.update(params, estimator.init(params, carry, batch, key=key), batch)[0].grads
-    precision = float(jnp.finfo(ravel_pytree(params)[0].dtype).eps)
-    allowed = 2e3 * precision ** (2 / 3) if rtol is None else rtol
-    size = float(jnp.sqrt(_dot(grads, grads)))
-    width = precision ** (1 / 3) * max(1.0, float(jnp.max(jnp.abs(ravel_pytree(params)[0]))))
+    width = _precision(params) ** (1 / 3)
+    allowed = 2e3 * width**2 if rtol is None else rtol
+    size = float(norm(jax.tree.map(jnp.multiply, grads, _sizes(params))))
     for i, one in enumerate(jax.random.split(key, num_directions)):
         direction = _direction(one, params)
 
@@ -73,6 +97,12 @@ def check_truncated_gradient(
             for distance in (width, -width)
         )
         measured, claimed = float((ahead - behind) / (2 * width)), float(_dot(grads, direction))
+        if not np.all(np.isfinite([measured, claimed, size])):
+            raise AssertionError(
+                f"nothing can be said of numbers that are not finite: the estimated gradient has norm {size:.6g}, "
+                f"along random direction {i} it claims a slope of {claimed:.6g}, differences measure {measured:.6g}; "
+                "scale the loss down, or see find_nonfinite"
+            )
         if not abs(measured - claimed) <= allowed * max(size, abs(measured)):
             raise AssertionError(
                 f"the estimated gradient is not that of the truncated function: along random direction {i} it claims "
@@ -90,7 +120,7 @@ def taylor_slope(
 ) -> float:
     """The order at which the first Taylor remainder vanishes: 2.00 ± 0.05 for the right gradient, 1 for a wrong one.
 
-        |f(w + h·d) − f(w) − h·⟨g, d⟩| = O(h²),   d random of unit length
+        |f(w + h·d) − f(w) − h·Re Σ g·d| = O(h²),   d random, of unit length in units of the entries' sizes
 
     Args:
       function: of the parameters, scalar and twice differentiable near them; `frozen_loss` for truncation.
@@ -104,7 +134,7 @@ def taylor_slope(
     """
     gradient = jax.grad(function)(params) if gradient is None else gradient
     direction = _direction(jax.random.key(0) if key is None else key, params)
-    wide = ravel_pytree(params)[0].dtype == jnp.float64
+    wide = _precision(params) < 1e-10
     widths = np.geomspace(*((1e-4, 1e-2) if wide else (1e-2, 1e-1)), 9)
     here, claimed = function(params), _dot(gradient, direction)
 
@@ -113,7 +143,7 @@ def taylor_slope(
         return jnp.abs(there - here - width * claimed)
 
     remainders = np.asarray(lax.map(remainder, jnp.asarray(widths, here.dtype)))
-    if np.all(remainders <= 8 * float(jnp.finfo(here.dtype).eps) * max(1.0, abs(float(here)))):
+    if np.all(remainders <= 8 * float(jnp.finfo(here.dtype).eps) * max(abs(float(here)), abs(float(claimed)))):
         return float("inf")
     return float(np.polyfit(np.log(widths), np.log(np.maximum(remainders, 1e-300)), 1)[0])
 
@@ -148,7 +178,8 @@ def assert_unbiased(
 ) -> Unbiasedness:
     """Holds the mean of many first updates, each with a key of its own, against the exact gradient.
 
-    For each of the P parameters, `z = (mean − exact) / (s / √n)` is nearly standard normal if the
+    For each of the P parameters (a complex one counts as two, its real and its imaginary part),
+    `z = (mean − exact) / (s / √n)` is nearly standard normal if the
     estimator is unbiased and its variance finite. The test fails where |z| exceeds the quantile of
     `false_alarm / (2 P)` (Bonferroni): a right estimator fails with probability `false_alarm` at most,
     as far as n is large enough for the normal law; with the seed fixed it always does the same.
@@ -165,18 +196,18 @@ def assert_unbiased(
     Raises:
       AssertionError: names the leaf, its mean, the exact value and z.
     """
-    exact_flat, _ = ravel_pytree(exact)
+    exact_flat, _ = real_vector(exact)
 
     def deviation(one):
         estimate, _ = estimator.update(params, estimator.init(params, carry, batch, key=one), batch)
-        return ravel_pytree(estimate.grads)[0] - exact_flat
+        return real_vector(estimate.grads)[0] - exact_flat
 
     deviations = np.asarray(lax.map(deviation, jax.random.split(key, num_samples), batch_size=64))
     mean, spread = deviations.mean(0), deviations.std(0, ddof=1) / np.sqrt(num_samples)
     size = float(np.max(np.abs(exact_flat), initial=0))
     rounding = 32 * float(jnp.finfo(exact_flat.dtype).eps) * size  # where nothing varies, rounding is left
     z = np.abs(mean) / np.maximum(np.hypot(spread, rounding), np.finfo(float).tiny)
-    threshold = -float(normal.ppf(false_alarm / (2 * max(1, mean.size))))
+    threshold = -float(stats.norm.ppf(false_alarm / (2 * max(1, mean.size))))
     if not np.all(z <= threshold):
         worst = int(np.nanargmax(np.where(np.isnan(z), np.inf, z)))
         raise AssertionError(
@@ -185,18 +216,20 @@ def assert_unbiased(
             f"{z[worst]:.1f} standard errors apart (allowed: {threshold:.1f}, which chance exceeds once in "
             f"{1 / false_alarm:.0e} runs)"
         )
-    norm = float(jnp.linalg.norm(exact_flat))
-    bias = float(np.linalg.norm(mean)) / norm if norm else float(np.linalg.norm(mean) > 0)
+    length = float(norm(exact_flat))
+    bias = float(norm(mean)) / length if length else float(norm(mean) > 0)
     detectable = threshold * float(spread.max(initial=0)) / size if size else float("inf")
     return Unbiasedness(float(z.max(initial=0)), threshold, bias, detectable)
 
 
 def _name_entry(tree: Params, position: int) -> str:
-    """The leaf and index of an entry of the raveled tree."""
+    """The leaf and index of an entry of the tree's `real_vector`."""
     for path, leaf in tree_leaves_with_path(tree):
-        if position < np.size(leaf):
-            return f"params{keystr(path)}{list(map(int, np.unravel_index(position, np.shape(leaf))))}"
-        position -= np.size(leaf)
+        for part in ("the real part of ", "the imaginary part of ") if np.iscomplexobj(leaf) else ("",):
+            if position < np.size(leaf):
+                index = list(map(int, np.unravel_index(position, np.shape(leaf))))
+                return f"{part}params{keystr(path)}{index}"
+            position -= np.size(leaf)
     raise IndexError(position)
 
 

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.flatten_util import ravel_pytree
 
 PyTree = Any
 Params = Any
@@ -37,6 +39,22 @@ class Batch(NamedTuple):
 def is_inexact(leaf: Any) -> bool:
     """Whether a leaf is floating (or complex): what a gradient can flow through."""
     return jnp.issubdtype(jax.dtypes.result_type(leaf), jnp.inexact)
+
+
+def real_vector(tree: PyTree) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:
+    """All numbers of a tree of inexact leaves as one real vector, and the way back.
+
+    A complex leaf gives its real parts, then its imaginary parts. JAX's gradient in it has the sign of the latter
+    turned, `∂f/∂x − i ∂f/∂y`, so that `df = Re Σ g·dz`.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    leaves = [jnp.asarray(leaf) for leaf in leaves]
+    flat, back = ravel_pytree([(a.real, a.imag) if jnp.iscomplexobj(a) else (a,) for a in leaves])
+
+    def rebuild(vector):
+        return structure.unflatten([lax.complex(*parts) if len(parts) == 2 else parts[0] for parts in back(vector)])
+
+    return flat, rebuild
 
 
 def float32_at_least(*dtypes: Any) -> Any:

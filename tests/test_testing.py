@@ -113,6 +113,95 @@ def test_taylor_slope_of_a_linear_function_and_in_float32():
     assert abs(taylor_slope(lambda w: jnp.sum(jnp.exp(w)), jnp.ones(4, jnp.float32)) - 2) < 0.2
 
 
+# Complex numbers.
+
+
+def spin(params, z, x):
+    """Complex and real parameters, a complex carry, a real output; holomorphic in neither."""
+    z = params["a"] * z + params["r"] * x + 0.1 * jnp.conj(z) * params["a"]
+    return z, z.real + 2 * z.imag
+
+
+def spinning():
+    rng = np.random.default_rng(3)
+    params = {"a": jnp.array([0.5 + 0.6j, 0.3 - 0.8j]), "r": jnp.array([1.0, -2.0])}
+    batch = Batch(*(jnp.asarray(rng.normal(size=(T, 2, 2))) for _ in range(2)))
+    return problems.Problem(spin, problems.squared_error, params, jnp.asarray(rng.normal(size=(2, 2)) + 0.5j), batch)
+
+
+def test_complex_parameters():
+    """Every check agrees with `jax.grad`, and catches a gradient that is conjugated."""
+    problem = spinning()
+    estimator = truncated_bptt(*problem[:2], window=3, stride=2)
+    grads = one_update(estimator, *problem[2:]).grads
+    function = jax.jit(frozen_loss(*problem, coverage=WINDOWS))
+    assert_close(grads, jax.grad(function)(problem.params))
+    assert_close(brute_force_gradient(*problem, coverage=WINDOWS), grads)
+    check_truncated_gradient(estimator, *problem, coverage=WINDOWS)
+    assert abs(taylor_slope(function, problem.params, grads) - 2) < 0.05
+    conjugate = jax.tree.map(jnp.conj, grads)
+    assert abs(taylor_slope(function, problem.params, conjugate) - 1) < 0.05
+
+    def update(params, state, batch):
+        estimate, state = estimator.update(params, state, batch)
+        return Estimate(estimate.loss_sum, jax.tree.map(jnp.conj, estimate.grad_sum), estimate.weight_sum, {}), state
+
+    with pytest.raises(AssertionError, match="not that of the truncated function"):
+        check_truncated_gradient(Estimator(estimator.init, update), *problem, coverage=WINDOWS)
+
+
+def test_unbiased_with_complex_parameters():
+    """A bias of the imaginary part alone is named as such."""
+    problem = spinning()
+    exact, key = brute_force_gradient(*problem), jax.random.key(2)
+    estimator = randomized_bptt(*problem[:2], keep_prob=0.7)
+    found = assert_unbiased(estimator, *problem[2:], exact=exact, key=key, num_samples=512)
+    assert found.largest_z <= found.threshold and found.detectable < 2
+    off = {**exact, "a": exact["a"].at[1].add(5j * jnp.abs(exact["a"][1]))}
+    with pytest.raises(AssertionError, match=re.escape("of the imaginary part of params['a'][1] is")):
+        assert_unbiased(estimator, *problem[2:], exact=off, key=key, num_samples=512)
+
+
+# Parameters and losses of every size.
+
+
+def rates(params, h, x):
+    """τ dh/dt = −h + tanh(…), dt = 20."""
+    h = h + 20.0 / params["tau"] * (jnp.tanh(h @ params["w"] + x @ params["u"] / params["unit"]) - h)
+    return h, h
+
+
+def of_rates(tau, unit, scale):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape))
+    params = {"w": draw(3, 3), "u": unit * draw(2, 3), "tau": jnp.asarray(tau), "unit": jnp.asarray(unit)}
+    loss = lambda y, target: scale * problems.squared_error(y, target)
+    return problems.Problem(rates, loss, params, draw(2, 3), Batch(draw(T, 2, 2), draw(T, 2, 3)))
+
+
+@pytest.mark.parametrize(
+    "tau, unit, scale",
+    [(1000.0, 1.0, 1.0), ([25.0, 1e3, 1e5], 1e-6, 1.0), (30.0, 1e6, 1e200), (30.0, 1.0, 1e-200)],
+)
+def test_parameters_and_losses_of_every_size(tau, unit, scale):
+    problem = of_rates(tau, unit, scale)
+    estimator = truncated_bptt(*problem[:2], window=3, stride=2)
+    check_truncated_gradient(estimator, *problem, coverage=WINDOWS)
+    function = jax.jit(frozen_loss(*problem, coverage=WINDOWS))
+    grads = one_update(estimator, *problem[2:]).grads
+    assert abs(taylor_slope(function, problem.params, grads) - 2) < 0.05
+    half = off_by(estimator, 0.5)  # of the last leaf
+    with pytest.raises(AssertionError, match="not that of the truncated function"):
+        check_truncated_gradient(half, *problem, coverage=WINDOWS)
+
+
+def test_what_is_not_finite_does_not_pass():
+    problem = of_rates(30.0, 1.0, 1e308)
+    estimator = truncated_bptt(*problem[:2], window=3, stride=2)
+    with pytest.raises(AssertionError, match="nothing can be said of numbers that are not finite"):
+        check_truncated_gradient(estimator, *problem, coverage=WINDOWS)
+
+
 SCALAR = (lambda w, h, x: (jnp.tanh(w * h + x),) * 2, lambda y, target: (y - target) ** 2)
 SCALAR_ARGS = (jnp.array(0.9), jnp.array(0.1), Batch(jnp.linspace(-1, 1, 6), jnp.ones(6)))
 
