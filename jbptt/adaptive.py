@@ -7,12 +7,23 @@ import jax
 import jax.numpy as jnp
 
 from jbptt import validation
-from jbptt.adjoint import batch_steps, estimate_of, loss_weights, parallel_pullback
+from jbptt.adjoint import batch_steps, estimate_of, loss_weights, pullback
 from jbptt.decay import TAIL_LAGS, bound_bias
 from jbptt.norms import norm
 from jbptt.streams import sum_pieces
-from jbptt.types import Batch, Carry, Estimate, Estimator, Loss, Params, Step, split_inexact, weighted_mean
-from jbptt.windows import History, Passed, empty_history, latest, overlapping_sums, pass_forward
+from jbptt.types import (
+    Batch,
+    Carry,
+    Estimate,
+    Estimator,
+    Loss,
+    Params,
+    Step,
+    at_least_float32,
+    split_inexact,
+    weighted_mean,
+)
+from jbptt.windows import ForwardPass, History, empty_history, latest, overlapping_sums, pass_forward
 
 
 class RunningMeans(NamedTuple):
@@ -98,37 +109,40 @@ def adaptive_bptt(step: Step, loss: Loss, *, tolerance: float, max_window: int, 
         batch_shape = check(params, state.carry, batch)
         validation.check_history(state.history, batch, batch_shape)
 
-        def run(running, piece):
-            carry, history, means, total = running
-            passed = pass_forward(step, loss, params, carry, piece, history)
-            sums = overlapping_sums(passed, max_window - 1, 0, window=state.window, stride=1)
+        def run(running, piece, sums):
+            carry, history, means, total, first, entering = running
+            passed = pass_forward(step, loss, params, carry, piece, history, sums)
+            options = {"window": state.window, "stride": 1}
+            sums, more = overlapping_sums(passed, max_window - 1, 0, first, **options)
+            entering = [e + m.astype(e.dtype) for e, m in zip(entering, more, strict=True)]
             weights = jnp.abs(loss_weights(piece, jnp.zeros((batch_steps(piece), *batch_shape))))
             means = probe(passed, weights[-1], means, smoothing)
-            return sums, (passed.carry, latest(passed.steps, max_window - 1), means, total + jnp.sum(weights))
+            history, first = latest(passed.steps, max_window - 1), first - batch_steps(piece)
+            return sums, (passed.carry, history, means, total + jnp.sum(weights), first, entering)
 
-        start = *state[:3], jnp.zeros(())
-        sums, (carry, history, means, total) = sum_pieces(run, start, batch, max_window)
+        entering = [at_least_float32(jnp.zeros_like(leaf)) for leaf in split_inexact(state.carry)[0]]
+        start = *state[:3], jnp.zeros(()), jnp.asarray(max_window - 1), entering
+        sums, (carry, history, means, total, _, entering) = sum_pieces(run, start, batch, max_window, None)
         kept = norm(sums.grad) / jnp.where(total > 0, total, 1)  # weights of both signs: per |w|, as the probes
         window, bounds = choose_window(means, kept, tolerance, 1 - smoothing**3)
         info = {"window": state.window, "bias_bound": bounds[state.window - 1], "next_window": window}
-        return estimate_of(sums, **info), AdaptiveState(carry, history, means, window)
+        return estimate_of(sums, state.carry, entering, **info), AdaptiveState(carry, history, means, window)
 
     return Estimator(init, update)
 
 
-def probe(passed: Passed, weights: jax.Array, means: RunningMeans, smoothing: chex.Numeric) -> RunningMeans:
+def probe(passed: ForwardPass, weights: jax.Array, means: RunningMeans, smoothing: chex.Numeric) -> RunningMeans:
     """Sends the last step's loss back as far as the means reach; `weights` `[*batch]` are that loss's, |w|."""
-    _, _, _, real, outputs_bar, core, params = passed
+    real, outputs_bar = passed.real, passed.outputs_bar
     num_lags, last = len(means.weights), real.mask.shape[0] - 1
     total, ndim = jnp.sum(weights), weights.ndim
 
     def body(cotangents, lag):
         i = last - lag
-        at = jax.tree.map(lambda a: a[i][None], real)
-        own = [jnp.where(lag == 0, y[i], 0)[None] for y in outputs_bar]
-        _, pull = parallel_pullback(core, params, at.carries, (at.xs, at.mask), 1)
-        grad, cotangents = pull(([c[None] for c in cotangents], own))
-        cotangents = [c[0] for c in cotangents]
+        at = jax.tree.map(lambda a: a[i], real)
+        own = [jnp.where(lag == 0, y[i], 0) for y in outputs_bar]
+        _, pull = pullback(passed.core, passed.params, at.carries, (at.xs, at.mask), passed.live)
+        grad, cotangents = pull(cotangents, own, None)
         total_norm = jnp.sum(jnp.where(weights == 0, 0, norm(cotangents, ndim)))
         return cotangents, (total_norm, norm(grad), real.exists[i])
 

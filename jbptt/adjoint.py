@@ -2,9 +2,9 @@
 
     λ_t = ∂ℓ_t/∂h_t + gate_{t+1} · J_{t+1}ᵀ λ_{t+1},     ∂L/∂w = Σ_t (∂⁺h_t/∂w)ᵀ λ_t
 
-`forward` caches the carries at the segments' starts; `backward` goes through the segments from the
-last to the first, recomputes each from its cached carry, runs its readouts and losses at once, runs λ
-backwards through it and hands it on. Memory is O(T/segment + segment).
+`back_through` caches the carries at the segments' starts and goes through the segments from the last to the
+first: it recomputes each from its cached carry, runs its readouts and losses at once, runs λ backwards through it
+and hands it on, with the running total of the gradient. Memory is O(T/segment + segment).
 """
 
 from collections.abc import Callable
@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jbptt.cells import split_readout
+from jbptt.dependence import Paths, chosen, paths
 from jbptt.loops import cut
-from jbptt.recurrence import default_segment, gated_step, scan_steps, steps_from, zero_masked
+from jbptt.recurrence import default_segment, held, steps_from, zero_masked
 from jbptt.types import (
     Batch,
     Carry,
@@ -29,6 +30,7 @@ from jbptt.types import (
     align_leading,
     at_least_float32,
     float32_at_least,
+    is_inexact,
     split_inexact,
     weighted_mean,
 )
@@ -44,10 +46,12 @@ class Sums(NamedTuple):
     aux: PyTree
 
 
-def estimate_of(sums: Sums, **info: Any) -> Estimate:
-    """What an estimator returns; the aux is turned into its means."""
+def estimate_of(sums: Sums, carry: Carry, cotangents: list, **info: Any) -> Estimate:
+    """What an estimator returns; aux and the cotangents of the carry that entered are turned into means."""
     aux = {} if sums.aux is None else {"aux": jax.tree.map(lambda a: weighted_mean(a, sums.weight), sums.aux)}
-    return Estimate(sums.loss, sums.grad, sums.weight, {**aux, **info})
+    means = iter(weighted_mean(at_least_float32(c), sums.weight) for c in cotangents)
+    carry_grads = jax.tree.map(lambda a: next(means) if is_inexact(a) else jnp.zeros(jnp.shape(a)), carry)
+    return Estimate(sums.loss, sums.grad, sums.weight, {**aux, "carry_grads": carry_grads, **info})
 
 
 def batch_steps(batch: Batch) -> int:
@@ -64,16 +68,57 @@ def counted_steps(batch: Batch) -> jax.Array | None:
     return align_leading(batch.mask, ndim) & align_leading(nonzero, ndim)
 
 
-def step_losses(loss: Loss, ys: PyTree, batch: Batch) -> tuple[jax.Array, PyTree]:
-    """Losses `[S, *batch]` (0 where they do not count) and aux of all steps at once."""
+class Parts(NamedTuple):
+    """A step and its loss as the engine runs them: what meets the mask stands inside what may be vmapped.
 
-    def one(y, target, counted):
+    Attributes:
+      core: `(params, carry, (x, mask)) -> (carry, outputs)`, which holds the carry where the mask is False.
+      readout: `(params, outputs) -> y`.
+      loss: `(y, target, counted) -> (losses, aux)`, as `where_counted` makes it.
+    """
+
+    core: Step
+    readout: Callable
+    loss: Callable
+
+
+def parts_of(step: Step, loss: Loss) -> Parts:
+    """The parts of a user's step and loss."""
+    core, readout = split_readout(step)
+    return Parts(held(core), readout, where_counted(loss))
+
+
+def where_counted(loss: Loss) -> Callable:
+    """`(y, target, counted) -> (losses, aux)` of one step, 0 where `counted` is False; None counts all."""
+
+    def counted_loss(y, target, counted):
         # Both sides of the loss are cleared: a NaN target times a zero weight is still NaN on the way back.
         result = loss(zero_masked(counted, y), zero_masked(counted, target))
         value, aux = result if isinstance(result, tuple) else (result, None)
         return zero_masked(counted, value), zero_masked(counted, aux)
 
-    return jax.vmap(one, axis_size=batch_steps(batch))(ys, batch.targets, counted_steps(batch))
+    return counted_loss
+
+
+def vmapped(parts: Parts) -> Parts:
+    """The parts for a leading axis on everything but the parameters, the mask included."""
+    core, readout, loss = parts
+    return Parts(jax.vmap(core, (None, 0, 0)), jax.vmap(readout, (None, 0)), jax.vmap(loss))
+
+
+def paths_of(parts: Parts, params: Params, carry: Carry, batch: Batch) -> Paths:
+    """Which leaves of a step have cotangents."""
+    one = jax.eval_shape(lambda batch: jax.tree.map(lambda a: a[0], batch), batch)
+
+    def loss(y, target):
+        return parts.loss(y, target, None)[0]
+
+    return paths(parts.core, parts.readout, loss, params, carry, (one.xs, one.mask), one.targets)
+
+
+def step_losses(counted_loss: Callable, ys: PyTree, batch: Batch) -> tuple[jax.Array, PyTree]:
+    """Losses `[S, *batch]` (0 where they do not count) and aux of all steps at once."""
+    return jax.vmap(counted_loss, axis_size=batch_steps(batch))(ys, batch.targets, counted_steps(batch))
 
 
 def loss_weights(batch: Batch, losses: jax.Array) -> jax.Array:
@@ -88,9 +133,9 @@ def loss_weights(batch: Batch, losses: jax.Array) -> jax.Array:
     return weights
 
 
-def weighted_losses(loss: Loss, ys: PyTree, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
+def weighted_losses(counted_loss: Callable, ys: PyTree, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
     """`Σ w_t ℓ_t` and beside it `Σ w_t` and the weighted aux."""
-    losses, aux = step_losses(loss, ys, batch)
+    losses, aux = step_losses(counted_loss, ys, batch)
     weights = loss_weights(batch, losses)
 
     def total(values):
@@ -101,91 +146,148 @@ def weighted_losses(loss: Loss, ys: PyTree, batch: Batch) -> tuple[jax.Array, tu
     return total(losses), (jnp.sum(weights), jax.tree.map(total, aux))
 
 
-def parallel_pullback(
-    step: Step, params: Params, carries: Carry, inputs: PyTree, num_steps: int
-) -> tuple[tuple[Carry, PyTree], Callable]:
-    """All steps at once, each at its own cached (carry, input), leaves `[T, ...]`: what they return, and the way back.
+def pullback(step: Step, params: Params, carry: Carry, inputs: PyTree, live: Paths) -> tuple[tuple, Callable]:
+    """A step's results `(carry, outputs)`, and the way back through it, which is linear.
 
-    The way back is linear: from (cotangents of the carries emitted, cotangents of the outputs) to (gradient summed
-    over steps, as `weights` forms it, and cotangents of the carries received), lists over inexact leaves.
+    The way back takes (cotangents of the carry emitted, cotangents of the outputs, a running total or None) and gives
+    (the total and the gradient, as `weights` forms it, and the cotangents of the carry received). Cotangents are
+    lists over inexact leaves; those of leaves that no loss reads, as `live` says, are not looked at.
     """
-
-    def all_at_once(params, carries, inputs):
-        return jax.vmap(partial(step, params), axis_size=num_steps)(carries, inputs)
-
-    apart = take_apart(all_at_once, params, carries, inputs)
-    leaves, rebuild = split_inexact(carries)
+    apart = take_apart(step, params, carry, inputs)
+    leaves, rebuild = split_inexact(carry)
 
     def run(others, zeros, leaves):
         after, (outputs, operands) = apart.step(others, rebuild(leaves), (inputs, zeros))
-        return (split_inexact(after)[0], split_inexact(outputs)[0]), (after, outputs, operands)
+        read = chosen(split_inexact(after)[0], live.carries), chosen(split_inexact(outputs)[0], live.outputs)
+        return read, (after, outputs, operands)
 
-    _, pull, (after, outputs, operands) = jax.vjp(run, apart.others, apart.zeros(carries, inputs), leaves, has_aux=True)
+    _, pull, (after, outputs, operands) = jax.vjp(run, apart.others, apart.zeros(carry, inputs), leaves, has_aux=True)
 
-    def back(bars):
+    def back(carry_bar, outputs_bar, total):
+        bars = chosen(carry_bar, live.carries), chosen(outputs_bar, live.outputs)
         others_bar, zeros_bar, cotangents = pull(bars)
-        weights_bar = apart.weight_gradients([a[None] for a in operands], [bar[None] for bar in zeros_bar])
-        return apart.gradient(weights_bar, others_bar), cotangents
+        grads = apart.add_products(apart.start(total), [a[None] for a in operands], [bar[None] for bar in zeros_bar])
+        return apart.gradient(grads, others_bar), cotangents
 
     return (after, outputs), back
 
 
-def output_cotangents(
-    step: Step, loss: Loss, params: Params, outputs: PyTree, batch: Batch
+def parallel_pullback(
+    step: Step, params: Params, carries: Carry, inputs: PyTree, num_steps: int, live: Paths
+) -> tuple[tuple, Callable]:
+    """`pullback` of all steps at once, each at its own cached (carry, input), leaves `[T, ...]`."""
+
+    def all_at_once(params, carries, inputs):
+        return jax.vmap(partial(step, params), axis_size=num_steps)(carries, inputs)
+
+    return pullback(all_at_once, params, carries, inputs, live)
+
+
+def add_losses(
+    parts: Parts, params: Params, outputs: PyTree, batch: Batch, live: Paths, sums: Sums | None
 ) -> tuple[Sums, list[jax.Array]]:
-    """The sums of the losses, their gradient in the readout alone, and their cotangents at the core's outputs."""
-    _, readout = split_readout(step)
+    """Adds the losses, their weight and their gradient in the readout alone; and `∂L` in the core's outputs."""
 
     def look(params, output, _):
-        return (), readout(params, output)
+        return (), parts.readout(params, output)
 
-    (_, ys), pull = parallel_pullback(look, params, outputs, None, batch_steps(batch))
+    by_readout = live._replace(carries=(), outputs=live.ys)
+    (_, ys), pull = parallel_pullback(look, params, outputs, None, batch_steps(batch), by_readout)
     leaves, rebuild = split_inexact(ys)
     value, pull_losses, (weight, aux) = jax.vjp(
-        lambda leaves: weighted_losses(loss, rebuild(leaves), batch), leaves, has_aux=True
+        lambda leaves: weighted_losses(parts.loss, rebuild(leaves), batch), leaves, has_aux=True
     )
-    grad, cotangents = pull(([], *pull_losses(jnp.ones_like(value))))
+    (ys_bar,) = pull_losses(jnp.ones_like(value))
+    grad, cotangents = pull([], ys_bar, None if sums is None else sums.grad)
+    if sums is not None:
+        value, weight, aux = jax.tree.map(jnp.add, (value, weight, aux), (sums.loss, sums.weight, sums.aux))
     return Sums(value, grad, weight, aux), cotangents
 
 
-def segment_sums(step, loss, params, carry, batch, gates, cotangent):
-    """One segment: the cotangent that leaves its first carry, its sums, and the carry after it.
+class BackwardPass(NamedTuple):
+    """What a backward pass through a batch, or a segment of it, leaves.
 
-    `cotangent` belongs to the carry after the segment, a list over its inexact leaves; None is zero.
+    Attributes:
+      sums: with the batch's own added.
+      carry: after the last step.
+      cotangents: of the carry that entered the first, behind its gate; a list over inexact leaves.
+      start: the carry that entered the last segment but one, or the first where there are not as many.
     """
-    core, _ = split_readout(step)
-    inputs = batch.xs, gates, batch.mask
-    loops = cut(gated_step(core), params, carry, jax.tree.map(lambda a: a[0], inputs))
+
+    sums: Sums
+    carry: Carry
+    cotangents: list
+    start: Carry
+
+
+def back_through_segment(
+    parts: Parts, live: Paths, params: Params, carry: Carry, batch: Batch, gates: Any, cotangents: Any, sums: Any
+) -> BackwardPass:
+    """One segment. `cotangents` belong to the carry after it; None is zero, as `sums` None is."""
+    inputs = batch.xs, batch.mask
+    loops = cut(parts.core, params, carry, jax.tree.map(lambda a: a[0], inputs), live)
     after, outputs, stacks = loops.forward(carry, inputs, batch_steps(batch))
-    sums, outputs_bar = output_cotangents(step, loss, params, outputs, batch)
-    if cotangent is None:
-        cotangent = [jnp.zeros_like(leaf) for leaf in split_inexact(after)[0]]
-    cotangent, grad = loops.backward(stacks, cotangent, outputs_bar)
-    return cotangent, sums._replace(grad=jax.tree.map(jnp.add, sums.grad, grad)), after
+    sums, outputs_bar = add_losses(parts, params, outputs, batch, live, sums)
+    if cotangents is None:
+        cotangents = [jnp.zeros_like(leaf) for leaf in split_inexact(after)[0]]
+    cotangents, grad = loops.backward(stacks, cotangents, outputs_bar, gates, sums.grad)
+    return BackwardPass(sums._replace(grad=grad), after, cotangents, carry)
 
 
-def forward(step: Step, params: Params, carry: Carry, segment_at: Callable, num_segments: int) -> tuple[Carry, Carry]:
+def forward(core: Step, params: Params, carry: Carry, segment_at: Callable, num_segments: int) -> tuple[Carry, Carry]:
     """Runs the recurrent part only; returns the carry after it and the carries at the segments' starts."""
-    core, _ = split_readout(step)
 
     def body(carry, i):
         batch, _ = segment_at(i)
-        return scan_steps(core, params, carry, batch.xs, None, batch.mask, batch_steps(batch))[0], carry
+        after, _ = lax.scan(partial(core_alone, core, params), carry, (batch.xs, batch.mask), batch_steps(batch))
+        return after, carry
 
     return lax.scan(body, carry, jnp.arange(num_segments))
 
 
-def backward(step, loss, params, starts, segment_at, num_segments, cotangent, sums):
-    """Runs λ through the segments from the last to the first, adding to `sums`."""
+def core_alone(core: Step, params: Params, carry: Carry, inputs: PyTree) -> tuple[Carry, None]:
+    """A step whose outputs nobody wants."""
+    return core(params, carry, inputs)[0], None
+
+
+def back_through(
+    parts: Parts,
+    params: Params,
+    carry: Carry,
+    batch: Batch,
+    gates: jax.Array | None = None,
+    segment: int | None = None,
+    sums: Sums | None = None,
+) -> BackwardPass:
+    """One batch, its gradient gated but otherwise exact, added to `sums`.
+
+    Each step is evaluated twice (once in the last segment) and differentiated once.
+    """
+    num_steps = batch_steps(batch)
+    segment = segment or default_segment(num_steps)
+    num_whole = (num_steps - 1) // segment  # the last segment, whole or ragged, opens the backward pass
+    batch, gates = jax.tree.map(jnp.asarray, (batch, gates))
+    live = paths_of(parts, params, carry, batch)
+
+    def segment_at(i):
+        return steps_from((batch, gates), i * segment, segment)
+
+    last, last_gates = jax.tree.map(lambda a: a[num_whole * segment :], (batch, gates))
+    if num_whole == 0:
+        return back_through_segment(parts, live, params, carry, last, last_gates, None, sums)
+    before_last, starts = forward(parts.core, params, carry, segment_at, num_whole)
+    passed = back_through_segment(parts, live, params, before_last, last, last_gates, None, sums)
 
     def body(state, inputs):
-        cotangent, sums = state
         i, start = inputs
         batch, gates = segment_at(i)
-        cotangent, more, _ = segment_sums(step, loss, params, start, batch, gates, cotangent)
-        return (cotangent, jax.tree.map(jnp.add, sums, more)), None
+        one = back_through_segment(parts, live, params, start, batch, gates, *state)
+        return (one.cotangents, one.sums), None
 
-    return lax.scan(body, (cotangent, sums), (jnp.arange(num_segments), starts), reverse=True)[0]
+    state = passed.cotangents, passed.sums
+    (cotangents, sums), _ = lax.scan(body, state, (jnp.arange(num_whole), starts), reverse=True)
+    start = jax.tree.map(lambda a: a[-1], starts)
+    return BackwardPass(sums, passed.carry, cotangents, start)
 
 
 def gradient_sums(
@@ -197,23 +299,6 @@ def gradient_sums(
     gates: jax.Array | None = None,
     segment: int | None = None,
 ) -> tuple[Sums, Carry]:
-    """The sums of one batch, its gradient gated but otherwise exact, and the carry after it.
-
-    Each step is evaluated twice (once in the last segment) and differentiated once.
-    """
-    num_steps = batch_steps(batch)
-    segment = segment or default_segment(num_steps)
-    num_whole = (num_steps - 1) // segment  # the last segment, whole or ragged, opens the backward pass
-    batch, gates = jax.tree.map(jnp.asarray, (batch, gates))
-
-    def segment_at(i):
-        return steps_from((batch, gates), i * segment, segment)
-
-    last, last_gates = jax.tree.map(lambda a: a[num_whole * segment :], (batch, gates))
-    if num_whole == 0:
-        _, sums, carry = segment_sums(step, loss, params, carry, last, last_gates, None)
-        return sums, carry
-    carry, starts = forward(step, params, carry, segment_at, num_whole)
-    cotangent, sums, carry = segment_sums(step, loss, params, carry, last, last_gates, None)
-    _, sums = backward(step, loss, params, starts, segment_at, num_whole, cotangent, sums)
-    return sums, carry
+    """The sums of one batch, its gradient gated but otherwise exact, and the carry after it."""
+    passed = back_through(parts_of(step, loss), params, carry, batch, gates, segment)
+    return passed.sums, passed.carry

@@ -10,7 +10,7 @@ from jax.extend.core import Jaxpr, jaxprs_in_params
 from jax.sharding import AxisType, PartitionSpec
 
 from jbptt.dependence import dependences
-from jbptt.types import Batch, Carry, Loss, Params, PyTree, Step
+from jbptt.types import Batch, Carry, Loss, Params, PyTree, Step, inexact_leaves
 
 SHARDS = "jbptt_shards"
 
@@ -31,21 +31,21 @@ def _specs(tree: PyTree, axis: int, num_examples: int) -> PyTree:
 def divided(
     run: Callable, params: Params, carry: Carry, batch: Batch, gates: Any, num_examples: int, num_shards: int
 ) -> Any:
-    """`run(params, carry, batch, gates) -> (sums, carry)`, each device on its examples, the sums added up."""
+    """`run(params, carry, batch, gates) -> (sums, carry, cotangents)`, each device on its examples; sums add up."""
     mesh = jax.make_mesh((num_shards,), (SHARDS,), axis_types=(AxisType.Auto,), devices=jax.devices()[:num_shards])
     whole = PartitionSpec()
     of_carry = _specs(carry, 0, num_examples)
 
     def own_share(params, carry, batch, gates):
-        sums, carry = run(params, carry, batch, gates)
-        return lax.psum(sums, SHARDS), carry
+        sums, carry, cotangents = run(params, carry, batch, gates)
+        return lax.psum(sums, SHARDS), carry, cotangents
 
     # Without the check: under it every segment's gradient would be added up over the devices.
     shares = jax.shard_map(
         own_share,
         mesh=mesh,
         in_specs=(whole, of_carry, _specs(batch, 1, num_examples), _specs(gates, 1, num_examples)),
-        out_specs=(whole, of_carry),
+        out_specs=(whole, of_carry, _specs(inexact_leaves(carry), 0, num_examples)),
         check_vma=False,
     )
     return shares(params, carry, batch, gates)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jbptt import batch_axes, truncation, validation
 from jbptt.adjoint import estimate_of
 from jbptt.plans import Plan, plan_of, planned_sums
-from jbptt.streams import in_blocks, in_strides
+from jbptt.streams import in_blocks, in_blocks_under_way, in_strides
 from jbptt.types import Batch, Carry, Estimator, Loss, Params, Step
 from jbptt.windows import History, empty_history
 
@@ -78,8 +78,8 @@ def full_bptt(step: Step, loss: Loss, *, segment: int | None = None, plan: Plan 
 
     def update(params: Params, state: CarryState, batch: Batch):
         _, batch_shape = validation.check_problem(step, loss, params, state.carry, batch)
-        sums, carry = planned_sums(step, loss, params, state.carry, batch, None, batch_shape, plan)
-        return estimate_of(sums), CarryState(carry)
+        sums, carry, cotangents = planned_sums(step, loss, params, state.carry, batch, None, batch_shape, plan)
+        return estimate_of(sums, state.carry, cotangents), CarryState(carry)
 
     return Estimator(init, update)
 
@@ -125,8 +125,8 @@ def gated_bptt(
             gates, *sizes, state.carry, batch_axes.first_step(step, loss, params, state.carry, batch)
         )
         gates = jnp.asarray(gates)
-        sums, carry = planned_sums(step, loss, params, state.carry, batch, gates, sizes[1], plan)
-        return estimate_of(sums, gates=gates), KeyState(carry, key)
+        sums, carry, cotangents = planned_sums(step, loss, params, state.carry, batch, gates, sizes[1], plan)
+        return estimate_of(sums, state.carry, cotangents, gates=gates), KeyState(carry, key)
 
     return Estimator(init, update)
 
@@ -246,24 +246,16 @@ def truncated_bptt(
         num_steps, batch_shape = validation.check_problem(step, loss, params, state.carry, batch)
         if state.history is not None:
             validation.check_history(state.history, batch, batch_shape)
-        if state.phase is None and stride == window:
-            sums, carry, history = in_blocks(
-                step, loss, params, state.carry, batch, batch_shape, window=window, parallel=parallel_windows
-            )
+        given = step, loss, params, state.carry, batch
+        if stride < window:
+            assert state.history is not None  # init keeps one
+            options = {"window": window, "stride": stride, "parallel": parallel_windows}
+            streamed = in_strides(*given, state.history, state.phase, **options)
+        elif state.phase is None:
+            streamed = in_blocks(*given, batch_shape, window=window, parallel=parallel_windows)
         else:
-            assert state.history is not None  # init keeps one unless updates are whole blocks
-            sums, carry, history = in_strides(
-                step,
-                loss,
-                params,
-                state.carry,
-                batch,
-                state.history,
-                state.phase,
-                window=window,
-                stride=stride,
-                parallel=parallel_windows,
-            )
+            assert state.history is not None  # there is one where updates are not whole blocks
+            streamed = in_blocks_under_way(*given, state.history, state.phase, window=window)
         phase = state.phase
         furthest = window if phase is None else window - stride + jnp.minimum(phase + num_steps, stride)
         if phase is not None:
@@ -271,6 +263,8 @@ def truncated_bptt(
         elif num_steps % stride:
             phase = jnp.asarray(num_steps % stride)
         steps = num_steps if state.history is None else num_steps + jnp.sum(state.history.exists)
-        return estimate_of(sums, reach=jnp.minimum(furthest, steps)), WindowState(carry, history, phase)
+        info = {"reach": jnp.minimum(furthest, steps)}
+        estimate = estimate_of(streamed.sums, state.carry, streamed.cotangents, **info)
+        return estimate, WindowState(streamed.carry, streamed.history, phase)
 
     return Estimator(init, update)

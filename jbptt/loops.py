@@ -19,8 +19,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-from jbptt.programs import CHEAP, evaluate, inlined, read
-from jbptt.types import Carry, Params, PyTree, Step, is_inexact, split_inexact
+from jbptt.dependence import Paths, chosen
+from jbptt.programs import CHEAP, as_arrays, evaluate, inlined, read
+from jbptt.recurrence import times_gate
+from jbptt.types import Carry, Params, PyTree, Step, inexact_leaves, split_inexact
 from jbptt.weights import Apart, take_apart
 
 CHUNK_BYTES = 2**19  # of cotangents: what is used while it is in the cache, in memory that is touched once
@@ -141,6 +143,7 @@ class Loops:
     kept: list[Var]  # what the forward loop stacks
     entering: list[Var]  # carries that the backward loop needs, one step behind those emitted
     outputs: Any  # the structure of a step's outputs
+    live: Paths  # which leaves have cotangents
 
     def forward(self, carry: Carry, inputs: PyTree, num_steps: int) -> tuple[Carry, PyTree, Stacks]:
         """The carry after `num_steps` steps, their outputs, and what is kept of them."""
@@ -163,46 +166,64 @@ class Loops:
         outputs = [stacks.whole(v) for v in names.outputs]
         return structure.unflatten(after), self.outputs.unflatten(outputs), stacks
 
-    def backward(self, stacks: Stacks, cotangents: list, outputs_bar: list) -> tuple[list, Params]:
-        """The cotangents of the first carry, from those of the last and of the outputs, and the gradient."""
-        names = self.names
+    def backward(
+        self, stacks: Stacks, cotangents: list, outputs_bar: list, gates: jax.Array | None, total: Params | None
+    ) -> tuple[list, Params]:
+        """The cotangents of the first carry, from those of the last and of the outputs, and `total` plus the gradient.
+
+            λ_t = gates[t] · (J_tᵀ λ_{t+1} + (∂y_t/∂h_t)ᵀ ȳ_t)
+
+        The gate is part of what is computed here, not of the program of the step: differentiating the result gives
+        the derivative of these numbers, gates included.
+        """
+        names, live = self.names, self.live
         used = _names([*(v for equation in self.back for v in equation.invars), *self.results])
         saved = [name for name in used if name in stacks.of or name in stacks.behind]
         emitted = [v for v in _names(names.products_bar) if v not in saved and v not in self.known]
         multiply = _with_rows_first(self.back, self.known)
         length = _chunk(stacks.num_steps, sum(map(_bytes, emitted)))
+        outputs_bar = chosen(outputs_bar, live.outputs)
 
         def body(state, t):
             cotangents_t, sums = state
             values = {**self.known, **{name: stacks.at(name, t) for name in saved}}
             outputs_bar_t = [lax.dynamic_index_in_dim(bar, t, keepdims=False) for bar in outputs_bar]
-            values.update(zip(names.bars, [*cotangents_t, *outputs_bar_t], strict=True))
+            values.update(zip(names.bars, [*chosen(cotangents_t, live.carries), *outputs_bar_t], strict=True))
             values = evaluate(self.jaxpr, self.back, values, multiply)
             sums = [total + read(values, v) for total, v in zip(sums, names.others_bar, strict=True)]
-            return ([read(values, v) for v in names.carry_bar], sums), [values[v] for v in emitted]
+            cotangents_t = [read(values, v) for v in names.carry_bar]
+            if gates is not None:
+                gate = lax.dynamic_index_in_dim(gates, t, keepdims=False)
+                cotangents_t = [times_gate(c, gate) for c in cotangents_t]
+            return (cotangents_t, sums), [values[v] for v in emitted]
 
-        def chunk(state, start):
+        def chunk(state, grads, start):
             (cotangents, sums), found = lax.scan(body, state, start + jnp.arange(length), reverse=True)
             bars = Stacks(length, self.known, dict(zip(emitted, found, strict=True)), {})
             operands = [stacks.piece(v, start, length) for v in names.operands]
             products_bar = [
                 bars.whole(v) if v in emitted else stacks.piece(v, start, length) for v in names.products_bar
             ]
-            return (cotangents, sums), self.apart.weight_gradients(operands, products_bar)
+            grads = self.apart.add_products(grads, operands, products_bar)
+            return (cotangents, sums), [grads[home] for home in self.apart.homes]
 
         state = cotangents, [jnp.zeros_like(value) for value in self.apart.others]
+        grads, homes = self.apart.start(total), self.apart.homes
         if length == stacks.num_steps:
-            (cotangents, sums), weights_bar = chunk(state, 0)
+            state, found = chunk(state, grads, 0)
         else:
 
-            def add(total, start):
-                state, more = chunk(total[0], start)
-                return (state, jax.tree.map(jnp.add, total[1], more)), None
+            def add(running, start):
+                state, found = running
+                return chunk(state, dict(zip(homes, found, strict=True)), start), None
 
-            zeros = [lax.full_like(s, 0) for s in jax.eval_shape(chunk, state, 0)[1]]
+            # The sum is placed (and varies over devices) as what is added to it, not as the zeros that it begins with.
+            added = jax.eval_shape(lambda state: chunk(state, grads, 0)[1], state)
+            first = [grads[home] + lax.full_like(shape, 0) for home, shape in zip(homes, added, strict=True)]
             starts = jnp.arange(0, stacks.num_steps, length)
-            ((cotangents, sums), weights_bar), _ = lax.scan(add, (state, zeros), starts, reverse=True)
-        return cotangents, self.apart.gradient(weights_bar, sums)
+            (state, found), _ = lax.scan(add, (state, first), starts, reverse=True)
+        cotangents, sums = state
+        return cotangents, self.apart.gradient({**grads, **dict(zip(homes, found, strict=True))}, sums)
 
     @property
     def results(self) -> list[Any]:
@@ -210,7 +231,7 @@ class Loops:
         return [*self.names.others_bar, *self.names.products_bar, *self.names.carry_bar]
 
 
-def _joint_program(apart: Apart, carry: Carry, inputs: PyTree) -> tuple[ClosedJaxpr, Names, Any]:
+def _joint_program(apart: Apart, carry: Carry, inputs: PyTree, live: Paths) -> tuple[ClosedJaxpr, Names, Any]:
     """One step and its pullback as one program, its names, and the structure of the outputs."""
     zeros = apart.zeros(carry, inputs)
 
@@ -219,14 +240,15 @@ def _joint_program(apart: Apart, carry: Carry, inputs: PyTree) -> tuple[ClosedJa
 
         def run(others, zeros, leaves):
             after, (outputs, operands) = apart.step(others, rebuild(leaves), (inputs, zeros))
-            return (split_inexact(after)[0], split_inexact(outputs)[0]), (after, outputs, operands)
+            read = chosen(split_inexact(after)[0], live.carries), chosen(split_inexact(outputs)[0], live.outputs)
+            return read, (after, outputs, operands)
 
         _, pull, (after, outputs, operands) = jax.vjp(run, others, zeros, leaves, has_aux=True)
         return after, outputs, operands, *pull(bars)
 
     after, (outputs, _) = jax.eval_shape(apart.step, apart.others, carry, (inputs, zeros))
-    bars = tuple([lax.full_like(s, 0) for s in jax.tree.leaves(tree) if is_inexact(s)] for tree in (after, outputs))
-    groups = apart.others, carry, inputs, bars
+    read = chosen(inexact_leaves(after), live.carries), chosen(inexact_leaves(outputs), live.outputs)
+    groups = apart.others, carry, inputs, tuple([lax.full_like(s, 0) for s in shapes] for shapes in read)
     closed, results = inlined(joint, *groups)
     given, made = iter(closed.jaxpr.invars), iter(closed.jaxpr.outvars)
     ins = [[next(given) for _ in jax.tree.leaves(group)] for group in groups]
@@ -260,16 +282,17 @@ def _again(forward: list[JaxprEqn], wanted: list[Var], free: set[Var], kept: lis
     return again
 
 
-def cut(step: Step, params: Params, carry: Carry, inputs: PyTree) -> Loops:
-    """The loops of `step` for arguments of these shapes."""
+def cut(step: Step, params: Params, carry: Carry, inputs: PyTree, live: Paths) -> Loops:
+    """The loops of `step` for arguments of these shapes, whose leaves have cotangents where `live` says so."""
     apart = take_apart(step, params, carry, inputs)
-    closed, names, outputs = _joint_program(apart, carry, inputs)
+    closed, names, outputs = _joint_program(apart, carry, inputs, live)
     jaxpr, late, forward, backward = closed.jaxpr, set(names.bars), [], []
     for equation in jaxpr.eqns:
         is_late = bool(late.intersection(_names(equation.invars)))
         (backward if is_late else forward).append(equation)
         late.update(equation.outvars if is_late else ())
-    known = dict(zip([*jaxpr.constvars, *names.others], [*closed.consts, *apart.others], strict=True))
+    consts = as_arrays(closed.consts)
+    known = dict(zip([*jaxpr.constvars, *names.others], [*consts, *apart.others], strict=True))
     results = [*names.others_bar, *names.products_bar, *names.carry_bar]
     backward = _needed(backward, results)
     everywhere, emitted = {*known, *names.inputs}, _names(names.after)
@@ -286,4 +309,4 @@ def cut(step: Step, params: Params, carry: Carry, inputs: PyTree) -> Loops:
             kept += [after] if shifted and after not in kept else []
     ahead = _needed(forward, [*names.after, *kept])
     back = [equation for equation in forward if id(equation) in again] + backward
-    return Loops(apart, jaxpr, names, known, ahead, back, kept, entering, outputs)
+    return Loops(apart, jaxpr, names, known, ahead, back, kept, entering, outputs, live)

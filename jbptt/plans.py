@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import jax
 
 from jbptt import validation
-from jbptt.adjoint import Sums, gradient_sums
+from jbptt.adjoint import Sums, back_through, parts_of
 from jbptt.division import check_division, divided
 from jbptt.types import Batch, Carry, Loss, Params, Step
 
@@ -68,11 +68,13 @@ def planned_sums(
     gates: jax.Array | None,
     batch_shape: tuple[int, ...],
     plan: Plan,
-) -> tuple[Sums, Carry]:
-    """`gradient_sums` as the plan says."""
+) -> tuple[Sums, Carry, list]:
+    """The sums of one batch as the plan says, the carry after it, and the cotangents of the one that entered."""
+    parts = parts_of(step, loss)
 
     def run(params, carry, batch, gates):
-        return gradient_sums(step, loss, params, carry, batch, gates, plan.segment)
+        passed = back_through(parts, params, carry, batch, gates, plan.segment)
+        return passed.sums, passed.carry, passed.cotangents
 
     if plan.num_shards == 1:
         return run(params, carry, batch, gates)

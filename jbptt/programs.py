@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
-from jbptt.types import PyTree, at_least_float32
+from jbptt.types import PyTree, at_least_float32, is_key
 
 Values = dict[Any, Any]  # by variable
 
@@ -23,6 +23,15 @@ CHEAP = frozenset((
 MOVES = frozenset((
     "broadcast_in_dim", "dynamic_slice", "gather", "reshape", "rev", "slice", "split", "squeeze", "transpose",
 ))
+# Give the same numbers side by side, under `vmap`, as one after another; of random numbers, threefry's alone.
+ALIKE = CHEAP | MOVES | frozenset((
+    "acos", "acosh", "argmax", "argmin", "asin", "asinh", "atan", "atan2", "atanh", "cbrt", "ceil", "clamp", "cos",
+    "cosh", "cummax", "cummin", "cumprod", "cumsum", "digamma", "div", "dot_general", "erf", "erf_inv", "erfc", "exp",
+    "exp2", "expm1", "floor", "iota", "lgamma", "log", "log1p", "logistic", "mul", "nextafter", "pow", "reduce_and",
+    "reduce_max", "reduce_min", "reduce_or", "reduce_prod", "reduce_sum", "rem", "round", "rsqrt", "scatter-add",
+    "scatter_add", "select_and_scatter_add", "sin", "sinh", "sqrt", "tan", "tanh", "dynamic_update_slice",
+))
+RANDOM = frozenset(("random_bits", "random_fold_in", "random_split", "random_unwrap", "random_wrap"))
 # Repeat a scalar or an axis of one as often as the other argument has it.
 REPEATS = frozenset(("add", "atan2", "div", "max", "min", "mul", "pow", "rem", "sub"))
 # fmt: on
@@ -47,6 +56,11 @@ def evaluate(jaxpr: Jaxpr, equations: list[JaxprEqn], values: Values, replace: C
     return values
 
 
+def as_arrays(consts: Any) -> list:
+    """A program's constants as JAX has them while it traces: a custom derivative may index one by a traced number."""
+    return [c if isinstance(c, jax.Array) else jnp.asarray(c) for c in consts]
+
+
 def _run_inlined(jaxpr: Jaxpr, consts: Any, *given: Any) -> list:
     """Runs a program with its inner `jit`s, in which a product would be hidden, laid open."""
 
@@ -56,7 +70,7 @@ def _run_inlined(jaxpr: Jaxpr, consts: Any, *given: Any) -> list:
         inner = equation.params["jaxpr"]
         return _run_inlined(inner.jaxpr, inner.consts, *(read(values, atom) for atom in equation.invars))
 
-    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *given], strict=True))
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*as_arrays(consts), *given], strict=True))
     values = evaluate(jaxpr, jaxpr.eqns, values, enter)
     return [read(values, atom) for atom in jaxpr.outvars]
 
@@ -100,3 +114,25 @@ def moved_wide(equation: JaxprEqn, values: Values, wide: Values) -> list | None:
 def is_narrower(dtype: Any, other: Any) -> bool:
     """Whether both are real floating types, and the first has fewer bytes."""
     return all(jnp.issubdtype(d, jnp.floating) for d in (dtype, other)) and dtype.itemsize < other.itemsize
+
+
+def same_under_vmap(function: Callable, *arguments: Any) -> bool:
+    """Whether the program of `function(*arguments)` shows that `vmap` changes no number and refuses nothing.
+
+    Only what is known passes. A callback may have no rule, `rbg` draws other bits, and a `cond` becomes a choice
+    between both branches, whose derivatives both count.
+    """
+    return _is_alike(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _is_alike(jaxpr: Jaxpr) -> bool:
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name in RANDOM:
+            keys = [v.aval.dtype for v in (*equation.invars, *equation.outvars) if is_key(v.aval)]
+            alike = all(str(dtype) == "key<fry>" for dtype in keys)
+        else:
+            alike = _is_alike(equation.params["jaxpr"].jaxpr) if name == "jit" else name in ALIKE
+        if equation.effects or not alike:
+            return False
+    return True

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jbptt import batch_axes, validation
-from jbptt.types import Batch, Carry, Params, PyTree, Step, align_leading, float32_at_least, is_inexact
+from jbptt.types import Batch, Carry, Params, PyTree, Step, align_leading, float32_at_least, is_inexact, is_key
 
 
 def times_gate(cotangent: jax.Array, gate: jax.Array) -> jax.Array:
@@ -92,7 +92,7 @@ def zero_masked(mask: jax.Array | None, tree: PyTree) -> PyTree:
         return tree
 
     def one(leaf):
-        if jnp.issubdtype(jax.dtypes.result_type(leaf), jax.dtypes.prng_key):
+        if is_key(leaf):
             return leaf  # a key can neither be zero nor NaN
         return select_leading(mask, leaf, jnp.zeros_like(leaf))
 

@@ -57,10 +57,20 @@ def real_vector(tree: PyTree) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]
     return flat, rebuild
 
 
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf (or its shape) holds random keys."""
+    return jnp.issubdtype(jax.dtypes.result_type(leaf), jax.dtypes.prng_key)
+
+
 def float32_at_least(*dtypes: Any) -> Any:
     """The common dtype of these and float32, under `jax.numpy_dtype_promotion("strict")` too."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(jnp.float32, *dtypes)
+
+
+def inexact_leaves(tree: PyTree) -> list:
+    """The leaves that gradients flow through; arrays or shapes."""
+    return [leaf for leaf in jax.tree.leaves(tree) if is_inexact(leaf)]
 
 
 def split_inexact(tree: PyTree) -> tuple[list[jax.Array], Callable[[list[jax.Array]], PyTree]]:

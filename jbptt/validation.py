@@ -14,7 +14,7 @@ from jax.tree_util import keystr, tree_flatten_with_path
 
 from jbptt import batch_axes, slips
 from jbptt.batch_axes import Problem
-from jbptt.dependence import missing_path
+from jbptt.dependence import paths
 from jbptt.slips import signature
 from jbptt.types import Batch, is_inexact
 
@@ -284,12 +284,19 @@ def check_loss(loss: Any, y: Any, targets: Any) -> tuple[tuple[int, ...], Any]:
 
 
 def warn_of_missing_path(step: Any, loss: Any, params: Any, carry: Any, batch: Batch) -> None:
-    """A warning where every gradient is exactly zero because nothing that the loss reads depends on params."""
+    """A warning where every gradient is exactly zero, or where no step looks at a parameter (a learned start, say)."""
     x, target = jax.eval_shape(lambda tree: jax.tree.map(lambda a: a[0], tree), (batch.xs, batch.targets))
-    if jax.tree.leaves(params) and (reason := missing_path(step, loss, params, carry, x, target)):
+    found = paths(step, lambda params, y: y, loss, params, carry, x, target)
+    if found.reason:
         warnings.warn(
-            f"the gradient is exactly zero: {reason}; look for stop_gradient, rounding, an integer or an output that "
-            "is not returned",
+            f"the gradient is exactly zero: {found.reason}; look for stop_gradient, rounding, an integer or an output "
+            "that is not returned",
+            stacklevel=4,
+        )
+    elif found.unread:
+        warnings.warn(
+            f"no step reads {', '.join(found.unread)}: the gradient in it is exactly zero. For a learned start of the "
+            "carry take the estimate's info['carry_grads']; leave what is not used out of params",
             stacklevel=4,
         )
 

@@ -4,12 +4,15 @@ Reverse mode adds up the gradient of a weight step by step, `W̄ += a_tᵀ z̄_t
 steps of a segment at once it is one product of two tall matrices, `W̄ = Aᵀ Z̄` with A `[S·B, K]` and Z̄ `[S·B, M]`: the
 loop writes less, and the sum is held in float32, whatever the step computes in.
 
+Rows looked up in a table are such a product too, with a matrix of ones and zeros that nobody forms: reverse mode
+makes a gradient of the whole table in every step, `W̄ += onehot(i_t)ᵀ z̄_t`. Here the rows' cotangents of all steps
+are added into one table, the running total.
+
 The step's program is read, not the user's code, so this holds for any step. A product with a weight is a
 `dot_general` without batch axes of which one side depends on the parameters alone; what does is evaluated once,
 before the loop. Every other use of a parameter is differentiated where it stands.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,59 +22,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
-from jbptt.programs import CHEAP, MOVES, Values, evaluate, inlined, is_narrower, moved_wide, read
-from jbptt.types import Carry, Params, PyTree, Step, at_least_float32, float32_at_least, is_inexact
-
-
-class Product(NamedTuple):
-    """One `dot_general` with a weight: its equation, and on which side the weight stands."""
-
-    equation: JaxprEqn
-    side: int
-
-    @property
-    def weight(self) -> Any:
-        """The side that depends on the parameters alone."""
-        return self.equation.invars[self.side]
-
-    @property
-    def operand(self) -> Any:
-        """The other side."""
-        return self.equation.invars[1 - self.side]
-
-
-def _kept(ndim: int, contracted: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(axis for axis in range(ndim) if axis not in contracted)
-
-
-def _as_matrix(array: jax.Array, columns: tuple[int, ...]) -> jax.Array:
-    """Rows: all other axes. Two axes contracted at once take XLA 2.5 times as long on CPU."""
-    rows = _kept(array.ndim, columns)
-    return array.transpose(*rows, *columns).reshape(
-        [math.prod(array.shape[i] for i in axes) for axes in (rows, columns)]
-    )
-
-
-def weight_gradient(product: Product, operands: jax.Array, cotangents: jax.Array) -> jax.Array:
-    """`W̄ = Σ_t a_tᵀ z̄_t` from operands and cotangents `[S, ...]`, in float32 at least."""
-    axes = product.equation.params["dimension_numbers"][0]
-    of_operand, of_weight = tuple(axes[1 - product.side]), tuple(axes[product.side])
-    shape = product.weight.aval.shape
-    kept = _kept(len(shape), of_weight)
-    # z has the kept axes of the left side first; S comes before all of them.
-    first = 1 if product.side == 0 else cotangents.ndim - len(kept)
-    left = _as_matrix(operands, tuple(axis + 1 for axis in of_operand))
-    right = _as_matrix(cotangents, tuple(range(first, first + len(kept))))
-    flat = lax.dot_general(
-        left,
-        right,
-        (((0,), (0,)), ((), ())),
-        precision=product.equation.params["precision"],
-        preferred_element_type=float32_at_least(left.dtype, right.dtype),
-    )
-    order = (*of_weight, *kept)
-    back = sorted(range(len(shape)), key=order.__getitem__)
-    return flat.reshape([shape[axis] for axis in order]).transpose(back)
+from jbptt.programs import CHEAP, MOVES, Values, as_arrays, evaluate, inlined, is_narrower, moved_wide, read
+from jbptt.types import Carry, Params, PyTree, Step, at_least_float32, is_inexact
+from jbptt.weight_uses import Lookup, Product
 
 
 @jax.custom_vjp
@@ -107,7 +60,7 @@ class Apart:
     own: list[Var]  # the parameters, leaf by leaf
     before: Callable[..., Values]  # of the parameters' leaves: what depends on them alone; wide, if given wide
     late: list[JaxprEqn]  # all else
-    products: list[Product]
+    products: list[Product | Lookup]
     cast_from: Values  # for a parameter in another floating type, that parameter
     names: Fixed  # of what the loop takes from the parameters
     values: Fixed
@@ -121,7 +74,8 @@ class Apart:
     @property
     def operands(self) -> list[Any]:
         """What the products take from carry and x, each once."""
-        return list(dict.fromkeys(product.operand for product in self.products))
+        atoms = [atom for product in self.products for atom in product.operands]
+        return list(dict.fromkeys(atom for atom in atoms if not isinstance(atom, Literal)))
 
     def _multiplied(self, others: list, carry: Carry, x: PyTree, zeros: list | None) -> tuple[Values, list]:
         weights = dict(zip(self.names.weights, self.values.weights, strict=True))
@@ -136,9 +90,8 @@ class Apart:
             i = numbers.get(id(equation))
             if i is None:
                 return moved_wide(equation, values, wide)
-            sides = [read(values, self.products[i].operand)]
-            sides.insert(self.products[i].side, weights[self.products[i].weight])
-            result = lax.dot_general_p.bind(*sides, **equation.params)
+            product = self.products[i]
+            result = product.bind(weights[product.weight], [read(values, atom) for atom in product.operands])
             results.append(result)
             return [result if zeros is None else tap(result, zeros[i])]
 
@@ -157,25 +110,49 @@ class Apart:
         carry, y = jax.tree.unflatten(self.result, [read(values, atom) for atom in self.jaxpr.outvars])
         return carry, (y, [read(values, name) for name in self.operands])
 
-    def weight_gradients(self, operands: Sequence, cotangents: Sequence) -> list[jax.Array]:
-        """`W̄` of every weight, in float32 at least, from `operands` and the products' cotangents, leaves `[S, ...]`."""
-        operand_of = dict(zip(self.operands, operands, strict=True))
-        grads: Values = {}
-        for product, bar in zip(self.products, cotangents, strict=True):
-            grad = weight_gradient(product, operand_of[product.operand], bar)
-            grads[product.weight] = grads[product.weight] + grad if product.weight in grads else grad
-        return [grads[name] for name in self.names.weights]
+    def start(self, total: Params | None) -> Values:
+        """What gradients are added to, by variable, in float32 at least: a running total of the parameters', or zeros.
 
-    def gradient(self, weights_bar: list, others_bar: list) -> Params:
-        """The gradient in the parameters, in float32 at least, from those of weights and others."""
+        A weight that is computed from parameters has a place of its own; `gradient` goes on from there.
+        """
+        leaves = jax.tree.leaves(self.params if total is None else total)
+        grads: Values = dict(zip(self.own, map(at_least_float32, leaves), strict=True))
+        if total is None:
+            grads = {name: jnp.zeros_like(leaf) for name, leaf in grads.items()}
+        for name, value in zip(self.names.weights, self.values.weights, strict=True):
+            if self._home(name) not in grads:
+                grads[name] = jnp.zeros_like(at_least_float32(value))
+        return grads
+
+    @property
+    def homes(self) -> list[Any]:
+        """Where the gradients of the products' weights are added."""
+        return list(dict.fromkeys(self._home(product.weight) for product in self.products))
+
+    def _home(self, name: Any) -> Any:
+        """A cast is the identity but for rounding, which the sum is spared."""
+        return self.cast_from.get(name, name)
+
+    def add_products(self, grads: Values, operands: Sequence, cotangents: Sequence) -> Values:
+        """Adds `W̄` of every weight, from `operands` and the products' cotangents, leaves `[S, ...]`."""
+        known, grads = dict(zip(self.operands, operands, strict=True)), dict(grads)
+        for product, bar in zip(self.products, cotangents, strict=True):
+            home = self._home(product.weight)
+            whole = [
+                jnp.broadcast_to(atom.val, len(bar)) if isinstance(atom, Literal) else known[atom]
+                for atom in product.operands
+            ]
+            grads[home] = product.add_gradient(grads[home], whole, bar)
+        return grads
+
+    def gradient(self, grads: Values, others_bar: list) -> Params:
+        """The gradient in the parameters, from `grads` as `add_products` leaves them and the cotangents of `others`."""
         leaves, structure = jax.tree.flatten(self.params)
-        grads = {name: jnp.zeros_like(at_least_float32(leaf)) for name, leaf in zip(self.own, leaves, strict=True)}
-        derived: Values = {}
-        # A cast is the identity but for rounding, which the sum is spared.
-        names: list[Any] = [self.cast_from.get(name, name) for name in [*self.names.weights, *self.names.others]]
-        for name, bar in zip(names, [*weights_bar, *others_bar], strict=True):
-            into = grads if name in grads else derived
-            into[name] = into[name] + bar.astype(into[name].dtype) if name in into else bar
+        grads = dict(grads)
+        for name, bar in zip(self.names.others, others_bar, strict=True):
+            home = self._home(name)
+            grads[home] = grads[home] + bar.astype(grads[home].dtype) if home in grads else bar
+        derived = [name for name in grads if name not in self.own]
         if derived:
 
             def again(wide):
@@ -183,9 +160,9 @@ class Apart:
                 return list(map(self.before(narrow, wide).__getitem__, derived))
 
             made, pull = jax.vjp(again, list(map(at_least_float32, leaves)))
-            (more,) = pull([bar.astype(value.dtype) for bar, value in zip(derived.values(), made, strict=True)])
-            grads = {name: grads[name] + bar for name, bar in zip(self.own, more, strict=True)}
-        return structure.unflatten(grads.values())
+            (more,) = pull([grads[name].astype(value.dtype) for name, value in zip(derived, made, strict=True)])
+            grads |= {name: grads[name] + bar for name, bar in zip(self.own, more, strict=True)}
+        return structure.unflatten([grads[name] for name in self.own])
 
 
 def _is_placed(aval: Any) -> bool:
@@ -201,6 +178,19 @@ def _weight_side(equation: JaxprEqn, fixed: set, learned: set) -> int | None:
     varying = [v for v in equation.invars if not isinstance(v, Literal) and v not in fixed]
     inexact = all(is_inexact(v.aval) and not _is_placed(v.aval) for v in equation.invars)
     return weights[0] if inexact and len(weights) == len(varying) == 1 else None
+
+
+def _is_lookup(equation: JaxprEqn, fixed: set, learned: set) -> bool:
+    """Whether an equation takes rows from a table, fewer numbers than the table has, at places that vary."""
+    if equation.primitive is lax.gather_p:
+        simple = not equation.params["dimension_numbers"].operand_batching_dims
+    else:
+        simple = equation.primitive is lax.dynamic_slice_p
+    if not simple or isinstance(equation.invars[0], Literal) or equation.invars[0] not in learned:
+        return False
+    table, rows = equation.invars[0].aval, equation.outvars[0].aval
+    varies = any(not isinstance(v, Literal) and v not in fixed for v in equation.invars[1:])
+    return varies and is_inexact(table) and not _is_placed(table) and rows.size < table.size
 
 
 def _worth_hoisting(equations: list[JaxprEqn], weights: set[Var]) -> tuple[list[JaxprEqn], list[JaxprEqn]]:
@@ -239,11 +229,17 @@ def take_apart(step: Step, params: Params, carry: Carry, x: PyTree) -> Apart:
         alone.append(equation)
         fixed.update(equation.outvars)
         learned.update(equation.outvars if names & learned else ())
-    products = [Product(e, side) for e in late if (side := _weight_side(e, fixed, learned)) is not None]
+    products: list[Product | Lookup] = []
+    for equation in late:
+        if (side := _weight_side(equation, fixed, learned)) is not None:
+            products.append(Product(equation, side))
+        elif _is_lookup(equation, fixed, learned):
+            products.append(Lookup(equation))
     early, cheap = _worth_hoisting(alone, {product.weight for product in products})
     late = cheap + late
     multiplied = {id(product.equation) for product in products}
     used = [v for e in late if id(e) not in multiplied for v in e.invars] + jaxpr.outvars
+    used += [v for product in products for v in product.operands]
     used = [v for v in dict.fromkeys(v for v in used if not isinstance(v, Literal)) if v in fixed]
     used = [v for v in used if not any(v in equation.outvars for equation in cheap)]
     others = [v for v in used if v in learned and is_inexact(v.aval)]
@@ -252,7 +248,7 @@ def take_apart(step: Step, params: Params, carry: Carry, x: PyTree) -> Apart:
 
     def before(leaves, wide=()):
         known = dict(zip(own, wide, strict=bool(wide)))
-        values = dict(zip([*jaxpr.constvars, *own], [*closed.consts, *leaves], strict=True))
+        values = dict(zip([*jaxpr.constvars, *own], [*as_arrays(closed.consts), *leaves], strict=True))
         values = evaluate(jaxpr, early, values, lambda equation, values: moved_wide(equation, values, known))
         return {**values, **known}
 

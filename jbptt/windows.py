@@ -14,15 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jbptt.adjoint import (
-    Sums,
-    batch_steps,
-    output_cotangents,
-    parallel_pullback,
-)
-from jbptt.cells import split_readout
-from jbptt.recurrence import held, trajectory, zeros_along
-from jbptt.types import Batch, Carry, Loss, Params, PyTree, Step, align_leading, at_least_float32, split_inexact
+from jbptt.adjoint import Sums, add_losses, batch_steps, parallel_pullback, parts_of, paths_of
+from jbptt.dependence import Paths
+from jbptt.recurrence import trajectory, zeros_along
+from jbptt.types import Batch, Carry, Loss, Params, PyTree, Step, align_leading, at_least_float32, is_key, split_inexact
 
 
 class History(NamedTuple):
@@ -39,7 +34,7 @@ def empty_history(length: int, carry: Carry, batch: Batch, batch_shape: tuple[in
     carries = jax.tree.map(lambda a: jnp.broadcast_to(a, (length, *jnp.shape(a))), carry)
 
     def zeros(leaf):
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if is_key(leaf):
             key = jax.random.key(0, impl=jax.random.key_impl(jnp.empty((0,), leaf.dtype)))
             return jnp.broadcast_to(key, (length, *leaf.shape[1:]))
         return zeros_along(leaf, length)
@@ -89,50 +84,18 @@ def chunk_ends(num_history: int, num_steps: int, stride: int, phase: Any) -> jax
     return num_history - phase + stride * jnp.arange(1, num_chunks + 1) - 1
 
 
-def carry_back(core, params, steps: History, outputs_bar: list, ends: jax.Array, window: Any, stride: int) -> list:
-    """M: for every step, the sum over chunks of the cotangents that reach the carry it emits.
-
-    `window` may be traced: the loop then takes as many rounds as it says.
-    """
-    num_steps = steps.mask.shape[0]
-    leaves, _ = split_inexact(steps.carries)
-    real = jnp.concatenate([steps.exists, jnp.zeros(stride, bool)])  # a chunk may end after the last step
-
-    def body(q, state):
-        cotangents, total = state
-        i = ends - q
-        keep = real[i]
-        i = jnp.minimum(i, num_steps - 1)
-
-        def select(array, keep):
-            return jnp.where(align_leading(keep, array.ndim), array, 0)
-
-        # Until a chunk meets its first step it has nothing to carry; before the stream's start, nowhere to.
-        cotangents = [select(c, keep) for c in cotangents]
-        total = [m.at[i].add(c.astype(m.dtype)) for m, c in zip(total, cotangents, strict=True)]
-        at = jax.tree.map(lambda a: a[i], steps)
-        own = [select(y[i], keep & (q < stride)) for y in outputs_bar]
-        _, pull = parallel_pullback(core, params, at.carries, (at.xs, at.mask), ends.shape[0])
-        _, cotangents = pull((cotangents, own))
-        return cotangents, total
-
-    start = [zeros_along(leaf, ends.shape[0]) for leaf in leaves]
-    zeros = [at_least_float32(jnp.zeros_like(leaf)) for leaf in leaves]
-    _, total = jax.lax.fori_loop(0, window, body, (start, zeros))
-    return [m.astype(leaf.dtype) for m, leaf in zip(total, leaves, strict=True)]
-
-
-class Passed(NamedTuple):
+class ForwardPass(NamedTuple):
     """A forward pass over one batch, and all that backward passes through it need.
 
     Attributes:
-      sums: of the batch; `grad` holds what the readout alone contributes.
+      sums: with the batch's own added; of the gradient, what the readout alone contributes.
       carry: after the batch.
       steps: the history and the batch's steps.
       real: the same, stand-ins where there never was a step.
       outputs_bar: `∂L` in the core's outputs of `steps`, 0 in the history.
       core: the recurrent part as a step on (x, mask).
       params: its parameters.
+      live: which leaves have cotangents.
     """
 
     sums: Sums
@@ -142,30 +105,72 @@ class Passed(NamedTuple):
     outputs_bar: list
     core: Any
     params: Params
+    live: Paths
 
 
-def pass_forward(step: Step, loss: Loss, params: Params, carry: Carry, batch: Batch, history: History) -> Passed:
+def pass_forward(
+    step: Step, loss: Loss, params: Params, carry: Carry, batch: Batch, history: History, sums: Sums | None
+) -> ForwardPass:
     """Runs the batch, its readouts and its losses. Earlier steps stay as they are cached, never replayed."""
-    core, _ = split_readout(step)
-    carry, (carries, outputs) = trajectory(core, params, carry, batch.xs, batch.mask, batch_steps(batch))
-    sums, cotangents = output_cotangents(step, loss, params, outputs, batch)
+    parts = parts_of(step, loss)
+    live = paths_of(parts, params, carry, batch)
+    carry, (carries, outputs) = trajectory(parts.core, params, carry, (batch.xs, batch.mask), None, batch_steps(batch))
+    sums, cotangents = add_losses(parts, params, outputs, batch, live, sums)
     steps = extend(history, carries, batch)
     num_history = history.mask.shape[0]
     outputs_bar = [jnp.concatenate([zeros_along(y, num_history), y]) for y in cotangents]
-    return Passed(sums, carry, steps, with_stand_ins(steps, num_history), outputs_bar, held(core), params)
+    return ForwardPass(sums, carry, steps, with_stand_ins(steps, num_history), outputs_bar, parts.core, params, live)
 
 
-def overlapping_sums(passed: Passed, num_history: int, phase: Any, *, window: Any, stride: int) -> Sums:
-    """The sums of one batch under TBPTT(stride, window).
+def carry_back(passed: ForwardPass, ends: jax.Array, first: Any, window: Any, stride: int) -> tuple[list, list]:
+    """M: for every step, the sum over chunks of the cotangents that reach the carry it emits.
+
+    And beside it the sum of those that reach the carry which step `first` receives (0 if it is before all steps).
+    `window` may be traced: the loop then takes as many rounds as it says.
+    """
+    num_steps, steps = passed.real.mask.shape[0], passed.real
+    leaves, _ = split_inexact(steps.carries)
+    real = jnp.concatenate([steps.exists, jnp.zeros(stride, bool)])  # a chunk may end after the last step
+
+    def select(array, keep):
+        return jnp.where(align_leading(keep, array.ndim), array, 0)
+
+    def body(q, state):
+        cotangents, total, entering = state
+        i = ends - q
+        keep = real[i]
+        is_first = keep & (i == first)
+        i = jnp.minimum(i, num_steps - 1)
+        # Until a chunk meets its first step it has nothing to carry; before the stream's start, nowhere to.
+        cotangents = [select(c, keep) for c in cotangents]
+        total = [m.at[i].add(c.astype(m.dtype)) for m, c in zip(total, cotangents, strict=True)]
+        at = jax.tree.map(lambda a: a[i], steps)
+        own = [select(y[i], keep & (q < stride)) for y in passed.outputs_bar]
+        _, pull = parallel_pullback(
+            passed.core, passed.params, at.carries, (at.xs, at.mask), ends.shape[0], passed.live
+        )
+        _, cotangents = pull(cotangents, own, None)
+        entering = [e + jnp.sum(select(c, is_first), 0, e.dtype) for e, c in zip(entering, cotangents, strict=True)]
+        return cotangents, total, entering
+
+    start = [zeros_along(leaf, ends.shape[0]) for leaf in leaves]
+    zeros = [at_least_float32(jnp.zeros_like(leaf)) for leaf in leaves]
+    _, total, entering = jax.lax.fori_loop(0, window, body, (start, zeros, [z[0] for z in zeros]))
+    return [m.astype(leaf.dtype) for m, leaf in zip(total, leaves, strict=True)], entering
+
+
+def overlapping_sums(
+    passed: ForwardPass, num_history: int, phase: Any, first: Any, *, window: Any, stride: int
+) -> tuple[Sums, list]:
+    """The sums of one batch under TBPTT(stride, window), and the cotangents of the carry that step `first` receives.
 
     The history must reach back `window − stride` steps, and `phase` more where a chunk is under way.
     Earlier steps are linearised at the given parameters on their cached (carry, x).
     Time O(T·window/stride) step derivatives in `window` rounds, memory O(T + history).
     """
-    _, _, _, real, outputs_bar, core, params = passed
-    num_steps = real.mask.shape[0]
+    real, num_steps = passed.real, passed.real.mask.shape[0]
     ends = chunk_ends(num_history, num_steps - num_history, stride, phase)
-    total = carry_back(core, params, real, outputs_bar, ends, window, stride)
-    _, pull = parallel_pullback(core, params, real.carries, (real.xs, real.mask), num_steps)
-    grad, _ = pull((total, outputs_bar))
-    return passed.sums._replace(grad=jax.tree.map(jnp.add, passed.sums.grad, grad))
+    total, entering = carry_back(passed, ends, first, window, stride)
+    _, pull = parallel_pullback(passed.core, passed.params, real.carries, (real.xs, real.mask), num_steps, passed.live)
+    grad, _ = pull(total, passed.outputs_bar, passed.sums.grad)
+    return passed.sums._replace(grad=grad), entering

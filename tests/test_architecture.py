@@ -25,6 +25,7 @@ CORE = [
     "cells",
     "truncation",
     "programs",
+    "weight_uses",
     "weights",
 ]
 CORE += ["loops", "adjoint", "division", "plans", "windows"]

@@ -191,16 +191,19 @@ def test_losses():
 
 
 def warned(step, params, carry):
-    """Whether a gradient is said to be zero by construction."""
+    """What is said about gradients that are zero by construction."""
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         full_bptt(step, lambda y, target: y).init(params, carry, Batch(jnp.ones(3)))
-    return any("exactly zero" in str(warning.message) for warning in found)
+    return [str(warning.message) for warning in found if "exactly zero" in str(warning.message)]
 
 
-def test_one_parameter_without_use_is_no_missing_path():
-    step = lambda params, h, x: (params["used"] * h + x, h)
-    assert not warned(step, {"unused": 1.0, "used": 0.5}, jnp.zeros(()))
+def test_a_parameter_that_no_step_reads_is_named():
+    """What is read but stopped on its way is meant so; what is not read at all is a slip, or a learned start."""
+    step = lambda params, h, x: (params["used"] * h + x + jax.lax.stop_gradient(params["fixed"]), h)
+    (message,) = warned(step, {"start": 1.0, "used": 0.5, "fixed": 1.0}, jnp.zeros(()))
+    assert message.startswith("no step reads params['start']: the gradient in it is exactly zero")
+    assert not warned(step, {"used": 0.5, "fixed": 1.0}, jnp.zeros(()))
 
 
 def test_every_result_of_a_compiled_step_may_depend_on_everything():

@@ -10,6 +10,7 @@ from jax.extend.core import jaxprs_in_params
 from problems import assert_close, squared_error
 
 from jbptt import Batch, cells, full_bptt, loops, truncated_bptt
+from jbptt.adjoint import parts_of, paths_of
 from jbptt.weights import take_apart
 
 NUM_STEPS, EXAMPLES, INPUT, HIDDEN = 7, 3, 2, 4
@@ -211,7 +212,13 @@ def test_what_is_kept_of_a_step(kind, number):
     """Arrays of the carry's size: the gates and what a derivative needs of them, nothing twice, nothing cheap."""
     cell = getattr(cells, kind)(INPUT, HIDDEN)
     carry = cell.initial_carry((EXAMPLES,))
-    kept = loops.cut(cell.step, cell.init(jax.random.key(0)), carry, draw(EXAMPLES, INPUT)).kept
+    parts, params, batch = (
+        parts_of(cell.step, squared_error),
+        cell.init(jax.random.key(0)),
+        Batch(draw(1, EXAMPLES, INPUT)),
+    )
+    live = paths_of(parts, params, carry, batch._replace(targets=batch.xs[..., :1]))
+    kept = loops.cut(cell.step, params, carry, batch.xs[0], live).kept
     assert [v.aval.shape for v in kept] == [(EXAMPLES, HIDDEN)] * number
 
 

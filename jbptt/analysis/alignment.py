@@ -9,11 +9,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from jbptt import validation
-from jbptt.adjoint import loss_weights, output_cotangents, parallel_pullback, split_inexact
+from jbptt.adjoint import (
+    add_losses,
+    loss_weights,
+    parallel_pullback,
+    parts_of,
+    paths_of,
+    pullback,
+    split_inexact,
+)
 from jbptt.analysis.jacobians import check_differentiable
-from jbptt.cells import split_readout
 from jbptt.norms import norm, scaled_norm, unit
-from jbptt.recurrence import held, is_inexact, times_gate, trajectory
+from jbptt.recurrence import is_inexact, times_gate, trajectory
 from jbptt.types import Batch, Carry, Loss, Params, Step, align_leading, at_least_float32
 
 
@@ -202,31 +209,29 @@ def adjoint_alignment(
     validation.check_per_example(step, loss, params, carry, batch, batch_shape, "the alignment is measured per example")
     check_differentiable(carry)
     max_lag = check_max_lag(max_lag, num_steps)
-    core, _ = split_readout(step)
-    _, (carries, outputs) = trajectory(core, params, carry, batch.xs, batch.mask, num_steps)
-    _, outputs_bar = output_cotangents(step, loss, params, outputs, batch)
-    steps = carries, (batch.xs, batch.mask)
+    parts, inputs = parts_of(step, loss), (batch.xs, batch.mask)
+    live = paths_of(parts, params, carry, batch)
+    _, (carries, outputs) = trajectory(parts.core, params, carry, inputs, None, num_steps)
+    _, outputs_bar = add_losses(parts, params, outputs, batch, live, None)
     like, _ = split_inexact(carries)
 
     def narrow(vectors):
         return [v.astype(leaf.dtype) for v, leaf in zip(vectors, like, strict=True)]
 
     def pull_one(step_s, direction):
-        carry_s, inputs_s = jax.tree.map(lambda a: a[None], step_s)
-        _, one = parallel_pullback(held(core), params, carry_s, inputs_s, 1)
-        silent = [jnp.zeros_like(a[:1]) for a in outputs_bar]
-        return [c[0] for c in one(([d[None] for d in narrow(direction)], silent))[1]]
+        _, one = pullback(parts.core, params, *step_s, live._replace(outputs=(False,) * len(outputs_bar)))
+        return one(narrow(direction), outputs_bar, None)[1]
 
-    _, pull = parallel_pullback(held(core), params, *steps, num_steps)
+    _, pull = parallel_pullback(parts.core, params, carries, inputs, num_steps, live)
 
     def pull_all(one_on, outputs_bar):
-        cotangents = pull((narrow(one_on), outputs_bar))[1]
+        cotangents = pull(narrow(one_on), outputs_bar, None)[1]
         return cotangents if gates is None else [times_gate(c, jnp.asarray(gates)) for c in cotangents]
 
     start = random_directions(split_inexact(carry)[0], jax.random.key(0) if key is None else key, len(batch_shape))
     weights = jnp.abs(loss_weights(batch, jnp.zeros((num_steps, *batch_shape))))
-    live = loss_weights(batch._replace(weights=None), weights) != 0
-    directions, ages = far_directions(pull_one, start, steps, live)
+    unmasked = loss_weights(batch._replace(weights=None), weights) != 0
+    directions, ages = far_directions(pull_one, start, (carries, inputs), unmasked)
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in like)
     means = scan_angles(pull_all, outputs_bar, directions, ages >= 2 * max_lag, weights, max_lag, eps)
     filled = iter(directions)

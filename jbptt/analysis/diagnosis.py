@@ -185,6 +185,7 @@ def _read(step, loss, batch_shape, largest, params, carry, batch, gates, learnin
         num_used_steps=num_used_steps,
         num_steps=num_steps,
         num_carry_leaves=len(problem.carries),
+        unread=problem.live.unread,
         learning_rate=learning_rate,
         curvature=curvature,
     )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jbptt.adjoint import batch_steps, output_cotangents
+from jbptt.adjoint import add_losses, batch_steps, parts_of
 from jbptt.analysis.advice import CHANGE
 from jbptt.analysis.lags import Linearised
 from jbptt.cells import split_readout
@@ -147,7 +147,8 @@ def starts_below_precision(step: Step, loss: Loss, params: Params, batch: Batch,
     tiny = max((float(jnp.finfo(leaf.dtype).tiny) for leaf in problem.outputs_bar), default=1.0)
     heaviest = jnp.max(jnp.abs(problem.weights))
     weights = problem.weights / jnp.where(heaviest > 0, heaviest, 1) * min(1 / tiny, 1e30)
-    larger = output_cotangents(step, loss, params, problem.outputs, batch._replace(weights=weights))[1]
+    heavy = batch._replace(weights=weights)
+    larger = add_losses(parts_of(step, loss), params, problem.outputs, heavy, problem.live, None)[1]
     zero, still_zero = (
         jnp.all(jnp.array([jnp.all(leaf == 0) for leaf in bar])) for bar in (problem.outputs_bar, larger)
     )

@@ -53,6 +53,7 @@ class Diagnosis:
       num_used_steps: the largest number of unmasked steps of an example up to its last loss that counts.
       num_steps: T.
       num_carry_leaves: inexact leaves of the carry.
+      unread: names of the parameters that no step looks at; a learned start of the carry is one.
       learning_rate: as given, or None.
       curvature: of the loss along its gradient, `gᵀHg / gᵀg`; None without a learning rate.
       cost: time and memory of full BPTT and of each recommended window; None if not measured.
@@ -87,6 +88,7 @@ class Diagnosis:
     num_used_steps: jax.Array
     num_steps: int = field(metadata={"static": True})
     num_carry_leaves: int = field(metadata={"static": True})
+    unread: tuple[str, ...] = field(default=(), metadata={"static": True})
     learning_rate: jax.Array | None = None
     curvature: jax.Array | None = None
     cost: Cost | None = field(default=None, metadata={"static": True})

@@ -1,5 +1,6 @@
 """Adjoints, and how much each loss depends on each earlier state."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -8,16 +9,18 @@ import jax.numpy as jnp
 
 from jbptt import validation
 from jbptt.adjoint import (
+    add_losses,
+    back_through_segment,
     batch_steps,
     gradient_sums,
     loss_weights,
-    output_cotangents,
-    segment_sums,
-    weighted_losses,
+    parts_of,
+    paths_of,
+    pullback,
 )
-from jbptt.cells import split_readout
+from jbptt.dependence import Paths, chosen
 from jbptt.norms import leafwise, norm, scaled_norm, unit
-from jbptt.recurrence import held, scan_steps, steps_from, times_gate, trajectory, zeros_along
+from jbptt.recurrence import steps_from, times_gate, trajectory, zeros_along
 from jbptt.types import Batch, Carry, Loss, Params, Step, is_inexact, split_inexact, weighted_mean
 
 
@@ -40,32 +43,29 @@ def adjoints(
 
         λ_t = ∂L/∂carries[t] = gates[t] · (J_tᵀ λ_{t+1} + (∂y_t/∂carries[t])ᵀ ∂L/∂y_t),   λ_T = 0
 
-    One forward and one backward pass; memory O(T). Raises ValueError as `full_bptt` does.
+    Two forward passes and one backward; memory O(T). Raises ValueError as `full_bptt` does.
     """
     validation.check_problem(step, loss, params, carry, batch, gates)
-    core, readout = split_readout(step)
-    leaves, rebuild = split_inexact(carry)
-    num_steps = batch_steps(batch)
+    batch, gates = jax.tree.map(jnp.asarray, (batch, gates))
+    parts, num_steps, inputs = parts_of(step, loss), batch_steps(batch), (batch.xs, batch.mask)
+    live = paths_of(parts, params, carry, batch)
+    last, (entering, outputs) = trajectory(parts.core, params, carry, inputs, None, num_steps)
+    sums, outputs_bar = add_losses(parts, params, outputs, batch, live, None)
+    outputs_bar = [weighted_mean(bar, sums.weight).astype(bar.dtype) for bar in outputs_bar]
 
-    def nudged(params, carry, inputs):
-        x, mask, nudge = inputs
-        after, outputs = held(core)(params, carry, (x, mask))
-        after_leaves, rebuild = split_inexact(after)
-        after = rebuild([leaf + e for leaf, e in zip(after_leaves, nudge, strict=True)])
-        return after, (after, outputs)
+    def one_step_back(cotangents, inputs):
+        carry_t, inputs_t, gate_t, outputs_bar_t = inputs
+        _, pull = pullback(parts.core, params, carry_t, inputs_t, live)
+        _, cotangents = pull(cotangents, outputs_bar_t, None)
+        if gate_t is not None:
+            cotangents = [times_gate(c, gate_t) for c in cotangents]
+        return cotangents, cotangents
 
-    def run(leaves, nudges):
-        xs = (batch.xs, batch.mask, nudges)
-        _, (carries, outputs) = scan_steps(nudged, params, rebuild(leaves), xs, gates, None, num_steps)
-        ys = jax.vmap(partial(readout, params), axis_size=num_steps)(outputs)
-        value, (weight, _) = weighted_losses(loss, ys, batch)
-        return weighted_mean(value, weight), carries
-
-    nudges = [zeros_along(leaf[None], num_steps) for leaf in leaves]
-    value, pull, carries = jax.vjp(run, leaves, nudges, has_aux=True)
-    first, rest = pull(jnp.ones_like(value))
-    cotangents = [jnp.concatenate([a[None], b]) for a, b in zip(first, rest, strict=True)]
-    carries = jax.tree.map(lambda a, b: jnp.concatenate([jnp.asarray(a)[None], b]), carry, carries)
+    nothing = [jnp.zeros_like(leaf) for leaf in split_inexact(last)[0]]
+    steps = entering, inputs, gates, outputs_bar
+    _, cotangents = jax.lax.scan(one_step_back, nothing, steps, num_steps, reverse=True)
+    cotangents = [jnp.concatenate([a, b[None]]) for a, b in zip(cotangents, nothing, strict=True)]
+    carries = jax.tree.map(lambda a, b: jnp.concatenate([a, jnp.asarray(b)[None]]), entering, last)
     filled = iter(cotangents)
     return Adjoints(carries, jax.tree.map(lambda a: next(filled) if is_inexact(a) else jnp.zeros(a.shape), carries))
 
@@ -101,25 +101,27 @@ def gradient_flow(
     num_steps, batch_shape = validation.check_problem(step, loss, params, carry, batch, gates)
     validation.check_per_example(step, loss, params, carry, batch, batch_shape, "the flow is measured per example")
     batch, gates = jax.tree.map(jnp.asarray, (batch._replace(weights=None), gates))
-    core, _ = split_readout(step)
-    _, (carries, outputs) = trajectory(core, params, carry, batch.xs, batch.mask, num_steps)
-    _, outputs_bar = output_cotangents(step, loss, params, outputs, batch)
+    parts = parts_of(step, loss)
+    live = paths_of(parts, params, carry, batch)
+    _, (carries, outputs) = trajectory(parts.core, params, carry, (batch.xs, batch.mask), None, num_steps)
+    _, outputs_bar = add_losses(parts, params, outputs, batch, live, None)
     inputs = carries, (batch.xs, batch.mask), gates, outputs_bar
-    norms = _adjoint_norms(core, params, inputs, num_steps, leafwise(norm) if per_leaf else norm)
+    one_back = partial(_one_step_back, parts.core, live, params)
+    norms = _adjoint_norms(one_back, inputs, num_steps, leafwise(norm) if per_leaf else norm)
     counted = loss_weights(batch, jnp.zeros((num_steps, *batch_shape))).reshape(num_steps, -1).sum(1)[:, None]
     # A loss that lies before a step has met its Jacobian as a zero, which times infinity is NaN.
     meets = (counted > 0) & jnp.tri(num_steps, dtype=bool)
     return jax.tree.map(lambda a: jnp.where(meets, a.T / jnp.sqrt(jnp.maximum(counted, 1)), 0), norms)
 
 
-def _adjoint_norms(core: Step, params: Params, inputs: Any, num_steps: int, norm_fn: Any) -> Any:
+def _adjoint_norms(one_back: Callable, inputs: Any, num_steps: int, norm_fn: Any) -> Any:
     """‖∂ℓ_t/∂carries[s]‖ over all examples, `[s, t]`; `inputs` are what `_one_step_back` takes, `[T, ...]`."""
     leaves, _ = split_inexact(inputs[0])
     if not leaves:
         return jax.tree.map(lambda a: jnp.zeros((num_steps, num_steps), a.dtype), norm_fn(leaves))
 
     def body(cotangents, inputs):
-        cotangents = _one_step_back(core, params, cotangents, inputs)
+        cotangents = one_back(cotangents, inputs)
         return cotangents, norm_fn(cotangents, 1)
 
     cotangents, rows, last = [leaf[:0] for leaf in leaves], [], num_steps
@@ -133,20 +135,20 @@ def _adjoint_norms(core: Step, params: Params, inputs: Any, num_steps: int, norm
     return jax.tree.map(lambda *parts: jnp.concatenate(parts[::-1]), *rows)
 
 
-def _one_step_back(core: Step, params: Params, cotangents: list, inputs: Any) -> list:
+def _one_step_back(core: Step, live: Paths, params: Params, cotangents: list, inputs: Any) -> list:
     """Every loss's cotangent through one step, whose own loss, in its place, sets out."""
     place, carry, given, gate, outputs_bar = inputs
     leaves, rebuild = split_inexact(carry)
 
     def run(leaves):
-        after, outputs = held(core)(params, rebuild(leaves), given)
-        return split_inexact(after)[0], split_inexact(outputs)[0]
+        after, outputs = core(params, rebuild(leaves), given)
+        return chosen(split_inexact(after)[0], live.carries), chosen(split_inexact(outputs)[0], live.outputs)
 
-    _, pull = jax.vjp(run, leaves)
-    (own,) = pull(([jnp.zeros_like(leaf) for leaf in leaves], outputs_bar))
-    (later,) = jax.vmap(pull, in_axes=((0, None),))((cotangents, [jnp.zeros_like(y) for y in outputs_bar]))
+    (emitted, read), pull = jax.vjp(run, leaves)
+    (own,) = pull(([jnp.zeros_like(leaf) for leaf in emitted], chosen(outputs_bar, live.outputs)))
+    silent = [jnp.zeros_like(y) for y in read]
+    (later,) = jax.vmap(lambda c: pull((c, silent)), axis_size=len(cotangents[0]))(chosen(cotangents, live.carries))
     cotangents = [a.at[place].set(c) for a, c in zip(later, own, strict=True)]
-    # Not by `gated_step`: derivatives of the flow differentiate what is computed here.
     return cotangents if gate is None else [jax.vmap(times_gate, (0, None))(c, gate) for c in cotangents]
 
 
@@ -193,6 +195,8 @@ def gradient_sources(
     num_steps, _ = validation.check_problem(step, loss, params, carry, batch, gates)
     batch, gates = jax.tree.map(jnp.asarray, (batch, gates))
     path = adjoints(step, loss, params, carry, batch, gates=gates)
+    parts = parts_of(step, loss)
+    live = paths_of(parts, params, carry, batch)
     exact, _ = gradient_sums(step, loss, params, carry, batch, gates)
     largest, ratio = scaled_norm(exact.grad)
 
@@ -200,7 +204,7 @@ def gradient_sources(
         i, entering, emitted = inputs
         piece = steps_from(batch, i, 1)
         cotangent = [c * exact.weight.astype(c.dtype) for c in emitted]
-        source = segment_sums(step, loss, params, entering, piece, None, cotangent)[1].grad
+        source = back_through_segment(parts, live, params, entering, piece, None, cotangent, None).sums.grad
         dots = jax.tree.map(
             lambda a, b: jnp.sum(jnp.real(jnp.conj(unit(a, largest)) * unit(b, largest))), source, exact.grad
         )

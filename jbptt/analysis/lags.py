@@ -16,10 +16,18 @@ import jax
 import jax.numpy as jnp
 
 from jbptt import validation
-from jbptt.adjoint import batch_steps, gradient_sums, loss_weights, output_cotangents, parallel_pullback
-from jbptt.cells import split_readout
+from jbptt.adjoint import (
+    add_losses,
+    batch_steps,
+    gradient_sums,
+    loss_weights,
+    parallel_pullback,
+    parts_of,
+    paths_of,
+)
+from jbptt.dependence import Paths
 from jbptt.norms import compared_leafwise, compared_with, leafwise, norm
-from jbptt.recurrence import held, times_gate, trajectory
+from jbptt.recurrence import times_gate, trajectory
 from jbptt.types import Batch, Carry, Loss, Params, Step, align_leading, split_inexact, weighted_mean
 
 
@@ -60,13 +68,14 @@ class Linearised(NamedTuple):
     """One forward pass, linearised at every step.
 
     Attributes:
-      pull: the derivatives of all steps at once (`adjoint.parallel_pullback`).
+      pull: the way back through all steps at once (`adjoint.parallel_pullback`).
       outputs_bar: `w_t ∂ℓ_t` in the core's outputs, inexact leaves `[T, ...]`.
       carries: the inexact leaves of the carries that enter the steps, `[T, ...]`.
       path: those carries, all leaves.
       outputs: the core's, `[T, ...]`.
       readout_grad: what the readout adds to the gradient at lag 0.
       weights: `mask · weights`, `[T, *batch]`.
+      live: which leaves have cotangents.
     """
 
     pull: Callable
@@ -76,17 +85,18 @@ class Linearised(NamedTuple):
     outputs: Any
     readout_grad: Params
     weights: jax.Array
+    live: Paths
 
 
 def linearise(step: Step, loss: Loss, params: Params, carry: Carry, batch: Batch, batch_shape: tuple) -> Linearised:
     """Runs forward once and linearises every step at its own carry."""
-    core, _ = split_readout(step)
-    num_steps = batch_steps(batch)
-    _, (carries, outputs) = trajectory(core, params, carry, batch.xs, batch.mask, num_steps)
-    sums, outputs_bar = output_cotangents(step, loss, params, outputs, batch)
-    _, pull = parallel_pullback(held(core), params, carries, (batch.xs, batch.mask), num_steps)
+    parts, num_steps, inputs = parts_of(step, loss), batch_steps(batch), (batch.xs, batch.mask)
+    live = paths_of(parts, params, carry, batch)
+    _, (carries, outputs) = trajectory(parts.core, params, carry, inputs, None, num_steps)
+    sums, outputs_bar = add_losses(parts, params, outputs, batch, live, None)
+    _, pull = parallel_pullback(parts.core, params, carries, inputs, num_steps, live)
     weights = loss_weights(batch, jnp.zeros((num_steps, *batch_shape)))
-    return Linearised(pull, outputs_bar, split_inexact(carries)[0], carries, outputs, sums.grad, weights)
+    return Linearised(pull, outputs_bar, split_inexact(carries)[0], carries, outputs, sums.grad, weights, live)
 
 
 def scan_lags(problem: Linearised, gates: jax.Array | None, num_lags: int, read: Callable, state: Any):
@@ -94,10 +104,10 @@ def scan_lags(problem: Linearised, gates: jax.Array | None, num_lags: int, read:
 
     def body(running, lag):
         one_on, outputs_bar, readout_grad, state = running
-        grad, cotangents = problem.pull((one_on, outputs_bar))
+        grad, cotangents = problem.pull(one_on, outputs_bar, readout_grad)
         if gates is not None:
             cotangents = [times_gate(c, gates) for c in cotangents]
-        state, row = read(state, lag, cotangents, jax.tree.map(jnp.add, grad, readout_grad))
+        state, row = read(state, lag, cotangents, grad)
         one_on = [jnp.concatenate([c[1:], jnp.zeros_like(c[:1])]) for c in cotangents]
         return (one_on, *jax.tree.map(jnp.zeros_like, (outputs_bar, readout_grad)), state), row
 

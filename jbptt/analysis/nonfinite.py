@@ -14,9 +14,18 @@ import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
 
 from jbptt import validation
-from jbptt.adjoint import counted_steps, loss_weights, step_losses, weighted_losses
+from jbptt.adjoint import (
+    counted_steps,
+    loss_weights,
+    parts_of,
+    paths_of,
+    step_losses,
+    weighted_losses,
+    where_counted,
+)
 from jbptt.analysis.culprits import Culprit, Looked, Places, search
 from jbptt.analysis.flow import adjoints, carry_cotangents
+from jbptt.dependence import chosen
 from jbptt.recurrence import held, times_gate, trajectory, zero_masked
 from jbptt.types import (
     Batch,
@@ -184,10 +193,10 @@ def _layout(step: Step, trees: _Trees, num_steps: int) -> _Layout:
     return _Layout(start, columns, names, back, Places(len(start), num_steps, np.array(places)))
 
 
-def _made_finite(tree: PyTree, chosen: list[Any]) -> PyTree:
-    """Stand-ins for what is not finite in the inexact leaves; along leading axes where `chosen` says so of a leaf."""
+def _made_finite(tree: PyTree, flags: list[Any]) -> PyTree:
+    """Stand-ins for what is not finite in the inexact leaves; along leading axes where `flags` say so of a leaf."""
     leaves, rebuild = split_inexact(tree)
-    pairs = zip(map(jnp.asarray, leaves), map(jnp.asarray, chosen), strict=True)
+    pairs = zip(map(jnp.asarray, leaves), map(jnp.asarray, flags), strict=True)
     return rebuild([jnp.where(align_leading(flag, a.ndim), jnp.nan_to_num(a, **STAND_INS), a) for a, flag in pairs])
 
 
@@ -215,7 +224,7 @@ def _look(step: Step, loss: Loss, trees: _Trees, layout: _Layout, place: jax.Arr
 
     path = adjoints(settled_step, loss, params, carry, batch, gates=gates)
     _, (_, ys) = trajectory(settled_step, params, carry, batch.xs, batch.mask, places.num_steps)
-    losses, _ = step_losses(loss, ys, batch)
+    losses, _ = step_losses(where_counted(loss), ys, batch)
     after = jax.tree.map(lambda a: a[1:], path.carries)
 
     per_step = jax.vmap(zero_masked)
@@ -232,13 +241,15 @@ def _look(step: Step, loss: Loss, trees: _Trees, layout: _Layout, place: jax.Arr
     weight, mean = jnp.sum(by_loss), jnp.sum(jnp.where(by_loss == 0, 0, by_loss * losses))
     entering = jax.tree.map(lambda a: a[:-1], path.carries)
     emitted = [c[1:] for c in carry_cotangents(path)]
-    back = jax.lax.map(partial(_step_back, settled_step, loss, params, weight), (entering, emitted, batch, gates))
+    live = paths_of(parts_of(settled_step, loss), params, carry, batch)
+    one_back = partial(_step_back, settled_step, loss, live, params, weight)
+    back = jax.lax.map(one_back, (entering, emitted, batch, gates))
     lost = there[:, -1] & (limit < places.width - 1)  # a loss that is made finite counts as finite
     outcomes = lost, ~jnp.isfinite(weighted_mean(mean, weight))[None], back[::-1].reshape(-1)
     return Looked(_bad((params, carry)), there, jnp.concatenate(outcomes))
 
 
-def _step_back(step, loss, params, total, inputs):
+def _step_back(step, loss, live, params, total, inputs):
     """Which leaves of the carry's adjoint and of the gradient one step's derivative makes non-finite."""
     carry, cotangents, batch, gate = inputs
     leaves, rebuild = split_inexact(carry)
@@ -246,11 +257,11 @@ def _step_back(step, loss, params, total, inputs):
     def run(params, leaves):
         after, y = held(step)(params, rebuild(leaves), (batch.xs, batch.mask))
         one = jax.tree.map(lambda a: a[None], (y, batch))
-        value, _ = weighted_losses(loss, *one)
-        return split_inexact(after)[0], value / jnp.where(total == 0, 1, total)
+        value, _ = weighted_losses(where_counted(loss), *one)
+        return chosen(split_inexact(after)[0], live.carries), value / jnp.where(total == 0, 1, total)
 
     (_, value), pull = jax.vjp(run, params, leaves)
-    grad, adjoint = pull((cotangents, jnp.ones_like(value)))
+    grad, adjoint = pull((chosen(cotangents, live.carries), jnp.ones_like(value)))
     if gate is not None:
         adjoint = [times_gate(a, gate) for a in adjoint]
     return jnp.concatenate([_bad(adjoint), _bad(grad)])

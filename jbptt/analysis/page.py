@@ -38,6 +38,8 @@ def write_page(found: Any) -> str:
     else:
         span += f", {int(found.num_lags)} lags measured" if 1 < found.num_lags < found.num_steps else ""
         lines += [*_decay(found, norms), *_dynamics(found), "", *_windows(found)]
+    if found.unread:
+        lines.insert(1, f"  {', '.join(found.unread)}: read by no step, so without gradient (a learned start, perhaps)")
     advice = [f"  {advice}" for advice in found.advice]
     return "\n".join([f"Gradient over {span}: {title}", *lines, *(["", "  advice", *advice] if advice else [])])
 

@@ -6,7 +6,7 @@ import chex
 import jax
 import optax
 
-from jbptt.adjoint import weighted_losses
+from jbptt.adjoint import weighted_losses, where_counted
 from jbptt.norms import norm
 from jbptt.recurrence import scan_steps
 from jbptt.types import Batch, Carry, Estimator, Loss, Params, Step, at_least_float32, weighted_mean
@@ -81,7 +81,7 @@ def evaluate(step: Step, loss: Loss, params: Params, carry: Carry, batches: Batc
 
     def body(carry, batch):
         carry, ys = scan_steps(step, params, carry, batch.xs, None, batch.mask)
-        value, (weight, _) = weighted_losses(loss, ys, batch)
+        value, (weight, _) = weighted_losses(where_counted(loss), ys, batch)
         return carry, (value, weight)
 
     _, (values, weights) = jax.lax.scan(body, carry, batches)

@@ -47,6 +47,7 @@ CLOSEST = {
     "jbptt/truncation.py": ("test_truncation", "test_randomized", "test_gradients"),
     "jbptt/programs.py": ("test_weights", "test_by_hand"),
     "jbptt/weights.py": ("test_weights", "test_by_hand"),
+    "jbptt/weight_uses.py": ("test_weights", "test_lookups"),
     "jbptt/loops.py": ("test_weights", "test_by_hand"),
     "jbptt/division.py": ("test_configurations",),
     "jbptt/analysis/planning.py": ("test_plans",),

@@ -26,14 +26,16 @@ STUCK = "jbptt/analysis/stuck.py"
 
 ANALYSES = (
     # analysis
-    Mutant("adjoints_of_the_sum", FLOW, "return weighted_mean(value, weight), carries", "return value, carries"),
+    Mutant("adjoints_of_the_sum", FLOW, "weighted_mean(bar, sums.weight).astype(bar.dtype)", "bar"),
     Mutant(
         "adjoints_without_gates",
         FLOW,
-        "rebuild(leaves), xs, gates, None, num_steps)",
-        "rebuild(leaves), xs, None, None, num_steps)",
+        "steps = entering, inputs, gates, outputs_bar",
+        "steps = entering, inputs, None, outputs_bar",
     ),
-    Mutant("adjoints_ignore_the_mask", FLOW, "held(core)(params, carry, (x, mask))", "core(params, carry, x)"),
+    Mutant(
+        "adjoints_ignore_the_mask", FLOW, "steps = entering, inputs, gates", "steps = entering, (batch.xs, None), gates"
+    ),
     Mutant("flow_is_weighted", FLOW, "(batch._replace(weights=None), gates)", "(batch, gates)"),
     Mutant("flow_is_no_root_mean_square", FLOW, "/ jnp.sqrt(jnp.maximum(counted, 1))", "/ jnp.maximum(counted, 1)"),
     Mutant("flow_counts_the_source_examples", FLOW, "jnp.maximum(counted, 1)", "jnp.maximum(counted.T, 1)"),
@@ -83,8 +85,18 @@ ANALYSES = (
         "return (one_on, *jax.tree.map(jnp.zeros_like, (outputs_bar, readout_grad)), state), row",
         "return (one_on, outputs_bar, readout_grad, state), row",
     ),
-    Mutant("profile_one_lag_off", LAGS, "read(state, lag, cotangents, jax.tree", "read(state, lag, one_on, jax.tree"),
-    Mutant("curve_without_readout_gradient", LAGS, "jax.tree.map(jnp.add, grad, readout_grad)", "grad"),
+    Mutant(
+        "profile_one_lag_off",
+        LAGS,
+        "read(state, lag, cotangents, grad)\n        one_on",
+        "read(state, lag, one_on, grad)\n        one_on",
+    ),
+    Mutant(
+        "curve_without_readout_gradient",
+        LAGS,
+        "problem.pull(one_on, outputs_bar, readout_grad)",
+        "problem.pull(one_on, outputs_bar, None)",
+    ),
     Mutant(
         "profile_weighs_by_the_source",
         LAGS,
@@ -338,19 +350,19 @@ ANALYSES = (
         "guilty = jnp.array(True)",
     ),
     # what depends on what
-    Mutant("path_over_one_carry_only", DEPENDENCE, "    for _ in emitted:\n", "    if emitted:\n"),
+    Mutant(
+        "path_over_one_carry_only",
+        DEPENDENCE,
+        "    while (more := {i for i, found in enumerate(to_carries) if found & reached} | reached) != reached:\n",
+        "    if (more := {i for i, found in enumerate(to_carries) if found & reached} | reached) != reached:\n",
+    ),
     Mutant(
         "dependence_of_the_first_output_only",
         DEPENDENCE,
-        "sources.update(dict.fromkeys(equation.outvars, found))",
-        "sources.update(dict.fromkeys(equation.outvars[:1], found))",
+        "known.update(zip(equation.outvars, _through(equation, given), strict=True))",
+        "known.update(zip(equation.outvars[:1], _through(equation, given), strict=False))",
     ),
-    Mutant(
-        "path_to_every_parameter",
-        DEPENDENCE,
-        "if any(sources & reached for sources in to_params)",
-        "if all(sources & reached for sources in to_params)",
-    ),
+    Mutant("path_to_every_parameter", DEPENDENCE, '"" if any(params_read)', '"" if all(params_read)'),
     # comparison and schedules
     Mutant("comparison_spread_of_the_population", COMPARISON, "squares / (count - 1)", "squares / count"),
     Mutant("comparison_error_of_one_sample", COMPARISON, "jnp.sqrt(variance / count)", "jnp.sqrt(variance)"),

@@ -9,6 +9,7 @@ RECURRENCE = "jbptt/recurrence.py"
 TRUNCATION = "jbptt/truncation.py"
 ADJOINT = "jbptt/adjoint.py"
 WEIGHTS = "jbptt/weights.py"
+WEIGHT_USES = "jbptt/weight_uses.py"
 LOOPS = "jbptt/loops.py"
 DIVISION = "jbptt/division.py"
 WINDOWS = "jbptt/windows.py"
@@ -281,29 +282,34 @@ CORE = (
     Mutant(
         "segment_hands_nothing_on",
         ADJOINT,
-        "loops.backward(stacks, cotangent, outputs_bar)",
-        "loops.backward(stacks, [jnp.zeros_like(c) for c in cotangent], outputs_bar)",
+        "loops.backward(stacks, cotangents, outputs_bar, gates,",
+        "loops.backward(stacks, [jnp.zeros_like(c) for c in cotangents], outputs_bar, gates,",
     ),
     # the loops of a segment, and the weights that are taken out of them
-    Mutant("weight_gradient_untransposed", WEIGHTS, ".transpose(back)", ".transpose(sorted(back))"),
-    Mutant("weight_on_the_other_side", WEIGHTS, "first = 1 if product.side == 0", "first = 1 if product.side == 1"),
+    Mutant("weight_gradient_untransposed", WEIGHT_USES, ".transpose(back)", ".transpose(sorted(back))"),
+    Mutant("weight_on_the_other_side", WEIGHT_USES, "first = 1 if product.side == 0", "first = 1 if product.side == 1"),
     Mutant(
         "weight_used_twice_counts_once",
         WEIGHTS,
-        "grads[product.weight] + grad if product.weight in grads else grad",
-        "grad",
+        "product.add_gradient(grads[home], whole, bar)",
+        "product.add_gradient(self.start(None)[home], whole, bar)",
     ),
     Mutant(
         "other_uses_are_forgotten",
         WEIGHTS,
-        "[*weights_bar, *others_bar]",
-        "[*weights_bar, *map(jnp.zeros_like, others_bar)]",
+        "zip(self.names.others, others_bar, strict=True)",
+        "zip(self.names.others, map(jnp.zeros_like, others_bar), strict=True)",
     ),
     Mutant("first_carry_is_the_second", LOOPS, "return jnp.where(t == 0, first, before)", "return before"),
     Mutant(
         "operands_one_step_late", LOOPS, "self.at(atom, jnp.asarray(start))", "self.at(atom, jnp.asarray(start) + 1)"
     ),
-    Mutant("chunks_go_back_in_order", LOOPS, "(state, zeros), starts, reverse=True)", "(state, zeros), starts)"),
+    Mutant(
+        "chunks_go_back_in_order",
+        LOOPS,
+        "lax.scan(add, (state, first), starts, reverse=True)",
+        "lax.scan(add, (state, first), starts)",
+    ),
     Mutant("steps_go_back_in_order", LOOPS, "start + jnp.arange(length), reverse=True)", "start + jnp.arange(length))"),
     Mutant("sums_of_the_last_step", LOOPS, "[total + read(values, v) for", "[read(values, v) for"),
     Mutant(
@@ -317,27 +323,88 @@ CORE = (
     Mutant("shares_draw_alike", DIVISION, "any(a[0] == b[0] and a != b for", "any(a[0] != b[0] and a == b for"),
     Mutant("shares_need_not_fit", DIVISION, "    if not fits:\n", "    if not fits and share.size < 1:\n"),
     Mutant(
-        "segments_start_one_segment_late",
-        ADJOINT,
-        "        return scan_steps(core, params, carry, batch.xs, None, batch.mask, batch_steps(batch))[0], carry",
-        "        carry, _ = scan_steps(core, params, carry, batch.xs, None, batch.mask, batch_steps(batch))\n"
-        "        return carry, carry",
+        "segments_start_one_segment_late", ADJOINT, "        return after, carry\n", "        return after, after\n"
     ),
     Mutant(
-        "first_pass_ignores_the_mask", ADJOINT, "carry, batch.xs, None, batch.mask,", "carry, batch.xs, None, None,"
+        "first_pass_ignores_the_mask",
+        ADJOINT,
+        "carry, (batch.xs, batch.mask), batch_steps(batch))\n        return after",
+        "carry, (batch.xs, None), batch_steps(batch))\n        return after",
     ),
-    Mutant("segments_go_back_in_order", ADJOINT, "starts), reverse=True)[0]", "starts))[0]"),
+    Mutant(
+        "segments_go_back_in_order",
+        ADJOINT,
+        "(jnp.arange(num_whole), starts), reverse=True)",
+        "(jnp.arange(num_whole), starts))",
+    ),
     Mutant(
         "last_segment_without_gates",
         ADJOINT,
-        "cotangent, sums, carry = segment_sums(step, loss, params, carry, last, last_gates, None)",
-        "cotangent, sums, carry = segment_sums(step, loss, params, carry, last, None, None)",
+        "before_last, last, last_gates, None, sums)",
+        "before_last, last, None, None, sums)",
     ),
     Mutant(
         "last_segment_is_not_counted",
         ADJOINT,
-        "segment_at, num_whole, cotangent, sums)\n",
-        "segment_at, num_whole, cotangent, jax.tree.map(jnp.zeros_like, sums))\n",
+        "state = passed.cotangents, passed.sums\n",
+        "state = passed.cotangents, jax.tree.map(jnp.zeros_like, passed.sums)\n",
+    ),
+    # what is shared, unread, looked up, under way
+    Mutant(
+        "lookup_one_row_off",
+        WEIGHT_USES,
+        "places, offsets, left_out = operands[0], ",
+        "places, offsets, left_out = operands[0] + 1, ",
+    ),
+    Mutant(
+        "places_are_not_moved_inside", WEIGHT_USES, "lax.GatherScatterMode.CLIP", "lax.GatherScatterMode.FILL_OR_DROP"
+    ),
+    Mutant(
+        "unread_carries_have_zeros",
+        LOOPS,
+        "[*chosen(cotangents_t, live.carries), *outputs_bar_t]",
+        "[*map(jnp.zeros_like, chosen(cotangents_t, live.carries)), *outputs_bar_t]",
+    ),
+    Mutant("everything_is_read", "jbptt/dependence.py", "carries = tuple(i in reached for", "carries = tuple(True for"),
+    Mutant(
+        "windows_share_their_hold",
+        STREAMS,
+        "back_through(vmapped(parts), params, starts",
+        "back_through(vmapped(parts._replace(loss=lambda y, t, _: parts.loss(y, t, None))), params, starts",
+    ),
+    Mutant(
+        "anything_goes_side_by_side",
+        STREAMS,
+        "if most == 1 or not same_under_vmap(both_ways, params, carry, x):",
+        "if most == 1:",
+    ),
+    Mutant(
+        "gate_after_the_derivative",
+        LOOPS,
+        "cotangents_t = [times_gate(c, gate) for c in cotangents_t]",
+        "cotangents_t = [times_gate(jax.lax.stop_gradient(c), gate) for c in cotangents_t]",
+    ),
+    Mutant(
+        "carry_gradient_is_a_sum",
+        ADJOINT,
+        "weighted_mean(at_least_float32(c), sums.weight) for c",
+        "at_least_float32(c) for c",
+    ),
+    Mutant(
+        "block_under_way_begins_anew",
+        STREAMS,
+        "reached = (i >= length - phase) & at.exists",
+        "reached = (i > length) & at.exists",
+    ),
+    Mutant(
+        "block_under_way_is_a_window", STREAMS, "reached = (i >= length - phase) & at.exists", "reached = at.exists"
+    ),
+    Mutant("blocks_ignore_their_phase", STREAMS, "((t + phase) % window != 0)", "(t % window != 0)"),
+    Mutant(
+        "carry_gradient_of_the_last_piece",
+        STREAMS,
+        "jnp.where(is_first, b, a) for a, b",
+        "jnp.where(True, b, a) for a, b",
     ),
     # windows: overlapping backward passes
     Mutant("chunk_ends_one_late", WINDOWS, "jnp.arange(1, num_chunks + 1) - 1", "jnp.arange(1, num_chunks + 1)"),
@@ -384,40 +451,41 @@ CORE = (
     Mutant(
         "sliding_loses_the_readout_gradient",
         WINDOWS,
-        "_replace(grad=jax.tree.map(jnp.add, passed.sums.grad, grad))",
-        "_replace(grad=grad)",
+        "pull(total, passed.outputs_bar, passed.sums.grad)",
+        "pull(total, passed.outputs_bar, None)",
     ),
     # estimators: streams, keys, means
     Mutant(
-        "full_resets_the_carry",
-        ESTIMATORS,
-        "estimate_of(sums), CarryState(carry)",
-        "estimate_of(sums), CarryState(state.carry)",
+        "full_resets_the_carry", ESTIMATORS, "cotangents), CarryState(carry)", "cotangents), CarryState(state.carry)"
     ),
     Mutant(
         "truncated_resets_the_carry",
         ESTIMATORS,
-        "WindowState(carry, history, phase)",
-        "WindowState(state.carry, history, phase)",
+        "WindowState(streamed.carry, streamed.history, phase)",
+        "WindowState(state.carry, streamed.history, phase)",
     ),
     Mutant(
         "block_resets_the_carry",
         STREAMS,
-        "        carry, _ = state\n        sums, after = gradient_sums(step, loss, params, carry, piece)\n"
-        "        return sums, (after, carry)",
-        "        sums, after = gradient_sums(step, loss, params, carry, piece)\n        return sums, (after, state[0])",
+        "(passed.carry, carry, _first(first, is_first, passed.cotangents)",
+        "(state[0], carry, _first(first, is_first, passed.cotangents)",
     ),
     Mutant(
-        "unfinished_block_remembered_wrongly", STREAMS, "return sums, (after, carry)", "return sums, (after, after)"
+        "unfinished_block_remembered_wrongly",
+        STREAMS,
+        "(passed.carry, carry, _first(",
+        "(passed.carry, passed.carry, _first(",
     ),
     Mutant(
         "mean_of_block_means",
         STREAMS,
-        "        return sums, (after, carry)",
-        "        sums = jax.tree.map(lambda a: a / jnp.maximum(sums.weight, 1), sums)\n"
-        "        return sums, (after, carry)",
+        "        return passed.sums, (passed.carry, carry, _first",
+        "        mean = jax.tree.map(lambda a: a / jnp.maximum(passed.sums.weight, 1), passed.sums)\n"
+        "        return mean, (passed.carry, carry, _first",
     ),
-    Mutant("ragged_tail_dropped", STREAMS, "return add(total, tail) if rest else total", "return total"),
+    Mutant(
+        "ragged_tail_dropped", STREAMS, "return run(state, tail, sums) if rest else (sums, state)", "return sums, state"
+    ),
     Mutant("phase_stands_still", ESTIMATORS, "phase = (phase + num_steps) % stride", "phase = phase % stride"),
     Mutant(
         "phase_lost_after_a_ragged_update",
@@ -434,8 +502,8 @@ CORE = (
     Mutant(
         "windows_side_by_side_start_alike",
         STREAMS,
-        "params, starts, pieces, segment=window)",
-        "params, jax.tree.map(lambda a: jnp.broadcast_to(a[:1], a.shape), starts), pieces, segment=window)",
+        "params, starts, pieces, segment=window",
+        "params, jax.tree.map(lambda a: jnp.broadcast_to(a[:1], a.shape), starts), pieces, segment=window",
     ),
     Mutant(
         "parallel_blocks_drop_the_rest",
@@ -446,8 +514,8 @@ CORE = (
     Mutant(
         "history_never_moves_on",
         STREAMS,
-        "return sums, (passed.carry, latest(passed.steps, length))",
-        "return sums, (passed.carry, history)",
+        "(passed.carry, latest(passed.steps, length), first",
+        "(passed.carry, history, first",
     ),
     Mutant(
         "key_reused_by_every_update",
@@ -550,7 +618,12 @@ CORE = (
     ),
     Mutant("probe_injects_at_every_lag", ADAPTIVE, "jnp.where(lag == 0, y[i], 0)", "jnp.where(lag >= 0, y[i], 0)"),
     Mutant("probes_never_fade", ADAPTIVE, "smoothing * past + (1 - smoothing) * new", "past + new"),
-    Mutant("adaptive_ignores_its_window", ADAPTIVE, "window=state.window, stride=1", "window=max_window, stride=1"),
+    Mutant(
+        "adaptive_ignores_its_window",
+        ADAPTIVE,
+        '{"window": state.window, "stride": 1}',
+        '{"window": max_window, "stride": 1}',
+    ),
     Mutant(
         "adaptive_without_bound_takes_one_step",
         ADAPTIVE,
