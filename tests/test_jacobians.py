@@ -513,9 +513,15 @@ def test_gate_paths_of_anything_else():
     for params, carry, words in [
         ({"cell": lstm}, (h, h), "params must be those of cells.gru or cells.lstm"),
         (jnp.ones(3), h, "params must be those of cells.gru or cells.lstm"),
-        (cells.rnn(1, 2).init(jax.random.key(0)), h, r"w_h of shape \(2, 2\), wanted .H, 4·H., as a lstm"),
-        ({**lstm, "b_h": jnp.ones(8)}, h, r"w_h of shape \(2, 8\), wanted .H, 3·H., as a gru"),
-        (lstm, h, r"carry must be that of one example of a lstm, of shape \(\(2,\), \(2,\)\), got \(2,\)"),
+        (
+            cells.rnn(1, 2).init(jax.random.key(0)),
+            h,
+            r"w_h of shape \(2, 2\), wanted .H, 3·H. as a gru .*or .H, 4·H. as an lstm; .*rnn or linear, has no gates",
+        ),
+        ({**lstm, "w_h": jnp.ones((2, 10))}, (h, h), "only these two cells have gate paths$"),
+        ({**lstm, "b": jnp.ones(6)}, (h, h), r"as an lstm has it, but b of shape \(6,\), wanted \(8,\)"),
+        ({k: v for k, v in gru.items() if k != "b_h"}, h, r"as a gru has it, but b_h of shape None, wanted \(6,\)"),
+        (lstm, h, r"carry must be that of one example of an lstm, of shape \(\(2,\), \(2,\)\), got \(2,\)"),
         (gru, (h, h), r"carry must be that of one example of a gru, of shape \(2,\)"),
         (gru, jnp.ones((5, 2)), r"got \(5, 2\); use jax.vmap"),
         (lstm, (jnp.ones((5, 2)),) * 2, "use jax.vmap"),
@@ -525,6 +531,16 @@ def test_gate_paths_of_anything_else():
     for xs in (jnp.ones((3, 2)), jnp.ones((3, 4, 1)), jnp.ones(3)):
         with pytest.raises(ValueError, match=r"xs has shape \(3.*wanted .T, 1., as wide as params' w_x is high"):
             gate_paths(gru, h, xs)
+
+
+def test_an_lstm_stays_one_whatever_stands_beside_it():
+    """A readout may have called its bias b_h, as the gru does a second bias of its own."""
+    _, _, params, (h, c), batch = problems.make("lstm", NUM_STEPS)
+    alone, beside = (
+        gate_paths(p, (h[0], c[0]), batch.xs[:, 0]) for p in (params, {**params, "b_h": jnp.ones(params["b"].shape)})
+    )
+    assert beside.names == alone.names
+    assert_close(beside.jacobians, alone.jacobians)
 
 
 def flat(tree):

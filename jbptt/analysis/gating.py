@@ -17,6 +17,7 @@ from jbptt.types import Carry, Params, PyTree, Step, at_least_float32
 
 GATES = {"lstm": ("input", "forget", "candidate", "output"), "gru": ("reset", "update", "candidate")}
 STRAIGHT = {"lstm": "cell", "gru": "leak"}
+ARTICLE = {"lstm": "an", "gru": "a"}
 
 
 @jax.tree_util.register_dataclass
@@ -45,19 +46,27 @@ def check_gated_cell(params: Any, carry: Any, xs: Any) -> tuple[str, Step]:
             f"params must be those of cells.gru or cells.lstm, with w_x, w_h and b, got {jax.tree.structure(params)}; "
             "of a model that wraps a cell pass the cell's own parameters"
         )
-    kind = "gru" if "b_h" in shapes else "lstm"
     hidden, width = shapes["w_h"]
-    num_gates = len(GATES[kind])
-    if width != num_gates * hidden:
+    kind = {4 * hidden: "lstm", 3 * hidden: "gru"}.get(width)
+    if kind is None:
+        alone = " (one of width H, rnn or linear, has no gates: its step_jacobians are its only path)"
         raise ValueError(
-            f"params have w_h of shape {shapes['w_h']}, wanted [H, {num_gates}·H], as a {kind} has it (told by "
-            "b_h: with it a gru, without it an lstm); only cells.gru and cells.lstm have gate paths"
+            f"params have w_h of shape {shapes['w_h']}, wanted [H, 3·H] as a gru has it or [H, 4·H] as an lstm; only "
+            f"these two cells have gate paths{alone if width == hidden else ''}"
         )
+    biases = {"b", "b_h"} if kind == "gru" else {"b"}
+    wanted_widths = {name: (width,) for name in biases} | {"w_x": (*shapes["w_x"][:1], width)}
+    for name, wanted in wanted_widths.items():
+        if shapes.get(name) != wanted:
+            raise ValueError(
+                f"params have w_h of shape {shapes['w_h']}, as {ARTICLE[kind]} {kind} has it, but {name} of shape "
+                f"{shapes.get(name)}, wanted {wanted}; pass the parameters of cells.{kind}"
+            )
     wanted = (hidden,) if kind == "gru" else ((hidden,), (hidden,))
     if jax.tree.map(np.shape, carry, is_leaf=lambda c: not isinstance(c, tuple)) != wanted:
         raise ValueError(
-            f"carry must be that of one example of a {kind}, of shape {wanted}, got {jax.tree.map(np.shape, carry)}; "
-            "use jax.vmap for a batch"
+            f"carry must be that of one example of {ARTICLE[kind]} {kind}, of shape {wanted}, got "
+            f"{jax.tree.map(np.shape, carry)}; use jax.vmap for a batch"
         )
     if jax.tree.leaves(xs) and np.shape(xs)[1:] != shapes["w_x"][:1]:
         raise ValueError(
@@ -82,8 +91,8 @@ def gate_paths(params: Params, carry: Carry, xs: PyTree) -> GatePaths:
     and P·n tangents of T steps side by side; memory O(P T n²). jit- and vmap-able.
 
     Args:
-      params: of `cells.gru` (told by its `"b_h"`) or `cells.lstm`; further entries, like a linear
-        readout's, do not matter.
+      params: of `cells.gru` or `cells.lstm`, told apart by their shapes (3·H or 4·H columns); further entries, like a
+        linear readout's, do not matter.
       carry: what enters step 0, unbatched: `[H]`, or for the lstm `([H], [H])`; vmap for batches.
       xs: `[T, input]`.
 
@@ -98,11 +107,12 @@ def gate_paths(params: Params, carry: Carry, xs: PyTree) -> GatePaths:
     # The gates see h only as h @ w_h + bias. A nudge of the bias by (nudge of h) @ w_h, in the columns of one
     # gate, opens that gate alone; a nudge of the carry, taken back in the bias, opens what is left.
     hidden = params["w_h"].shape[0]
+    bias = "b_h" if kind == "gru" else "b"  # the gru's b_h stands inside the product with the reset gate
     open_carry = jnp.arange(len(names)) == 0
     into_bias = jnp.concatenate([-jnp.ones((1, len(names) - 1)), jnp.eye(len(names) - 1)])
     jacobians = jax.vmap(
         lambda straight, gates: jax.vmap(
-            lambda c, x: path_jacobian(step, params, c, x, straight, jnp.repeat(gates, hidden))
+            lambda c, x: path_jacobian(step, params, c, x, straight, jnp.repeat(gates, hidden), bias)
         )(carries, xs)
     )(open_carry, into_bias)
 
@@ -112,10 +122,9 @@ def gate_paths(params: Params, carry: Carry, xs: PyTree) -> GatePaths:
     return GatePaths(names, dict(zip(names, jacobians, strict=True)), norms, shares)
 
 
-def path_jacobian(step, params, carry, x, straight, columns) -> jax.Array:
+def path_jacobian(step, params, carry, x, straight, columns, bias) -> jax.Array:
     """`[n, n]`: the derivative of one step's carry by a nudge of the carry received, along one path."""
     flat, unravel = ravel_pytree(carry)
-    bias = "b_h" if "b_h" in params else "b"  # the gru's b_h stands inside the product with the reset gate
 
     def run(nudge):
         nudge_h, *_ = jax.tree.leaves(unravel(nudge))

@@ -202,7 +202,7 @@ ANALYSES = (
         "return self.log_norms - smallest",
     ),
     # gate paths
-    Mutant("gru_paths_past_the_reset_gate", GATING, 'bias = "b_h" if "b_h" in params else "b"', 'bias = "b"'),
+    Mutant("gru_paths_past_the_reset_gate", GATING, 'bias = "b_h" if kind == "gru" else "b"', 'bias = "b"'),
     Mutant(
         "straight_path_through_the_gates_too",
         GATING,
