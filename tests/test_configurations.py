@@ -359,7 +359,31 @@ def on_two_devices():
         run = jax.shard_map(summed, mesh=manual, in_specs=specs, out_specs=PartitionSpec(), check_vma=check)
         found = jax.device_get(jax.jit(run)(params, carry, batch))
         assert_close(found, {name: expected[name] for name in found})
+    one_gradient_of_all_devices(manual, specs, step, loss, params, carry, batch)
     print(f"all agree on {jax.device_count()} devices")
+
+
+def one_gradient_of_all_devices(mesh, specs, step, loss, params, carry, batch):
+    """Of replicated parameters JAX sums the gradient over devices, as in jax.grad: loss and weight it does not."""
+    batch = batch._replace(mask=batch.mask.at[1:, 1].set(False))  # devices of unequal weight
+    estimator = jbptt.full_bptt(step, loss)
+    whole = problems.one_update(estimator, params, carry, batch)
+
+    def as_jax_does(params, carry, batch):
+        estimate = problems.one_update(estimator, params, carry, batch)
+        return estimate.grad_sum, jax.lax.psum(estimate.weight_sum, "batch")
+
+    def recipe(params, carry, batch):
+        estimate = problems.one_update(estimator, jax.lax.pcast(params, "batch", to="varying"), carry, batch)
+        sums = jax.lax.psum((estimate.loss_sum, estimate.grad_sum, estimate.weight_sum), "batch")
+        together = jbptt.Estimate(*sums, info={})
+        return together.loss, together.grads
+
+    run = lambda f: jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())
+    found = jax.device_get(
+        jax.jit(lambda *given: [run(f)(*given) for f in (as_jax_does, recipe)])(params, carry, batch)
+    )
+    assert_close(found, jax.device_get([(whole.grad_sum, whole.weight_sum), (whole.loss, whole.grads)]))
 
 
 if __name__ == "__main__":
