@@ -27,7 +27,7 @@ CHAIN = (
 )
 LEARNED_START = (
     "its initial carry depends on its parameters, and no step would train that. Pass initial_carry=; the gradient of "
-    "the initial carry is jbptt.adjoints(…).cotangents at index 0"
+    'the initial carry is info["carry_grads"] of an estimate, or jbptt.adjoints(…).cotangents at index 0'
 )
 BIDIRECTIONAL = (
     "its output at a step depends on later inputs, so it is no step. Convert its two cells, run one on xs and the "
