@@ -13,6 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from jbptt.report import interruption
+
 DESCRIPTION = """How far back does the gradient of a recurrent model reach, and what does each truncation of
 backpropagation through time cost? `jbptt --version` prints the version."""
 NEEDED = ("tyro", "rich", "matplotlib", "jinja2")
@@ -23,16 +25,38 @@ class UsageError(Exception):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit status: 0, 2 for a wrong call, 130 after Ctrl-C."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    """Runs the command line and returns its exit status: 0, 2 for a wrong call, 130 after Ctrl-C.
+
+    And 141 where standard output ends early, as `head` ends it; without a word, as other commands do.
+
+    Args:
+      arguments: None: those of this process, which Ctrl-C then ends.
+    """
+    if arguments is not None:
+        return _run(list(arguments), contextlib.nullcontext())
+    for stream in (sys.stdout, sys.stderr):  # where × or ∞ cannot be shown, ? is
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
-        return _dispatch(arguments)
+        return _run(sys.argv[1:], interruption.ends_this_process())
+    except BrokenPipeError:
+        for stream in (sys.stdout, sys.stderr):  # Python would try once more to write what is left, when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return 128 + 13  # as of a command that SIGPIPE ended
+
+
+def _run(arguments: list[str], guard: contextlib.AbstractContextManager) -> int:
+    try:
+        with guard:
+            status = _dispatch(arguments)
+        sys.stdout.flush()
+        return status
     except UsageError as error:
         print(f"jbptt: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("jbptt: stopped before the report was finished; nothing was written", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        print(interruption.last_words(*stop.args), end="", file=sys.stderr)
+        return interruption.INTERRUPTED
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -136,11 +160,12 @@ def run_compare(settings: Any, *, out: Path | None = None, command: str = "jbptt
         comparing.check_settings(settings)
         if out is not None:
             output.check_target(Path(out), files)
-        found, cost = comparing.run_comparison(settings, lambda what: print(what, file=sys.stderr, flush=True))
-        if out is not None:
-            picture = to_svg(plots.plot_comparison(found).figure)
-            texts = comparing.to_json(settings, found, cost, command), picture
-            output.write_files(dict(zip(files, texts, strict=True)), Path(out))
+        with interruption.unfinished("the comparison was stopped before it was finished; nothing was written"):
+            found, cost = comparing.run_comparison(settings, lambda what: print(what, file=sys.stderr, flush=True))
+            if out is not None:
+                picture = to_svg(plots.plot_comparison(found).figure)
+                texts = comparing.to_json(settings, found, cost, command), picture
+                output.write_files(dict(zip(files, texts, strict=True)), Path(out))
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
     except _device_errors() as error:
@@ -160,9 +185,10 @@ def run_diagnosis(model: str, *, plans: bool = False, **options: Any) -> int:
     from jbptt.report.user_models import describe, is_own, load_problem
 
     try:
-        problem = load_problem(model)
-        found = diagnose(*problem, **options)
-        fastest, cost = choose_plan(*problem) if plans else (None, None)
+        with interruption.unfinished(f"the diagnosis of {model} was stopped before it was finished"):
+            problem = load_problem(model)
+            found = diagnose(*problem, **options)
+            fastest, cost = choose_plan(*problem) if plans else (None, None)
     except _device_errors() as error:
         raise UsageError(f"the device gave up: {str(error).splitlines()[0]}; try a smaller batch") from error
     except (Exception, SystemExit) as error:
@@ -190,7 +216,8 @@ def run_report(settings: Any, *, out: Path, cores: int | None = None, command: s
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
     try:
-        with ProgressDisplay() as progress:
+        stopped = f"the report was stopped before it was finished; nothing was written into {target}"
+        with interruption.unfinished(stopped), ProgressDisplay() as progress:
             data = study.run_study(settings, text, progress)
             progress("write the report", 1.0)
             data |= {"created": datetime.now(UTC).isoformat(timespec="seconds"), "command": command}

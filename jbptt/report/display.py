@@ -39,7 +39,8 @@ class ProgressDisplay:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
+        if self._console.is_terminal:
+            self._progress.stop()
 
     def __call__(self, what: str, fraction: float) -> None:
         """Shows that `what` runs now and that `fraction` of everything is done."""

@@ -79,17 +79,18 @@ class Progress:
 
 def in_parallel(progress: Progress, jobs: list[Callable[[], Any]]) -> list[Any]:
     """The results of all jobs, two at a time: most of the time is compilation, and more threads would hinder it."""
-    with ThreadPoolExecutor(2) as pool:
-        futures = [pool.submit(job) for job in jobs]
-        try:
-            for future in as_completed(futures):  # the first that fails, not the first in order
-                future.result()
-        except BaseException:
-            progress.stop.set()
-            for future in futures:
-                future.cancel()
-            raise
-        return [future.result() for future in futures]
+    pool = ThreadPoolExecutor(2)
+    futures = [pool.submit(job) for job in jobs]
+    try:
+        for future in as_completed(futures):  # the first that fails, not the first in order
+            future.result()
+    except BaseException as error:
+        progress.stop.set()
+        # What a job compiles takes seconds, for which Ctrl-C does not wait: it ends the process.
+        pool.shutdown(wait=not isinstance(error, KeyboardInterrupt), cancel_futures=True)
+        raise
+    pool.shutdown()
+    return [future.result() for future in futures]
 
 
 one_at_a_time = threading.Lock()
