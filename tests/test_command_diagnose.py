@@ -52,6 +52,10 @@ def no_batch():
     return (*problem()[:4], None)
 
 
+def lacking():
+    import not_there_at_all
+
+
 number = 3
 """
 
@@ -99,10 +103,12 @@ WRONG = {
     "leaves.py:f": "leaves.py cannot be imported: SystemExit: 3 (leaves.py, line 3)",
     "leaves:f": "leaves cannot be imported: SystemExit: 3 (leaves.py, line 3)",
     "my_model:no_batch": "batch must be a jbptt.Batch, got NoneType",
-    "absent:problem": "no module 'absent'",
+    "absent:problem": "no module 'absent'; run jbptt from the folder that holds it",
+    "needs_more.py:f": "needs_more.py imports 'not_there_at_all', which is not installed where this jbptt is",
+    "my_model:lacking": "No module named 'not_there_at_all' (my_model.py, line 44); install it in ",
     "absent.py:problem": "absent.py is not a file",
     "wrong.py:f": "wrong.py cannot be imported: SyntaxError",
-    "needs_more:f": "no module 'not_there_at_all', needed for needs_more",
+    "needs_more:f": "needs_more imports 'not_there_at_all', which is not installed where this jbptt is",
 }
 
 

@@ -19,7 +19,7 @@ for module in ("tyro", "rich", "matplotlib", "jinja2"):
 
 from jbptt import Batch, full_bptt, randomized_bptt, truncated_bptt  # noqa: E402
 from jbptt.experiments import tasks  # noqa: E402
-from jbptt.report import cli, learning, measurements, output, pictures, sections, sentences, study, tables  # noqa: E402
+from jbptt.report import cli, display, learning, measurements, output, pictures, sections, sentences, study, tables  # noqa: E402
 from jbptt.report.html import render_page  # noqa: E402
 from jbptt.report.themes import DARK, LIGHT, repaint  # noqa: E402
 
@@ -96,8 +96,8 @@ def data():
         "versions": {"jbptt": "0.1.0", "jax": "1", "jaxlib": "1", "optax": "1", "numpy": "2", "python": "3"},
         "device": {"platform": "cpu", "kind": "cpu", "count": 1},
         "settings": {"text": None, "cell": ["rnn"], "hidden_size": 8, "num_steps": 8, "batch_size": 4, "quick": True},
-        "text": {"source": "a.txt", "characters": 9000, "vocabulary": 5, "train_characters": 8000,
-                 "heldout_characters": 1000},
+        "text": {"source": "a.txt", "characters": 9000, "vocabulary": 5, "folded_characters": 0,
+                 "train_characters": 8000, "heldout_characters": 1000},
         "coverage": {
             "characters": "ab c",
             "window": 2,
@@ -360,6 +360,24 @@ def test_a_text_full_of_markup_stays_text(data):
         assert not [node for node in ElementTree.fromstring(svg).iter() if node.tag.endswith("script")]
 
 
+def test_letters_that_the_built_in_font_lacks_stay_text(data):
+    """In the fonts of whoever looks at them, not as boxes; the other pictures draw theirs."""
+    data["coverage"]["characters"] = "文<好"
+    data["text"] |= {"vocabulary": 128, "distinct_characters": 3000, "folded_characters": 5130}
+    drawn = sections.draw_pictures(data)
+    labels = [node.text for node in ElementTree.fromstring(drawn["coverage"]).iter() if node.tag.endswith("}text")]
+    assert all(labels.count(letter) == 6 for letter in "文<好") and "monospace" in drawn["coverage"]
+    assert "<text" not in drawn["reach"]
+    assert "5,130 of 9,000 characters\n(57 %)" in Page(render(data)).text
+
+
+def test_tables_in_a_narrow_terminal_keep_every_word(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    display.print_summary(data, tmp_path)
+    words = capsys.readouterr().out.split()
+    assert {"half-life", "vanishing", "perplexity", "randomized", "sliding,"} <= set(words)
+
+
 def test_a_strategys_table_is_right(data):
     rows = sections.make_tables(data)
     assert rows["coverage"].rows[1] == ("fixed", "6", "60 %", "1", "6")
@@ -426,6 +444,7 @@ def test_a_study_says_what_the_schema_promises(small_study):
     assert found["randomness"]["relative_bias"][1] > 0 and found["randomness"]["relative_bias_error"][1] == 0
     assert [seconds is None for seconds in found["randomness"]["seconds"]] == [False] * 3 + [True] * 3
     assert sections.write_sentences(found)
+    assert tasks.count_symbols(tasks.read_text()).items() <= found["text"].items()
 
 
 def test_strategies_as_data_are_the_estimators_they_stand_for(small_study):
@@ -587,6 +606,21 @@ def test_help_version_and_no_arguments(capsys):
         assert f"--{option}" in shown
     assert "--quick" in shown and "--cores" in shown
     assert cli.main(["reprot"]) == 2
+    assert "reprot; there are report, diagnose, compare" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["report", "--hiden-size", "3"], "--hidden-size"),
+        (["report", "--quik"], "--quick"),
+        (["compare", "--num-sample=3", "--num-updats=1"], "--num-samples or --num-updates"),
+        (["diagnose", "a:b", "--mesure"], "--no-measure"),
+    ],
+)
+def test_a_misspelt_option_is_answered_with_the_one_meant(arguments, meant, capsys):
+    assert cli.main(arguments) == 2
+    assert f"; perhaps you meant {meant}; jbptt {arguments[0]} --help" in capsys.readouterr().err
 
 
 def test_the_module_runs_and_draws_nothing_to_show_help():

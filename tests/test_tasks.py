@@ -1,6 +1,7 @@
 """Tasks: texts that cannot be read, streams that lose nothing, and what copy and adding ask for."""
 
 import itertools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +89,16 @@ def test_rare_characters_share_one_symbol(kinds):
     assert read == source[: len(read)]
     rest = spell(data.heldout.xs[:, :, 1].ravel(), data.vocabulary)
     assert (set(rest) <= {UNKNOWN}) == (kinds == MAX_VOCABULARY + 40)
+    assert tasks.count_symbols(source) == {
+        "characters": len(source), "distinct_characters": kinds, "vocabulary": MAX_VOCABULARY,
+        "folded_characters": kinds - MAX_VOCABULARY + 1 if capped else 0,
+    }  # fmt: skip
+
+
+def test_a_python_without_its_documentation_asks_for_a_text(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    with pytest.raises(ValueError, match="name a UTF-8 text file"):
+        read_text()
 
 
 def test_shortest_text():

@@ -24,7 +24,8 @@ class Text(NamedTuple):
     Attributes:
       train: `xs` and `targets` (the next character) int32 `[N, T, B]`.
       heldout: the same, from the end of the text.
-      vocabulary: the characters, most frequent first; those beyond 128 share U+FFFD.
+      vocabulary: the characters, most frequent first. Of more than 128 the 127 most frequent stay themselves, and all
+        others share U+FFFD; `count_symbols` says how many those are.
     """
 
     train: Batch
@@ -36,10 +37,13 @@ def read_text(path: str | Path | None = None) -> str:
     """A UTF-8 text file; None: the documentation of Python's language inside CPython, real English.
 
     Raises:
-      ValueError: the file is missing, a folder, unreadable, binary or empty.
+      ValueError: the file is missing, a folder, unreadable, binary or empty; None where this Python lacks its own.
     """
     if path is None:
-        from pydoc_data.topics import topics
+        try:
+            from pydoc_data.topics import topics
+        except ImportError:
+            raise ValueError("text: this Python comes without its documentation; name a UTF-8 text file") from None
 
         return "\n".join(topics[name] for name in sorted(topics))
     try:
@@ -76,8 +80,9 @@ def text(text: str, *, num_steps: int, batch_size: int, heldout_fraction: float 
     batch_size = validation.check_positive_integer("batch_size", batch_size)
     if not 0 < heldout_fraction < 1:
         raise ValueError(f"heldout_fraction must lie in (0, 1), got {heldout_fraction!r}; 0.1 is usual")
-    ranked = [character for character, _ in sorted(Counter(text).items(), key=lambda item: (-item[1], item[0]))]
-    vocabulary = tuple(ranked if len(ranked) <= MAX_VOCABULARY else [*ranked[: MAX_VOCABULARY - 1], UNKNOWN])
+    vocabulary = tuple(_own_symbols(text))
+    if len(vocabulary) < len(set(text)):
+        vocabulary += (UNKNOWN,)
     index = {character: i for i, character in enumerate(vocabulary)}
     tokens = np.array([index.get(character, len(vocabulary) - 1) for character in text], np.int32)
     cut = len(tokens) - int(len(tokens) * heldout_fraction)
@@ -90,6 +95,29 @@ def text(text: str, *, num_steps: int, batch_size: int, heldout_fraction: float 
             )
     train, heldout = (_streams(part, num_steps, batch_size) for part in (tokens[:cut], tokens[cut:]))
     return Text(train, heldout, vocabulary)
+
+
+def count_symbols(text: str) -> dict[str, int]:
+    """What becomes of a text's characters: how many there are and differ, how many symbols stand for them.
+
+    Returns:
+      `characters`; `distinct_characters`; `vocabulary`, symbols that a model tells apart; `folded_characters`, those
+      characters that are read as U+FFFD.
+    """
+    counts, own = Counter(text), _own_symbols(text)
+    folded = len(text) - sum(own.values())
+    return {
+        "characters": len(text),
+        "distinct_characters": len(counts),
+        "vocabulary": len(own) + (folded > 0),
+        "folded_characters": folded,
+    }
+
+
+def _own_symbols(text: str) -> dict[str, int]:
+    """The characters that stay themselves with their counts, most frequent first."""
+    ranked = sorted(Counter(text).items(), key=lambda item: (-item[1], item[0]))
+    return dict(ranked if len(ranked) <= MAX_VOCABULARY else ranked[: MAX_VOCABULARY - 1])
 
 
 def _streams(tokens: np.ndarray, num_steps: int, batch_size: int) -> Batch:

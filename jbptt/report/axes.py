@@ -57,7 +57,7 @@ def visible(character: str) -> str:
 
 def label_characters(ax: Any, labels: list[str]) -> None:
     """One letter beside each row and under each column of a matrix."""
-    font = {"family": "DejaVu Sans Mono", "size": 7.5}
+    font = {"family": ["DejaVu Sans Mono", "monospace"], "size": 7.5}
     ax.set_xticks(np.arange(len(labels)) + 0.5, labels=labels, fontdict=font)
     ax.set_yticks(np.arange(len(labels)) + 0.5, labels=labels, fontdict=font)
     for label in (*ax.get_xticklabels(), *ax.get_yticklabels()):

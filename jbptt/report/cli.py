@@ -261,18 +261,37 @@ def _device_errors() -> tuple[type[Exception], ...]:
 
 
 def _one_line(message: str, arguments: list[str]) -> str:
-    """The first paragraph of a boxed message, without the box."""
-    lines: list[str] = []
+    """The first paragraph of a boxed message without the box, and what may have been meant instead."""
+    command = arguments[0] if arguments[:1] in (["report"], ["diagnose"], ["compare"]) else ""
+    paragraphs = _paragraphs(message)
+    text = " ".join(paragraphs[0]) if paragraphs else "the command line was not understood"
+    parts = [text.rstrip("."), *_meant(paragraphs[1:], command)]
+    return "; ".join([*parts, f"{f'jbptt {command}'.strip()} --help lists every option"])
+
+
+def _paragraphs(message: str) -> list[list[str]]:
+    """The lines between the borders and rules of a boxed message."""
+    paragraphs: list[list[str]] = [[]]
     for line in message.splitlines()[1:]:  # the first holds the title
         line = line.strip("│|╭╮╰╯+ ")
         if re.search(r"─{3,}|-{3,}", line):  # a border or a rule; ASCII where the terminal has no lines to draw with
-            if lines:
-                break
+            paragraphs.append([])
         elif line:
-            lines.append(line)
-    text = " ".join(lines) or "the command line was not understood"
-    command = arguments[0] if arguments[:1] in (["report"], ["diagnose"], ["compare"]) else ""
-    return f"{text.rstrip('.')}; {' '.join(['jbptt', command]).strip()} --help lists every option"
+            paragraphs[-1].append(line)
+    return [lines for lines in paragraphs if lines]
+
+
+def _meant(paragraphs: list[list[str]], command: str) -> list[str]:
+    """The options of this command that are like the one that it lacks, or the commands that exist."""
+    found, option = [], ""
+    for lines in paragraphs:
+        if lines[0].startswith("Available subcommands"):
+            return [f"there are {lines[0].partition(': ')[2]}"]
+        for line in lines if re.match("Perhaps you meant|Arguments similar to", lines[0]) else []:
+            option = line.split()[0] if line.startswith("--") else option
+            if option and line == f"in jbptt {command} --help":
+                found.append(option)
+    return [f"perhaps you meant {' or '.join(sorted(set(found)))}"] if found else []
 
 
 def _own_version() -> str:

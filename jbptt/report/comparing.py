@@ -114,6 +114,11 @@ def build(settings: Settings) -> Model:
     return Model(cell, loss, jax.jit(jax.vmap(draw))(keys[1:]), jax.jit(draw)(keys[0]))
 
 
+def symbols_read(settings: Settings) -> dict[str, int] | None:
+    """What becomes of the characters of the text; None for a task without one."""
+    return tasks.count_symbols(tasks.read_text(settings.text)) if settings.task == "text" else None
+
+
 def estimators_of(settings: Settings, step: Step, loss: Loss) -> dict[str, Estimator]:
     """What is compared, by name; full BPTT first."""
     found = {"full": full_bptt(step, loss)}
@@ -148,6 +153,11 @@ def warmed(estimator: Estimator, params: Params, carry: Carry, batches: Batch) -
 def run_comparison(settings: Settings, say: Callable[[str], None]) -> tuple[Comparison, Cost]:
     """Trains, compares and measures."""
     model = build(settings)
+    if (read := symbols_read(settings)) and read["folded_characters"]:
+        say(
+            f"text: {read['folded_characters']:,} of {read['characters']:,} characters are none of the "
+            f"{read['vocabulary'] - 1} most frequent and are read as one symbol"
+        )
     key = jax.random.fold_in(jax.random.key(settings.seed), 0)
     estimators = estimators_of(settings, model.cell.step, model.loss)
     say(f"train: {settings.num_updates} updates with full BPTT")
@@ -174,5 +184,6 @@ def to_json(settings: Settings, found: Comparison, cost: Cost, command: str) -> 
     data |= {"names": found.names, "num_samples": found.num_samples, "settings": asdict(settings), "command": command}
     data |= {"seconds": cost.median_seconds, "seconds_spread": cost.spread_seconds}
     data |= {"temporary_bytes": cost.temporary_bytes}
+    data["text"] = symbols_read(settings)
     data["settings"]["text"] = None if settings.text is None else str(settings.text)
     return json.dumps(plain(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -60,21 +60,25 @@ def print_summary(data: dict[str, Any], target: Path) -> None:
 
     console = Console()
     for table in (summary_table(data), learning_table(data["learning"])):
-        console.print(_rich_table(table))
+        shown, width = _rich_table(table)
+        console.print(shown, width=max(console.width, width), crop=False)
     print(f"Report: {target / 'report.html'}")
 
 
-def _rich_table(table: Table) -> Any:
+def _rich_table(table: Table) -> tuple[Any, int]:
+    """The table, and the width under which words would be cut; a terminal that is narrower breaks its lines."""
     from rich import box
     from rich.table import Table as RichTable
     from rich.text import Text
 
     shown = RichTable(title=Text(table.title), title_justify="left", box=box.SIMPLE_HEAD)
-    for column in table.columns:
-        shown.add_column(Text(column))
+    columns = zip(table.columns, *table.rows, strict=True)
+    widths = [max(len(word) for text in column for word in text.split()) for column in columns]
+    for heading, width in zip(table.columns, widths, strict=True):
+        shown.add_column(Text(heading), min_width=width)
     for row in table.rows:
         shown.add_row(*map(Text, row))
-    return shown
+    return shown, sum(widths) + 3 * len(widths) + 1
 
 
 def _time_left_column() -> Any:

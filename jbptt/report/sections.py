@@ -1,5 +1,6 @@
 """The sections of the page, one question each: how its picture, sentence and table are made from the numbers."""
 
+import re
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from jbptt.report import anatomy_pictures, anatomy_words, pictures, randomness, 
 from jbptt.report.tables import Table
 from jbptt.report.themes import LIGHT, Theme, style, to_svg
 
+MISSING_LETTER = "Glyph .* missing from"  # of Matplotlib, when it draws a box instead
 Numbers = dict[str, Any]  # what a section is made from: the entry of its name in report.json
 
 
@@ -247,14 +249,25 @@ def make_tables(data: dict[str, Any]) -> dict[str, Table]:
 def draw_pictures(data: dict[str, Any], theme: Theme = LIGHT, names: Iterable[str] | None = None) -> dict[str, str]:
     """The pictures of a study, or those named, as SVG text by the section's name.
 
-    The same data gives the same bytes: no date, fixed ids, letters drawn as paths.
+    The same data gives the same bytes: no date, fixed ids. Letters are drawn as paths. Where Matplotlib's own font
+    lacks one (Chinese, say), the letters of that picture stay text, which is shown in the fonts of whoever looks at it.
     """
     import matplotlib
 
+    def draw(name: str) -> str:
+        axes = SECTIONS[name].draw(data[name], theme=theme)
+        return to_svg(np.ravel(axes)[0].figure)
+
     drawn = {}
-    with matplotlib.rc_context(style(theme)), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        for name in sections_of(data) if names is None else names:
-            axes = SECTIONS[name].draw(data[name], theme=theme)
-            drawn[name] = to_svg(np.ravel(axes)[0].figure)
+    for name in sections_of(data) if names is None else names:
+        with matplotlib.rc_context(style(theme)), warnings.catch_warnings():
+            warnings.filterwarnings("error", MISSING_LETTER)
+            try:
+                drawn[name] = draw(name)
+            except UserWarning as warning:
+                if not re.match(MISSING_LETTER, str(warning)):
+                    raise
+                warnings.filterwarnings("ignore", MISSING_LETTER)
+                matplotlib.rcParams["svg.fonttype"] = "none"
+                drawn[name] = draw(name)
     return drawn

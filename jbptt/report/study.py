@@ -172,8 +172,7 @@ def _describe_text(settings: Settings, text: str, task: tasks.Text) -> dict[str,
     source = f"pydoc_data.topics (Python {sys.version.split()[0]})" if settings.text is None else str(settings.text)
     return {
         "source": source,
-        "characters": len(text),
-        "vocabulary": len(task.vocabulary),
+        **tasks.count_symbols(text),
         "train_characters": task.train.xs.size,
         "heldout_characters": task.heldout.xs.size,
     }

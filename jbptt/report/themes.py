@@ -27,7 +27,7 @@ def style(theme: Theme) -> Any:
     return {
         "svg.hashsalt": "jbptt",
         "svg.fonttype": "path",
-        "font.family": ["DejaVu Sans"],
+        "font.family": ["DejaVu Sans", "sans-serif"],
         "font.size": 10,
         "axes.titlesize": 10.5,
         "axes.spines.top": False,

@@ -54,9 +54,21 @@ def _load_module(name: str) -> ModuleType:
     try:
         return _run_file(path) if path.suffix == ".py" else importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise ValueError(f"no module {error.name!r}, needed for {name}; run it from the folder of your file") from error
+        raise ValueError(_absent(error, name)) from error
     except (Exception, SystemExit) as error:
         raise ValueError(f"{name} cannot be imported: {describe(error)}") from error
+
+
+def _absent(error: ModuleNotFoundError, name: str) -> str:
+    """Whether it is the user's module that is not found here, or something that it imports."""
+    if f"{name}.".startswith(f"{error.name}."):
+        return (
+            f"no module {error.name!r}; run jbptt from the folder that holds it, or name the file as FILE.py:FUNCTION"
+        )
+    return (
+        f"{name} imports {error.name!r}, which is not installed where this jbptt is ({sys.prefix}); install it there, "
+        "or run jbptt from the folder that holds it if it is a module of yours"
+    )
 
 
 def _run_file(path: Path) -> ModuleType:
@@ -77,7 +89,8 @@ def describe(error: BaseException) -> str:
         return f"{type(error).__name__}: {error}"
     places = traceback.extract_tb(error.__traceback__)
     place = next((place for place in reversed(places) if _is_users(place.filename)), places[-1])
-    return f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
+    remedy = f"; install it in {sys.prefix}, where this jbptt is" if isinstance(error, ModuleNotFoundError) else ""
+    return f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno}){remedy}"
 
 
 def is_own(error: BaseException) -> bool:
