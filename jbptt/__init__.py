@@ -1,7 +1,6 @@
 """How far back does the gradient of your recurrent model reach, and what does each truncation cost?"""
 
 import importlib
-import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,7 +29,10 @@ if TYPE_CHECKING:
     from jbptt.report import plots
     from jbptt.types import Batch, Carry, Estimate, Estimator, Loss, Params, Step
 
-# A name is imported when it is first asked for, so that a program waits for what it uses alone.
+    __version__: str
+
+# A name is imported when it is first asked for, so that a program waits for what it uses alone. What type checkers
+# read above says the same as these two and `__all__`, which a test holds.
 _MODULES = {"powers": "analysis.powers", "tasks": "experiments.tasks", "plots": "report.plots"}
 _HOMES = {
     name: home
@@ -60,11 +62,16 @@ _HOMES = {
 }
 
 
+__all__ = sorted({"cells", "clipping", "interop", "testing", "truncation", *_MODULES, *_HOMES})
+
+
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         value = getattr(importlib.import_module(f"jbptt.{_HOMES[name]}"), name)
-    elif name in _MODULES or (not name.startswith("_") and importlib.util.find_spec(f"jbptt.{name}")):
+    elif name in __all__:
         value = importlib.import_module(f"jbptt.{_MODULES.get(name, name)}")
+    elif name == "__version__":
+        value = _version()
     else:
         raise AttributeError(f"module 'jbptt' has no attribute {name!r}")
     globals()[name] = value
@@ -72,4 +79,13 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES, *_MODULES})
+    return sorted(__all__)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("jbptt")
+    except PackageNotFoundError:  # a source tree that was not installed
+        return "0+unknown"

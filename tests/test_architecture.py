@@ -1,6 +1,7 @@
 """The house: imports go downward only, names are what they seem, and importing costs nothing optional."""
 
 import ast
+import importlib.metadata
 import importlib.util
 import inspect
 import pkgutil
@@ -56,7 +57,7 @@ def neighbours(name):
     """The modules of the package that a module imports."""
     for imported in imports(MODULES[name]):
         parts = imported.split(".")
-        if parts[0] == "jbptt":
+        if parts[0] == "jbptt" and imported != "jbptt.__version__":
             candidates = [".".join(parts[1:n]) for n in range(len(parts), 1, -1)]
             found = [candidate for candidate in candidates if candidate in MODULES]
             assert found, f"{name} imports {imported}, which comes from no module below it"
@@ -116,9 +117,21 @@ def test_public_names_exist_and_are_used_as_exported():
         assert inspect.ismodule(value) == (name in modules)
         assert inspect.ismodule(value) or callable(value) or not inspect.isroutine(value)
     wanted = "Batch Estimate Estimator Loss Step cells truncation clipping unroll full_bptt truncated_bptt gated_bptt"
-    assert set(wanted.split()) | {"randomized_bptt"} <= set(told) <= set(dir(jbptt))
+    assert set(wanted.split()) | {"randomized_bptt"} <= set(told)
+    assert sorted(told) == jbptt.__all__ == dir(jbptt)
+    assert jbptt.__version__ == importlib.metadata.version("jbptt")
     with pytest.raises(AttributeError, match="no attribute 'full_bttp'"):
         _ = jbptt.full_bttp
+
+
+def test_what_was_not_imported_is_no_attribute():
+    """Neither the modules behind the public names nor what the package itself imports."""
+    result = in_a_fresh_process(
+        "import jbptt\nfor name in ('recurrence', 'analysis', 'types', 'report', 'estimators'):\n"
+        "    try: getattr(jbptt, name)\n    except AttributeError: continue\n    raise SystemExit(name)\n"
+        "from jbptt import *; from jbptt import validation; cells.rnn, full_bptt, validation"
+    )
+    assert result.returncode == 0, result.stderr
 
 
 def in_a_fresh_process(code):

@@ -121,11 +121,12 @@ def _dynamics(found: Any) -> list[str]:
 
 def _windows(found: Any) -> list[str]:
     """The table of windows with their costs, and the bound beside them."""
-    lines = [f"  {'window for':<14}{'steps':>8}{'time':>12}{'memory':>12}{'vs full BPTT':>24}"]
-    costs = {}
+    heading, costs = f"  {'window for':<14}{'steps':>8}", {}
     if found.cost is not None:
+        heading += f"{'time':>12}{'memory':>12}{'vs full BPTT':>24}"
         columns = zip(found.cost.median_seconds, found.cost.temporary_bytes, strict=True)
         costs = dict(zip(found.cost.names, columns, strict=True))
+    lines = [heading]
     for kind, windows in (("sliding", found.sliding_window), ("block", found.block_window)):
         for tolerance, window in zip(TOLERANCES, windows, strict=True):
             steps = f"{int(window)}" if int(window) else f"> {len(found.curve.windows)}"

@@ -8,11 +8,11 @@ import shlex
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from jbptt import __version__
 from jbptt.report import interruption
 
 DESCRIPTION = """How far back does the gradient of a recurrent model reach, and what does each truncation of
@@ -61,7 +61,7 @@ def _run(arguments: list[str], guard: contextlib.AbstractContextManager) -> int:
 
 def _dispatch(arguments: list[str]) -> int:
     if arguments == ["--version"]:
-        print(f"jbptt {_own_version()}")
+        print(f"jbptt {__version__}")
         return 0
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise UsageError(f"the command line needs {', '.join(missing)}; install with pip install 'jbptt[cli]'")
@@ -292,10 +292,3 @@ def _meant(paragraphs: list[list[str]], command: str) -> list[str]:
             if option and line == f"in jbptt {command} --help":
                 found.append(option)
     return [f"perhaps you meant {' or '.join(sorted(set(found)))}"] if found else []
-
-
-def _own_version() -> str:
-    try:
-        return version("jbptt")
-    except PackageNotFoundError:
-        return "(not installed)"

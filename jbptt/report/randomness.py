@@ -94,8 +94,10 @@ def describe_price(price: dict[str, Any]) -> str:
     if not np.all(np.isfinite([*blocks.values(), *kept.values(), *bare.values()])):
         return f"The gradient of the {price['cell']} is not finite or zero, so that nothing can be said of random cuts."
     names, draws = price["names"], price["num_samples"]
-    seen = kept["relative_bias"] <= 2 * kept["relative_bias_error"]
-    bias = "within two" if seen else "beyond two, as rare large weights that so few draws did not meet would put it,"
+    bias, error = kept["relative_bias"], kept["relative_bias_error"]
+    seen = f"within two standard errors of {_percent(error)}"
+    if bias > 2 * error:
+        seen = f"more than two standard errors of {_percent(error)}, as happens where few draws miss rare large weights"
     spread, bare_spread = np.sqrt(kept["variance"]), np.sqrt(bare["variance"])
     off = {names[1]: blocks["relative_bias"], names[2]: float(spread)}
     closer, further = sorted(off, key=lambda name: off[name])
@@ -107,9 +109,9 @@ def describe_price(price: dict[str, Any]) -> str:
     blocks_name, kept_name = names[1:3]
     return (
         f"The mean of {draws} draws with {kept_name} misses the gradient of the trained {price['cell']} by "
-        f"{_percent(kept['relative_bias'])} of its norm, {bias} standard errors of "
-        f"{_percent(kept['relative_bias_error'])}; one draw scatters by {_percent(spread)}. Without 1/π the mean "
-        f"misses it by {_percent(bare['relative_bias'])}, and one draw scatters by {_percent(bare_spread)}. "
+        f"{_percent(bias)} of its norm, which is {seen}. One draw scatters by {_percent(spread)} around that mean. "
+        f"Without 1/π the mean misses the gradient by {_percent(bare['relative_bias'])}, and one draw "
+        f"scatters by {_percent(bare_spread)}. "
         f"{blocks_name.capitalize()} are off by {_percent(blocks['relative_bias'])}, the same way every time: in the "
         f"root mean square a gradient with {closer} is {close} one with {further} "
         f"({_percent(off[closer])} against {_percent(off[further])}).{time}"

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from jbptt import truncation, validation
+from jbptt import __version__, truncation, validation
 from jbptt.experiments import tasks
 from jbptt.plans import Plan
 from jbptt.report import anatomy, randomness
@@ -133,7 +133,8 @@ def run_study(settings: Settings, text: str, progress: Callable[[str, float], No
         "seed": settings.seed,
         "dtype": "float32",
         "versions": {
-            **{name: version(name) for name in ("jbptt", "jax", "jaxlib", "optax", "numpy")},
+            "jbptt": __version__,
+            **{name: version(name) for name in ("jax", "jaxlib", "optax", "numpy")},
             "python": sys.version.split()[0],
         },
         "device": _device(),
