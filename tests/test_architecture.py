@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import pkgutil
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -70,6 +71,15 @@ def public_functions(path):
 
 def test_every_module_of_the_core_has_its_place():
     assert {name for name in MODULES if "." not in name} == set(CORE)
+
+
+def test_the_map_for_contributors_shows_every_room():
+    """In CONTRIBUTING.md, one row for each floor; the core's in its order."""
+    rows = re.findall(r"^\| (\w+) \| (`.*) \|$", (ROOT.parent / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    shown = {name: re.findall(r"`(\w+)`", rooms) for name, rooms in rows}
+    wanted = {name: sorted(room.split(".")[1] for room in MODULES if room.startswith(f"{name}.")) for name in FLOORS}
+    assert shown.pop("core") == CORE
+    assert {name: sorted(rooms) for name, rooms in shown.items()} == {name: wanted[name] for name in FLOORS[1:]}
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -1,4 +1,4 @@
-"""What the backward pass of the study's models looks like inside, and what the textbook says about it."""
+"""What the backward pass of the study's models looks like inside, with exercises of Dive into Deep Learning."""
 
 from functools import partial
 from typing import Any
@@ -176,7 +176,7 @@ def _complex(values: np.ndarray) -> list[list[float]]:
 
 
 def remedies(seed: int, progress: Progress) -> dict[str, Any]:
-    """What each of the textbook's remedies does to a vanishing and to an exploding network."""
+    """What each of the usual remedies does to a vanishing and to an exploding network."""
     progress("remedies")
     with one_at_a_time:
         found: Remedies = jax.device_get(compare_remedies(jax.random.key(seed)))

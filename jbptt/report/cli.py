@@ -115,7 +115,7 @@ def _commands(arguments: list[str]) -> Any:
         *,
         max_window: int | None = None,
         learning_rate: float | None = None,
-        measure: bool = True,
+        no_measure: bool = False,
         plans: bool = False,
     ):
         """Print the diagnosis of your own model: how far its gradient reaches, which window it needs, what to change.
@@ -125,10 +125,10 @@ def _commands(arguments: list[str]) -> Any:
                 (step, loss, params, carry, batch).
             max_window: the largest lag and sliding window considered; all steps, 512 at most, if not given.
             learning_rate: of your optimizer, to be held against the curvature of the loss.
-            measure: time the windows and read their memory.
+            no_measure: leave out the time and memory of windows, which takes less time.
             plans: time the ways to compute the full gradient (segment lengths, devices) and print the fastest.
         """
-        options = {"max_window": max_window, "learning_rate": learning_rate, "measure": measure}
+        options = {"max_window": max_window, "learning_rate": learning_rate, "measure": not no_measure}
         return lambda: run_diagnosis(model, plans=plans, **options)
 
     @commands.command(name="compare")

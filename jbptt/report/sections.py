@@ -205,8 +205,9 @@ SECTIONS: dict[str, Section] = {
     ),
     "powers": Section(
         "What do powers of a matrix do?",
-        "The textbook's two exercises. Left: eigenvalues of a random matrix, their third powers, and the eigenvalues "
-        "of the matrix's third power. Right: the angle between M^k x and the dominant eigenvector, which falls at the "
+        "Two exercises of Dive into Deep Learning (section 9.7 of today's edition, 8.7 of the one before). Left: "
+        "eigenvalues of a random matrix, their third powers, and the eigenvalues of the matrix's third power. Right: "
+        "the angle between M^k x and the dominant eigenvector, which falls at the "
         "rate ln |λ₂/λ₁| unless the eigenvalues or the vector forbid it.",
         0.85,
         anatomy_pictures.draw_powers,
