@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -29,7 +28,7 @@ class Cell(NamedTuple):
       step: `(params, carry, x) -> (carry, y)`, x of shape `[*batch, input]`, y `[*batch, H]`.
     """
 
-    init: Callable[[chex.PRNGKey], Params]
+    init: Callable[[jax.Array], Params]
     initial_carry: Callable[..., Carry]
     step: Step
 

@@ -7,7 +7,6 @@ carry that step t received. Hand it to `unroll(gates=...)` or, as a function of 
 
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +22,7 @@ def full(num_steps: int) -> jax.Array:
     return jnp.ones(num_steps)
 
 
-def fixed(num_steps: int, window: chex.Numeric, *, phase: chex.Numeric = 0) -> jax.Array:
+def fixed(num_steps: int, window: jax.typing.ArrayLike, *, phase: jax.typing.ArrayLike = 0) -> jax.Array:
     """Zeros where `(t + phase) % window == 0`, t > 0; ones elsewhere: blocks of `window` steps.
 
     Args:
@@ -43,7 +42,7 @@ def fixed(num_steps: int, window: chex.Numeric, *, phase: chex.Numeric = 0) -> j
     return jnp.where(((t + phase) % window == 0) & (t > 0), 0.0, 1.0)
 
 
-def randomized(key: chex.PRNGKey, num_steps: int, keep_prob: chex.Numeric, *, reweight: bool = True) -> jax.Array:
+def randomized(key: jax.Array, num_steps: int, keep_prob: jax.typing.ArrayLike, *, reweight: bool = True) -> jax.Array:
     """`ξ_t / π_t` with `ξ_t ~ Bernoulli(π_t)`, independent: the gradient is unbiased (Tallec & Ollivier, 2017).
 
     Args:
@@ -70,7 +69,7 @@ def randomized(key: chex.PRNGKey, num_steps: int, keep_prob: chex.Numeric, *, re
 
 
 def artbp(
-    key: chex.PRNGKey, num_steps: int, mean_length: chex.Numeric, *, alpha: float = 4.0, reweight: bool = True
+    key: jax.Array, num_steps: int, mean_length: jax.typing.ArrayLike, *, alpha: float = 4.0, reweight: bool = True
 ) -> jax.Array:
     """Anticipated reweighted truncated backpropagation: cuts grow rarer since the last one (ibid., §4).
 
@@ -120,7 +119,7 @@ def check_length_probs(value: Any, num_steps: int | None) -> None:
         )
 
 
-def random_lengths(key: chex.PRNGKey, num_steps: int, length_probs: jax.Array, *, reweight: bool = True) -> jax.Array:
+def random_lengths(key: jax.Array, num_steps: int, length_probs: jax.Array, *, reweight: bool = True) -> jax.Array:
     """Windows whose lengths are drawn one after another from any distribution.
 
         c(δ) = p_δ / (1 − Σ_{k<δ} p_k),     gates[t] = (1 − X_t) / (1 − c(δ)),     X_t ~ Bernoulli(c(δ))

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -50,7 +49,7 @@ def normalised(leaves: list, num_leading: int) -> tuple[list, jax.Array]:
     return [unit(a, largest) / align_leading(ratio, a.ndim) for a in leaves], largest != 0
 
 
-def random_directions(leaves: list, key: chex.PRNGKey, num_leading: int) -> list:
+def random_directions(leaves: list, key: jax.Array, num_leading: int) -> list:
     """A random unit vector for each example, in the shapes of the leaves."""
     drawn = [
         jax.random.normal(k, leaf.shape, at_least_float32(leaf).dtype)
@@ -161,7 +160,7 @@ def adjoint_alignment(
     batch: Batch,
     *,
     max_lag: int,
-    key: chex.PRNGKey | None = None,
+    key: jax.Array | None = None,
     gates: jax.Array | None = None,
 ) -> AdjointAlignment:
     """How fast adjoints forget which loss they came from and turn into one direction.

@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,7 +91,7 @@ def compare(
     batch: Batch,
     *,
     reference: Estimator | str | Params,
-    key: chex.PRNGKey,
+    key: jax.Array,
     num_samples: int = 100,
 ) -> Comparison:
     """Bias, variance and direction of gradient estimators against the exact gradient, on one batch.
@@ -148,7 +147,7 @@ def _sampler(estimator: Estimator, params: Params, carry: Carry, batch: Batch) -
     return sample
 
 
-def _draws(sample: Callable, key: chex.PRNGKey) -> bool:
+def _draws(sample: Callable, key: jax.Array) -> bool:
     """Whether the gradient may depend on the key."""
     return any(dependences(sample, key))
 
@@ -252,7 +251,7 @@ def measure_cost(
     batch: Batch,
     *,
     num_repeats: int = 5,
-    key: chex.PRNGKey | None = None,
+    key: jax.Array | None = None,
 ) -> Cost:
     """Compiles one update of each estimator and measures its time and temporary memory, on the host.
 

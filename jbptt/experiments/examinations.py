@@ -1,6 +1,5 @@
 """What one run looks like at one time: its loss, adjoints, leading exponent and gradient error."""
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
@@ -25,7 +24,7 @@ def examine(
     *,
     batch_size: int,
     num_draws: int,
-    key: chex.PRNGKey,
+    key: jax.Array,
 ) -> Measures:
     """The `Measures` of one run, scalars, with these parameters.
 
@@ -75,7 +74,7 @@ def exponent(cell: cells.Cell, params: Params, batch: Batch) -> jax.Array:
 
 
 def gradient_error(
-    cell: cells.Cell, treatment: Treatment, params: Params, batch: Batch, keys: chex.PRNGKey
+    cell: cells.Cell, treatment: Treatment, params: Params, batch: Batch, keys: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Relative error, root mean square over draws, and mean cosine of the gated and clipped gradient."""
     num_steps, batch_size, _ = batch.xs.shape

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,7 +59,7 @@ class Run(NamedTuple):
     radius: jax.Array
     treatment: Treatment
     seed: jax.Array
-    key: chex.PRNGKey
+    key: jax.Array
 
 
 class Data(NamedTuple):
@@ -71,7 +70,7 @@ class Data(NamedTuple):
 
 
 def compare_remedies(
-    key: chex.PRNGKey,
+    key: jax.Array,
     *,
     remedies: Sequence[str] = REMEDIES,
     num_updates: int = 100,
@@ -173,7 +172,7 @@ def _check_radii(radii: Any) -> jax.Array:
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def prepare(
-    sizes: Sizes, num_seeds: int, remedies: tuple[str, ...], key: chex.PRNGKey, radii: jax.Array, doses: Doses
+    sizes: Sizes, num_seeds: int, remedies: tuple[str, ...], key: jax.Array, radii: jax.Array, doses: Doses
 ) -> tuple[dict[str, Run], Data]:
     """All runs, by the kind of their cell, and their data."""
     keys = jax.random.split(key, num_seeds)
@@ -183,7 +182,7 @@ def prepare(
     return runs, jax.lax.map(partial(draw, sizes), keys)
 
 
-def draw(sizes: Sizes, key: chex.PRNGKey) -> Data:
+def draw(sizes: Sizes, key: jax.Array) -> Data:
     """The data of one seed, drawn at once: compiling a random draw takes longer than drawing."""
     num_trained = sizes.num_updates * sizes.batch_size
     key = jax.random.fold_in(key, 0)
@@ -203,7 +202,7 @@ def draw(sizes: Sizes, key: chex.PRNGKey) -> Data:
     )
 
 
-def cross(radii: jax.Array, table: Treatment, keys: chex.PRNGKey) -> Run:
+def cross(radii: jax.Array, table: Treatment, keys: jax.Array) -> Run:
     """Every patient with every treatment and seed, leaves `[patient · remedy · seed]`, the last runs fastest."""
     patient, remedy, seed = (i.ravel() for i in np.indices((len(radii), len(table.start), len(keys))))
     return Run(radii[patient], jax.tree.map(lambda a: a[remedy], table), jnp.asarray(seed), jnp.asarray(keys)[seed])

@@ -4,7 +4,6 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -130,7 +129,7 @@ def _streams(tokens: np.ndarray, num_steps: int, batch_size: int) -> Batch:
     return Batch(cut(tokens[:used]), cut(tokens[1 : used + 1]))
 
 
-def copy(key: chex.PRNGKey, *, length: int, delay: int, batch_size: int, num_symbols: int = 8) -> Batch:
+def copy(key: jax.Array, *, length: int, delay: int, batch_size: int, num_symbols: int = 8) -> Batch:
     """Copy memory (Hochreiter & Schmidhuber, 1997): repeat `length` symbols after `delay` blank steps.
 
     T = 2·length + delay. `xs`: one-hot `[T, B, num_symbols + 2]` (blank and go are the last two);
@@ -151,7 +150,7 @@ def copy(key: chex.PRNGKey, *, length: int, delay: int, batch_size: int, num_sym
     return Batch(jax.nn.one_hot(xs, num_symbols + 2), targets, weights=weights)
 
 
-def adding(key: chex.PRNGKey, *, num_steps: int, batch_size: int) -> Batch:
+def adding(key: jax.Array, *, num_steps: int, batch_size: int) -> Batch:
     """The adding problem (ibid.): the sum of two marked numbers, one in each half, after the last step.
 
     `xs` `[T, B, 2]` (number in [0, 1), marker); targets `[T, B, 1]`; weights 1 on the last step, else 0.

@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import optax
 
@@ -37,7 +36,7 @@ def train(
     carry: Carry,
     batches: Batch,
     *,
-    key: chex.PRNGKey | None = None,
+    key: jax.Array | None = None,
     state: Any = None,
     opt_state: optax.OptState | None = None,
 ) -> tuple[Params, History]:

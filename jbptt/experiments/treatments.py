@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -72,15 +71,15 @@ class Doses(NamedTuple):
       negative_slope: of "leaky relu".
     """
 
-    learning_rate: chex.Numeric = 0.05
-    smaller_learning_rate: chex.Numeric = 0.005
-    window: chex.Numeric = 10
-    keep_prob: chex.Numeric = 0.9
-    max_norm: chex.Numeric = 1.0
-    weight_decay: chex.Numeric = 0.1
-    spectral: chex.Numeric = 3.0
-    lyapunov: chex.Numeric = 1.0
-    negative_slope: chex.Numeric = 0.01
+    learning_rate: jax.typing.ArrayLike = 0.05
+    smaller_learning_rate: jax.typing.ArrayLike = 0.005
+    window: jax.typing.ArrayLike = 10
+    keep_prob: jax.typing.ArrayLike = 0.9
+    max_norm: jax.typing.ArrayLike = 1.0
+    weight_decay: jax.typing.ArrayLike = 0.1
+    spectral: jax.typing.ArrayLike = 3.0
+    lyapunov: jax.typing.ArrayLike = 1.0
+    negative_slope: jax.typing.ArrayLike = 0.01
 
 
 DOSES = Doses()
@@ -175,7 +174,7 @@ def prescribe(doses: Doses, num_steps: int, names: Sequence[str] = RNN_REMEDIES)
     return Treatment(**{entry: jnp.stack([jnp.asarray(row[entry]) for row in rows]) for entry in nothing})
 
 
-def cell_of(family: str, hidden_size: int, treatment: Treatment, radius: chex.Numeric) -> cells.Cell:
+def cell_of(family: str, hidden_size: int, treatment: Treatment, radius: jax.typing.ArrayLike) -> cells.Cell:
     """The treated cell with a linear readout of one number.
 
     Its recurrent matrix, or the matrix of each gate, starts as a random orthogonal matrix times the radius.
