@@ -5,6 +5,7 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jbptt import validation
 from jbptt.adjoint import batch_steps, estimate_of, loss_weights, pullback
@@ -18,14 +19,19 @@ from jbptt.types import (
     Estimator,
     Loss,
     Params,
+    PyTree,
     Step,
+    align_leading,
     at_least_float32,
+    exported,
+    is_key,
     split_inexact,
     weighted_mean,
 )
 from jbptt.windows import ForwardPass, History, empty_history, latest, overlapping_sums, pass_forward
 
 
+@exported
 class RunningMeans(NamedTuple):
     """Of probes, by lag, `[max_window]` each: sums in which the past fades, and their weights.
 
@@ -40,6 +46,7 @@ class RunningMeans(NamedTuple):
     weights: jax.Array
 
 
+@exported
 class AdaptiveState(NamedTuple):
     """The live carry, the steps that a window may reach back to, the running means, and the next window.
 
@@ -62,11 +69,11 @@ def adaptive_bptt(step: Step, loss: Loss, *, tolerance: float, max_window: int, 
         K = min {k : δ(k) ≤ tolerance},   δ(k) = E(k) / (‖ĝ‖ − E(k)),   E(k) = M Σ_{j ≥ k−1} φ_j
 
     with φ_j the adjoint's norm at lag j and an exponential tail beyond the lags measured. The last loss of every
-    update, and of every max_window steps within it, is a probe (none if it has no weight): it goes back
-    max_window − 1 steps and updates running means of φ_j and of what the lags
-    add to the gradient, from which the *next* update's window follows (`decay.bound_bias`). The first update, which
-    knows nothing, takes max_window. Where no window up to max_window keeps the bound, as with a gradient that does
-    not decay, max_window is taken, and `info["bias_bound"]` says what is left of the promise: inf, if nothing.
+    update, and of every max_window steps within it, is a probe (of the examples in which it has weight and a slope at
+    all: an ignored target says nothing): it goes back max_window − 1 steps and updates running means of φ_j and of what
+    the lags add to the gradient, from which the *next* update's window follows (`decay.bound_bias`). The first update,
+    which knows nothing, takes max_window. Where no window up to max_window keeps the bound, as with a gradient that
+    does not decay, max_window is taken, and `info["bias_bound"]` says what is left of the promise: inf, if nothing.
     Nothing is promised by fewer than 8 lags, nor by a zero that fewer than 3 probes met (a reset, perhaps).
 
     `info["window"]` is the window of the update, `info["bias_bound"]` its δ by all that has been seen, this
@@ -102,8 +109,8 @@ def adaptive_bptt(step: Step, loss: Loss, *, tolerance: float, max_window: int, 
     def init(params: Params, carry: Carry, batch: Batch, key=None) -> AdaptiveState:
         del key
         history = empty_history(max_window - 1, carry, batch, check(params, carry, batch))
-        zeros = jnp.zeros(max_window)
-        return AdaptiveState(carry, history, RunningMeans(zeros, zeros, zeros), jnp.array(max_window, int))
+        means = RunningMeans(*(jnp.zeros(max_window) for _ in RunningMeans._fields))  # a buffer each, to be donated
+        return AdaptiveState(carry, history, *varying((means, jnp.array(max_window, int)), (params, carry, batch)))
 
     def update(params: Params, state: AdaptiveState, batch: Batch) -> tuple[Estimate, AdaptiveState]:
         batch_shape = check(params, state.carry, batch)
@@ -116,12 +123,16 @@ def adaptive_bptt(step: Step, loss: Loss, *, tolerance: float, max_window: int, 
             sums, more = overlapping_sums(passed, max_window - 1, 0, first, **options)
             entering = [e + m.astype(e.dtype) for e, m in zip(entering, more, strict=True)]
             weights = jnp.abs(loss_weights(piece, jnp.zeros((batch_steps(piece), *batch_shape))))
+            weights = jnp.where(says_something(passed, weights), weights, 0)
             means = probe(passed, weights[-1], means, smoothing)
+            seen = varying((means, total + jnp.sum(weights)), given)
             history, first = latest(passed.steps, max_window - 1), first - batch_steps(piece)
-            return sums, (passed.carry, history, means, total + jnp.sum(weights), first, entering)
+            return sums, (passed.carry, history, *seen, first, entering)
 
+        given = params, state.carry, batch
         entering = [at_least_float32(jnp.zeros_like(leaf)) for leaf in split_inexact(state.carry)[0]]
-        start = *state[:3], jnp.zeros(()), jnp.asarray(max_window - 1), entering
+        seen = varying((state.means, jnp.zeros(())), given)
+        start = *state[:2], *seen, jnp.asarray(max_window - 1), entering
         sums, (carry, history, means, total, _, entering) = sum_pieces(run, start, batch, max_window, None)
         kept = norm(sums.grad) / jnp.where(total > 0, total, 1)  # weights of both signs: per |w|, as the probes
         window, bounds = choose_window(means, kept, tolerance, 1 - smoothing**3)
@@ -131,8 +142,30 @@ def adaptive_bptt(step: Step, loss: Loss, *, tolerance: float, max_window: int, 
     return Estimator(init, update)
 
 
+def varying(tree: PyTree, given: PyTree) -> PyTree:
+    """`tree`, inside a `shard_map` marked as different on each device if something given is, as loops want it."""
+    leaves = [leaf for leaf in jax.tree.leaves(given) if not is_key(leaf)]
+    count = jax.eval_shape(lambda leaves: sum(map(jnp.count_nonzero, leaves), jnp.zeros((), int)), leaves)
+    zero = lax.full_like(count, 0)
+    return jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), tree)
+
+
+def says_something(passed: ForwardPass, weights: jax.Array) -> jax.Array:
+    """Which losses `[S, *batch]` have a slope at all: an ignored target's zeros say nothing about memory."""
+    found = jnp.zeros(weights.shape, bool)
+    for leaf in passed.outputs_bar:
+        slopes = leaf[leaf.shape[0] - weights.shape[0] :] != 0  # without the history
+        own = slopes.shape[: weights.ndim] == weights.shape
+        first = weights.ndim if own else 1
+        found |= align_leading(slopes.any(tuple(range(first, slopes.ndim))), weights.ndim)
+    return found
+
+
 def probe(passed: ForwardPass, weights: jax.Array, means: RunningMeans, smoothing: chex.Numeric) -> RunningMeans:
-    """Sends the last step's loss back as far as the means reach; `weights` `[*batch]` are that loss's, |w|."""
+    """Sends the last step's loss back as far as the means reach; `weights` `[*batch]` are that loss's, |w|.
+
+    A loss without weight says nothing, and leaves the means as they are.
+    """
     real, outputs_bar = passed.real, passed.outputs_bar
     num_lags, last = len(means.weights), real.mask.shape[0] - 1
     total, ndim = jnp.sum(weights), weights.ndim
@@ -147,8 +180,8 @@ def probe(passed: ForwardPass, weights: jax.Array, means: RunningMeans, smoothin
         return cotangents, (total_norm, norm(grad), real.exists[i])
 
     start = [jnp.zeros_like(leaf[last]) for leaf in split_inexact(real.carries)[0]]
-    _, (cotangent_norms, grad_norms, exists) = jax.lax.scan(body, start, jnp.arange(num_lags))
-    # A loss without weight says nothing; what is not finite must not stay in the means for ever.
+    _, (cotangent_norms, grad_norms, exists) = lax.scan(body, start, jnp.arange(num_lags))
+    # What is not finite must not stay in the means for ever.
     usable = exists & (total > 0) & jnp.isfinite(cotangent_norms) & jnp.isfinite(grad_norms)
 
     def fade(past, new):

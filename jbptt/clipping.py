@@ -17,7 +17,7 @@ import optax
 from jbptt import validation
 from jbptt.cotangents import clip_cotangent
 from jbptt.norms import clip_to_norm, compared_with, in_units_of, leafwise, norm, scaled_norm
-from jbptt.types import PyTree
+from jbptt.types import PyTree, exported
 
 __all__ = ["clip_by_global_norm", "clip_by_leaf_norm", "clip_by_value", "clip_cotangent", "gradient_stats"]
 
@@ -25,6 +25,7 @@ Policy = Literal["propagate", "zero", "skip", "raise"]
 POLICIES: tuple[Policy, ...] = ("propagate", "zero", "skip", "raise")
 
 
+@exported
 class GlobalNormState(NamedTuple):
     """What the last update looked like to `clip_by_global_norm`.
 
@@ -42,6 +43,7 @@ class GlobalNormState(NamedTuple):
     num_nonfinite: jax.Array
 
 
+@exported
 class LeafNormState(NamedTuple):
     """What the last update looked like to `clip_by_leaf_norm`: `GlobalNormState` leaf by leaf.
 
@@ -55,6 +57,7 @@ class LeafNormState(NamedTuple):
     num_nonfinite: PyTree
 
 
+@exported
 class ValueState(NamedTuple):
     """What the last update looked like to `clip_by_value`.
 
@@ -71,6 +74,7 @@ class ValueState(NamedTuple):
     num_nonfinite: jax.Array
 
 
+@exported
 class GradientStatsState(NamedTuple):
     """What `gradient_stats` saw of the last update; norms and the like in float32 at least.
 

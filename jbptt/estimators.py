@@ -15,16 +15,18 @@ from jbptt import batch_axes, truncation, validation
 from jbptt.adjoint import estimate_of
 from jbptt.plans import Plan, plan_of, planned_sums
 from jbptt.streams import in_blocks, in_blocks_under_way, in_strides
-from jbptt.types import Batch, Carry, Estimator, Loss, Params, Step
+from jbptt.types import Batch, Carry, Estimator, Loss, Params, Step, exported
 from jbptt.windows import History, empty_history
 
 
+@exported
 class CarryState(NamedTuple):
     """The live carry."""
 
     carry: Carry
 
 
+@exported
 class KeyState(NamedTuple):
     """The live carry, and the key that the next update draws from."""
 
@@ -32,6 +34,7 @@ class KeyState(NamedTuple):
     key: chex.PRNGKey | None
 
 
+@exported
 class WindowState(NamedTuple):
     """The live carry, the steps that a window may reach back to, and the phase of the stride.
 

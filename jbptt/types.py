@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import export, lax
 from jax.flatten_util import ravel_pytree
 
 PyTree = Any
@@ -16,6 +16,16 @@ Step = Callable[[Params, Carry, PyTree], tuple[Carry, PyTree]]
 Loss = Callable[[PyTree, PyTree], Any]
 
 
+def exported(kind: type) -> type:
+    """Lets a NamedTuple, or a dataclass of arrays alone, be an argument or result of what `jax.export` serializes."""
+    name = f"jbptt.{kind.__name__}"
+    if issubclass(kind, tuple):
+        return export.register_namedtuple_serialization(kind, serialized_name=name)
+    nothing = {"serialize_auxdata": lambda _: b"", "deserialize_auxdata": lambda _: ()}
+    return export.register_pytree_node_serialization(kind, serialized_name=name, **nothing)
+
+
+@exported
 class Batch(NamedTuple):
     """What one gradient is computed on. Time is the leading axis, T, of every leaf.
 
@@ -97,6 +107,7 @@ def weighted_mean(total: jax.Array, weight: jax.Array) -> jax.Array:
     return jnp.where(weight == 0, jnp.zeros_like(total), total / safe)
 
 
+@exported
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Estimate:

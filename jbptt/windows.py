@@ -17,9 +17,22 @@ import jax.numpy as jnp
 from jbptt.adjoint import Sums, add_losses, batch_steps, parallel_pullback, parts_of, paths_of
 from jbptt.dependence import Paths
 from jbptt.recurrence import trajectory, zeros_along
-from jbptt.types import Batch, Carry, Loss, Params, PyTree, Step, align_leading, at_least_float32, is_key, split_inexact
+from jbptt.types import (
+    Batch,
+    Carry,
+    Loss,
+    Params,
+    PyTree,
+    Step,
+    align_leading,
+    at_least_float32,
+    exported,
+    is_key,
+    split_inexact,
+)
 
 
+@exported
 class History(NamedTuple):
     """The latest steps before an update, leaves `[length, ...]`; `exists` is False where there is none yet."""
 

@@ -157,6 +157,29 @@ def test_masked_and_broken_losses_leave_the_means_alone():
         problems.assert_same_bits(after.means, before.means)
 
 
+def test_losses_that_ignore_their_target_are_no_evidence():
+    """Of a step whose every loss is ignored nothing is learned; of some examples, what weights of 0 would tell."""
+    step, loss, params, carry, batch = shrunk("tanh", 4 * MAX_WINDOW, 0.3)
+    unless_ignored = lambda y, target: jnp.where(target[..., 0] == -100, 0.0, loss(y, target))
+    ends = np.arange(MAX_WINDOW - 1, 4 * MAX_WINDOW, MAX_WINDOW)
+
+    def means(loss, batch):
+        estimates, state, _ = updates_of((step, loss, params, carry, batch), (4 * MAX_WINDOW,))
+        return state.means, estimates[0].info
+
+    ignored = batch._replace(targets=batch.targets.at[ends].set(-100.0))
+    found, info = means(unless_ignored, ignored)
+    assert not np.any(found.weights) and np.isinf(info["bias_bound"]) and int(info["next_window"]) == MAX_WINDOW
+
+    some = batch._replace(targets=batch.targets.at[ends, 1:].set(-100.0))
+    found, info = means(unless_ignored, some)
+    weights = jnp.ones((4 * MAX_WINDOW, EXAMPLES)).at[ends, 1:].set(0.0)
+    wanted, other = means(loss, batch._replace(weights=weights))
+    assert_close(found, wanted)
+    for name in ("window", "bias_bound", "next_window"):
+        assert_close(info[name], other[name])
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -1,15 +1,20 @@
 """The contract of every estimator: types, transformations, coverage, means, sums and streams."""
 
 import functools
+import importlib.util
 import itertools
+import pickle
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as checkpoint
 import problems
 import pytest
 from contract import ESTIMATORS
+from jax import export, lax
+from jax.sharding import AxisType, PartitionSpec
 from oracles import brute_force
 from problems import EXAMPLES, assert_close, cut, usual
 
@@ -184,3 +189,62 @@ def test_init_reads_only_shapes(name):
     problems.assert_same_bits(state, estimator.init(params, carry, batch, KEY))
     problems.assert_same_bits(state.carry, carry)
     jax.eval_shape(estimator.update, params, state, batch)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_states_can_be_donated_pickled_saved_and_exported(name, tmp_path):
+    """Keys among them: typed keys are pickled and saved as they are."""
+    (step, loss, params, carry, _), _ = stream()
+    estimator = ESTIMATORS[name].make(step, loss)
+
+    def first():
+        own = jax.tree.map(jnp.array, carry)  # what is donated is gone: the user's own carry and key would be
+        return estimator.init(params, own, batch_number(0), jax.random.key(8))
+
+    donating = jax.jit(estimator.update, donate_argnums=1)
+    wanted, state = compiled(name).update(params, first(), batch_number(0))
+    again = compiled(name).update(params, state, batch_number(1))
+    found, moved = donating(params, first(), batch_number(0))
+    problems.assert_same_bits((found, moved), (wanted, state))
+
+    pickled = pickle.loads(pickle.dumps(state))
+    problems.assert_same_bits(pickled, state)
+    with checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state", jax.tree.map(checkpoint.utils.to_shape_dtype_struct, state))
+    problems.assert_same_bits(restored, state)
+    problems.assert_same_bits(donating(params, moved, batch_number(1)), again)
+
+    exported = export.export(compiled(name).update)(params, state, batch_number(1))
+    if importlib.util.find_spec("flatbuffers"):
+        exported = export.deserialize(exported.serialize())
+    assert_close(exported.call(params, pickled, batch_number(1))[0], again[0])
+
+
+@pytest.mark.parametrize("check", [True, pytest.param(False, marks=pytest.mark.full)], ids=["checked", "unchecked"])
+@pytest.mark.parametrize("name", NAMES)
+def test_inside_a_shard_map_as_alone(name, check):
+    """Two updates as a scan, whose state must keep its type. A mesh of one device: types are checked all the same."""
+    (step, loss, params, carry, _), batches = stream()
+    estimator = ESTIMATORS[name].make(step, loss)
+    two = jax.tree.map(lambda a: a[:2], batches)
+
+    def run(params, carry, batches):
+        state = estimator.init(params, carry, jax.tree.map(lambda a: a[0], batches), KEY)
+
+        def body(state, batch):
+            estimate, state = estimator.update(params, state, batch)
+            return state, jax.tree.map(lambda a: lax.psum(a, "examples"), (estimate.loss_sum, estimate.weight_sum))
+
+        return lax.scan(body, state, batches)[1]
+
+    mesh, examples = jax.make_mesh((1,), ("examples",), axis_types=(AxisType.Auto,)), PartitionSpec("examples")
+    specs = PartitionSpec(), examples, jax.tree.map(lambda a: PartitionSpec(None, None, *examples), two)
+    mapped = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=check)
+    losses, _ = jax.jit(mapped)(params, carry, two)
+    wanted, state = [], estimator.init(params, carry, batch_number(0), KEY)
+    for i in range(2):
+        estimate, state = compiled(name).update(params, state, batch_number(i))
+        wanted.append(estimate.loss_sum)
+    assert_close(losses, jnp.stack(wanted))

@@ -616,6 +616,12 @@ CORE = (
         "last = len(means.weights), real.mask.shape[0] - 1",
         "last = len(means.weights), real.mask.shape[0] - 2",
     ),
+    Mutant(
+        "probe_of_an_ignored_target",
+        ADAPTIVE,
+        "weights = jnp.where(says_something(passed, weights), weights, 0)\n",
+        "\n",
+    ),
     Mutant("probe_injects_at_every_lag", ADAPTIVE, "jnp.where(lag == 0, y[i], 0)", "jnp.where(lag >= 0, y[i], 0)"),
     Mutant("probes_never_fade", ADAPTIVE, "smoothing * past + (1 - smoothing) * new", "past + new"),
     Mutant(
