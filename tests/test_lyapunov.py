@@ -231,6 +231,41 @@ def test_linear_rnn_with_complex_eigenvalues():
     np.testing.assert_allclose(found.exponents, exact, rtol=0, atol=1e-6)
 
 
+def test_a_complex_linear_system():
+    """Its exponents are ln |eigenvalue|, each twice."""
+    rng = np.random.default_rng(3)
+    basis = rng.normal(size=(3, 3)) + 1j * rng.normal(size=(3, 3))
+    eigenvalues = np.array([1.1j, 0.6 - 0.4j, -0.3])
+    matrix = jnp.asarray(basis @ np.diag(eigenvalues) @ np.linalg.inv(basis))
+    step = lambda w, z, x: (w @ z + x, None)
+    found = spectrum(step, matrix, jnp.ones(3, complex), np.zeros(300), num_discarded=150)
+    np.testing.assert_allclose(found.exponents, np.repeat(np.log(np.abs(eigenvalues)), 2), rtol=0, atol=1e-12)
+    single = spectrum(step, matrix.astype("complex64"), jnp.ones(3, "complex64"), np.zeros(60, "float32"))
+    assert single.exponents.dtype == jnp.float32 and single.exponents.shape == (6,)
+
+
+def test_a_complex_carry_is_the_system_of_its_parts():
+    """Not holomorphic, driven, beside a real leaf and a count: no two exponents are the same."""
+
+    def step(w, carry, x):
+        z, r, count = carry
+        new = jnp.tanh((w * z).real + x) + 1j * (w * jnp.conj(z)).imag + 0.1 * r
+        return (new, 0.7 * r + 0.2 * jnp.abs(z) ** 2, count + 1), None
+
+    def in_parts(w, carry, x):
+        real, imag, r = carry
+        (z, r, _), _ = step(w, (jax.lax.complex(real, imag), r, 0), x)
+        return (z.real, z.imag, r), None
+
+    rng = np.random.default_rng(6)
+    w, real, imag = jnp.asarray(0.9 - 0.7j), jnp.asarray(rng.normal(size=2)), jnp.asarray(rng.normal(size=2))
+    r, xs = jnp.asarray(rng.normal(size=2)), rng.normal(size=60)
+    found = lyapunov_spectrum(step, w, (jax.lax.complex(real, imag), r, jnp.array(0)), xs)
+    wanted = lyapunov_spectrum(in_parts, w, (real, imag, r), xs)
+    assert found.exponents.shape == (6,) and np.min(-np.diff(found.exponents)) > 1e-4
+    np.testing.assert_allclose(found.exponents, wanted.exponents, rtol=0, atol=1e-12)
+
+
 def mean_field_exponent(g):
     """½ ln(g² E[sech⁴(σz)]) with σ² = g² E[tanh²(σz)] (Engelken et al., 2023)."""
     z, w = np.polynomial.hermite_e.hermegauss(200)
@@ -581,7 +616,7 @@ def test_memory():
         ({"length": 6}, "leaves disagree on T"),
         ({"xs": None}, "number of steps is unknown"),
         ({"carry": jnp.zeros(3, jnp.int32)}, "no floating-point entry"),
-        ({"carry": jnp.zeros(3, jnp.complex64)}, "carry is complex"),
+        ({"carry": jnp.zeros(3, jnp.complex64), "num_exponents": 7}, "num_exponents must be <= 6, the number of real"),
         ({"step": lambda p, c, x: (c[:2], None)}, "step changes carry"),
     ],
 )

@@ -7,14 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.flatten_util import ravel_pytree
 
 from jbptt import slips, validation
 from jbptt.adjoint import split_inexact
 from jbptt.cells import split_readout
 from jbptt.cotangents import clips_cotangents
 from jbptt.recurrence import held, is_inexact, trajectory
-from jbptt.types import Carry, Params, PyTree, Step
+from jbptt.types import Carry, Params, PyTree, Step, real_vector
 
 
 def check_differentiable(carry: Any) -> None:
@@ -47,12 +46,8 @@ def flat_carry(carry: Carry) -> tuple[jax.Array, Callable[[jax.Array], Carry]]:
     A complex leaf counts as two real ones, first its real parts, then its imaginary parts.
     """
     leaves, rebuild = split_inexact(carry)
-    flat, unravel = ravel_pytree([(a.real, a.imag) if jnp.iscomplexobj(a) else a for a in leaves])
-
-    def whole(flat):
-        return rebuild([lax.complex(*part) if isinstance(part, tuple) else part for part in unravel(flat)])
-
-    return flat, whole
+    flat, back = real_vector(leaves)
+    return flat, lambda vector: rebuild(back(vector))
 
 
 def push_tangents(run: Callable, flat: jax.Array, tangents: jax.Array) -> tuple[jax.Array, Any]:

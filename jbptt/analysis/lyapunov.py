@@ -12,13 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.flatten_util import ravel_pytree
-from jax.tree_util import keystr, tree_leaves_with_path
 
 from jbptt import slips, validation
-from jbptt.adjoint import split_inexact
 from jbptt.analysis.graded import times_power
-from jbptt.analysis.jacobians import check_differentiable, push_tangents
+from jbptt.analysis.jacobians import check_differentiable, flat_carry, push_tangents
 from jbptt.norms import max_or_nan, norm
 from jbptt.recurrence import default_segment, split_time, steps_from, unroll
 from jbptt.types import Carry, Params, PyTree, Step, float32_at_least
@@ -63,9 +60,11 @@ def lyapunov_spectrum(
         λ_1 + … + λ_i = lim 1/T · ln vol_i(J_{T−1} … J_0),     J_t = ∂carries[t+1] / ∂carries[t]
 
     The carry may be any pytree; its n inexact numbers, flattened, are the dimensions, and integer and key
-    leaves are carried along. All of it is one system: a carry with a batch axis is a joint system of B·n
-    dimensions; for the spectrum of each example use `jax.vmap`. For exponents per unit of time divide by
-    the time that one step takes.
+    leaves are carried along. A complex number counts as two, its real and its imaginary part, as in `step_jacobians`: m
+    of them have 2m exponents. Of a holomorphic step (no conjugate, no modulus) they are equal in pairs, one for each
+    complex direction, so `exponents[::2]` are its complex exponents. All of it is one system: a carry with
+    a batch axis is a joint system of B·n dimensions; for the spectrum of each example use `jax.vmap`. For exponents per
+    unit of time divide by the time that one step takes.
 
     Costs one step and k tangents per step (forward mode; no Jacobian is formed, but for a step with a
     `custom_vjp`, in reverse mode) and O(n k²) per QR; memory O(n k) and the history. Differentiable in
@@ -96,8 +95,8 @@ def lyapunov_spectrum(
       key: of the frame at the start, random, so that it lies in no invariant subspace. None: a fixed key.
 
     Raises:
-      ValueError: an integer out of range; no inexact or a complex carry leaf; more exponents than
-        dimensions; nothing left after `num_discarded`; what `unroll` raises.
+      ValueError: an integer out of range; no inexact carry leaf; more exponents than dimensions;
+        nothing left after `num_discarded`; what `unroll` raises.
 
     Benettin, Galgani, Giorgilli & Strelcyn (1980), Meccanica 15; for RNNs: Engelken, Wolf & Abbott (2023),
     Physical Review Research 5.
@@ -132,14 +131,9 @@ def _check(step, params, carry, xs, length, num_discarded) -> tuple[int, int, An
         raise ValueError(
             f"num_discarded must be < T = {num_steps}, got {num_discarded}; no step would be left: run more steps"
         )
-    for path, leaf in tree_leaves_with_path(carry):
-        if jnp.issubdtype(jax.dtypes.result_type(leaf), jnp.complexfloating):
-            raise ValueError(
-                f"carry{keystr(path)} is complex, wanted real numbers; carry its real and imaginary part instead"
-            )
     check_differentiable(carry)
-    leaves, _ = split_inexact(carry)
-    return num_steps, sum(leaf.size for leaf in leaves), float32_at_least(*(leaf.dtype for leaf in leaves))
+    flat, _ = flat_carry(carry)
+    return num_steps, flat.size, float32_at_least(flat.dtype)
 
 
 def _check_num_exponents(num_exponents: Any, size: int) -> int:
@@ -148,7 +142,7 @@ def _check_num_exponents(num_exponents: Any, size: int) -> int:
     num_exponents = validation.check_positive_integer("num_exponents", num_exponents)
     if num_exponents > size:
         raise ValueError(
-            f"num_exponents must be <= {size}, the number of floating-point numbers in the carry, got "
+            f"num_exponents must be <= {size}, the number of real numbers in the carry, got "
             f"{num_exponents}; None takes all"
         )
     return num_exponents
@@ -156,12 +150,11 @@ def _check_num_exponents(num_exponents: Any, size: int) -> int:
 
 def advance(step: Step, params: Params, carry: Carry, frame: jax.Array, x: PyTree) -> tuple[Carry, jax.Array]:
     """One step of the carry and of tangent vectors: `frame ← J frame`, `[n, k]`, NaN once the carry is not finite."""
-    leaves, rebuild = split_inexact(carry)
-    flat, unravel = ravel_pytree(leaves)
+    flat, whole = flat_carry(carry)
 
     def run(flat):
-        after = step(params, rebuild(unravel(flat)), x)[0]
-        return ravel_pytree(split_inexact(after)[0])[0], after
+        after = step(params, whole(flat), x)[0]
+        return flat_carry(after)[0], after
 
     tangents, after = push_tangents(run, flat, frame.astype(flat.dtype))
     return after, tangents.astype(frame.dtype)
