@@ -374,6 +374,15 @@ def test_letters_that_the_built_in_font_lacks_stay_text(data):
     assert "5,130 of 9,000 characters\n(57 %)" in Page(render(data)).text
 
 
+@pytest.mark.parametrize("num_cells", [1, 3])
+def test_the_legend_of_windows_is_not_cut(data, num_cells):
+    axes = pictures.draw_windows({"models": data["windows"]["models"] * num_cells})
+    figure = axes[0, 0].figure
+    figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1
+
+
 def test_tables_in_a_narrow_terminal_keep_every_word(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "40")
     display.print_summary(data, tmp_path)
@@ -385,6 +394,7 @@ def test_a_strategys_table_is_right(data):
     rows = sections.make_tables(data)
     assert rows["coverage"].rows[1] == ("fixed", "6", "60 %", "1", "6")
     assert rows["windows"].rows[2][3:] == ("3", "1 ms ± 10 µs", "1,000 B", "4 steps")
+    assert rows["reach"].rows[0][3] == "1 step" and tables.format_steps(1234) == "1,234 steps"
     assert rows["learning"].rows[0][2] == "5.00 ± 0.10"
     assert tables.format_seconds(2.5e-4) == "250 µs" and tables.format_bytes(3 * 2**20) == "3 MiB"
 

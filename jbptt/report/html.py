@@ -50,7 +50,7 @@ def render_page(data: dict[str, Any], light: dict[str, str], dark: dict[str, str
             width := _css_width(light[name]),
             round(width * section.smallest),
             f"{section.alt(data[name])} {data['sentences'][name]}",
-            section.caption,
+            section.caption.replace(" %", "\u00a0%"),
             section.table(data[name]),
         )
         for name, section in sections_of(data).items()

@@ -122,7 +122,8 @@ def draw_windows(windows: dict[str, Any], *, axes: Any = None, theme: Theme = LI
     handles, labels = axes[3, 0].get_legend_handles_labels()
     ring = axes[3, 0].plot([], [], "o", color=theme.muted, markerfacecolor="none", markersize=9, markeredgewidth=1.6)
     labels += ["window that keeps 10 % or 1 %"]
-    axes[0, 0].figure.legend(handles + ring, labels, loc="outside lower left", ncols=4, frameon=False, fontsize=9)
+    columns = 4 if len(models) > 1 else 2  # one cell is half as wide
+    axes[0, 0].figure.legend(handles + ring, labels, loc="outside lower left", ncols=columns, frameon=False, fontsize=9)
     return axes
 
 

@@ -38,11 +38,16 @@ def format_number(value: float | None) -> str:
     return f"{value:,.0f}" if 1e3 <= abs(value) < 1e9 else f"{value:.3g}"
 
 
+def format_steps(number: float) -> str:
+    """`16 steps`, `1 step`."""
+    return f"{format_number(number)} step{'s' * (number != 1)}"
+
+
 def format_half_life(curve: dict[str, Any]) -> str:
     """`2.5 steps`, or that the gradient does not halve."""
     if curve["verdict"] == "non-finite":
         return NOT_FINITE
-    return "does not halve" if curve["half_life"] is None else f"{format_number(curve['half_life'])} steps"
+    return "does not halve" if curve["half_life"] is None else format_steps(curve["half_life"])
 
 
 def format_perplexity(strategy: dict[str, Any]) -> str:
@@ -99,7 +104,7 @@ def reach_table(reach: dict[str, Any]) -> Table:
     columns = ("cell", "training", "verdict", "half-life", "reach (1 % of lag 0)", "norm at lag 0", "at the last lag")
     rows = []
     for curve in reach["curves"]:
-        far = f"more than {reach['lags'][-1]} steps" if curve["reach"] is None else f"{curve['reach']:,} steps"
+        far = f"more than {reach['lags'][-1]} steps" if curve["reach"] is None else format_steps(curve["reach"])
         ends = format_number(curve["norms"][0]), format_number(curve["norms"][-1])
         rows.append((curve["cell"], curve["stage"], curve["verdict"], format_half_life(curve), far, *ends))
     return Table("Gradient norm by lag", columns, rows)
@@ -125,7 +130,7 @@ def _cost_cells(cost: dict[str, Any] | None) -> tuple[str, str, str]:
     if cost is None:
         return "–", "–", "–"
     spread = "" if cost["seconds_spread"] is None else f" ± {format_seconds(cost['seconds_spread'])}"
-    return format_seconds(cost["seconds"]) + spread, format_bytes(cost["temporary_bytes"]), f"{cost['window']} steps"
+    return format_seconds(cost["seconds"]) + spread, format_bytes(cost["temporary_bytes"]), format_steps(cost["window"])
 
 
 def learning_table(learning: dict[str, Any]) -> Table:
