@@ -85,13 +85,18 @@ def test_memory_of_windows_side_by_side(examples, most):
         for number in (None, 1)
     )
     assert one < default <= most if most else default == one
-    wide = cells.lstm(CHANNELS, 2**14, dtype=jnp.float32)
+    wide, small = cells.lstm(CHANNELS, 2**14, dtype=jnp.float32), cells.rnn(CHANNELS, 4, dtype=jnp.float32)
+
+    def chosen(cell, window, num_windows):
+        shapes = jax.eval_shape(lambda: (cell.init(jax.random.key(0)), cell.initial_carry()))
+        batch = Batch(jax.ShapeDtypeStruct((num_windows * window, CHANNELS), jnp.float32))
+        return windows_at_once(cell.step, *shapes, batch, window, ())
+
     for window, number in ((32, 1), (4, 2), (2, 4)):  # the carries of a step take 128 KiB
-        assert windows_at_once(jax.eval_shape(wide.initial_carry), window, (), 100) == number
-    small = jax.eval_shape(cells.rnn(CHANNELS, 4, dtype=jnp.float32).initial_carry)
+        assert chosen(wide, window, 100) == number
     for num_windows, number in ((15, 1), (16, 16), (64, 64), (65, 64), (100, 50), (127, 63)):
-        assert windows_at_once(small, 2, (), num_windows) == number
-    assert windows_at_once(small, 2**12, (), 31) == 15  # 16 fit
+        assert chosen(small, 2, num_windows) == number
+    assert chosen(small, 2**12, 31) == 15  # 16 fit
 
 
 def test_memory_of_randomized_and_sliding_estimators():
