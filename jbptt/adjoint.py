@@ -180,7 +180,24 @@ def parallel_pullback(
     def all_at_once(params, carries, inputs):
         return jax.vmap(partial(step, params), axis_size=num_steps)(carries, inputs)
 
-    return pullback(all_at_once, params, carries, inputs, live)
+    results, back = pullback(all_at_once, params, carries, inputs, live)
+
+    def one_by_one(carry_bar, outputs_bar, total):
+        def body(total, inputs_t):
+            at, *bars = inputs_t
+            return pullback(step, params, *at, live)[1](*bars, total)
+
+        return lax.scan(body, total, ((carries, inputs), carry_bar, outputs_bar), num_steps)
+
+    def all_or_one(carry_bar, outputs_bar, total):
+        try:
+            return back(carry_bar, outputs_bar, total)
+        except (NotImplementedError, TypeError, ValueError):
+            # JAX has the derivative of every step, but not that of their vmap (products with sparse weights).
+            start = jax.tree.map(lambda a: jnp.zeros_like(at_least_float32(a)), params) if total is None else total
+            return one_by_one(carry_bar, outputs_bar, start)
+
+    return results, all_or_one
 
 
 def add_losses(

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import sparse
 from jax.extend.core import jaxprs_in_params
-from problems import assert_close, squared_error
+from problems import assert_close, one_update, squared_error
 
-from jbptt import Batch, cells, full_bptt, loops, truncated_bptt
+from jbptt import Batch, cells, full_bptt, lag_profile, loops, truncated_bptt, truncation_curve
 from jbptt.adjoint import parts_of, paths_of
 from jbptt.weights import take_apart
 
@@ -339,3 +340,55 @@ def test_bfloat16_over_thousands_of_steps():
     for name in ("w_x", "w_h"):
         error = np.linalg.norm(np.asarray(low[name], float) - high[name]) / np.linalg.norm(high[name])
         assert low[name].dtype == jnp.float32 and error < 0.005, (name, error)
+
+
+@pytest.mark.parametrize(
+    "make", [full_bptt, partial(truncated_bptt, window=4), partial(truncated_bptt, window=3, stride=1)]
+)
+def test_sparse_weights(make):
+    """JAX has their derivative step by step, not for all steps under one vmap."""
+    dense = jnp.where(W_H > 0, W_H, 0)
+    places = sparse.BCOO.fromdense(dense)
+
+    def with_sparse(data, h, x):
+        h = jnp.tanh(x + h @ sparse.BCOO((data, places.indices), shape=dense.shape))
+        return h, h
+
+    def with_dense(data, h, x):
+        h = jnp.tanh(x + h @ jnp.zeros_like(dense).at[tuple(places.indices.T)].set(data))
+        return h, h
+
+    batch = Batch(draw(NUM_STEPS, EXAMPLES, HIDDEN), draw(NUM_STEPS, EXAMPLES, HIDDEN))
+    found, wanted = (
+        jax.jit(partial(one_update, make(step, squared_error)))(places.data, ZEROS, batch).grads
+        for step in (with_sparse, with_dense)
+    )
+    assert_close(found, wanted)
+    options = {"max_window": 4, "per_leaf": True}
+    problem = squared_error, places.data, ZEROS, batch
+    assert_close(truncation_curve(with_sparse, *problem, **options), truncation_curve(with_dense, *problem, **options))
+
+
+def test_constants_of_a_step_reach_a_custom_derivative():
+    """A table of literals that the rule indexes at a traced place, as an integrator indexes its times."""
+
+    @jax.custom_vjp
+    def interpolated(h, table):
+        return h * table[1]
+
+    def back(kept, bar):
+        h, table = kept
+        place = jnp.argmax(h.ravel()) * 0 + 1
+        return bar * table[place], jnp.zeros_like(table)
+
+    interpolated.defvjp(lambda h, table: (interpolated(h, table), (h, table)), back)
+
+    def step(p, h, x):
+        h = jnp.tanh(interpolated(h @ p, jnp.array([0.0, 0.5])) + x)
+        return h, h
+
+    batch = Batch(draw(NUM_STEPS, EXAMPLES, HIDDEN), draw(NUM_STEPS, EXAMPLES, HIDDEN))
+    mean_loss = lambda p: jnp.mean(squared_error(jax.lax.scan(partial(step, p), ZEROS, batch.xs)[1], batch.targets))
+    for make in (full_bptt, partial(truncated_bptt, window=NUM_STEPS, stride=1)):
+        assert_close(one_update(make(step, squared_error), W_H, ZEROS, batch).grads, jax.grad(mean_loss)(W_H))
+    lag_profile(step, squared_error, W_H, ZEROS, batch, max_lag=2)
