@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
-from jbptt.types import PyTree, at_least_float32, is_key
+from jbptt.dependence import CALLS
+from jbptt.types import Carry, Params, PyTree, Step, at_least_float32, is_key, split_inexact
 
 Values = dict[Any, Any]  # by variable
 
@@ -25,13 +26,14 @@ MOVES = frozenset((
 ))
 # Give the same numbers side by side, under `vmap`, as one after another; of random numbers, threefry's alone.
 ALIKE = CHEAP | MOVES | frozenset((
-    "acos", "acosh", "argmax", "argmin", "asin", "asinh", "atan", "atan2", "atanh", "cbrt", "ceil", "clamp", "cos",
-    "cosh", "cummax", "cummin", "cumprod", "cumsum", "digamma", "div", "dot_general", "erf", "erf_inv", "erfc", "exp",
-    "exp2", "expm1", "floor", "iota", "lgamma", "log", "log1p", "logistic", "mul", "nextafter", "pow", "reduce_and",
-    "reduce_max", "reduce_min", "reduce_or", "reduce_prod", "reduce_sum", "rem", "round", "rsqrt", "scatter-add",
-    "scatter_add", "select_and_scatter_add", "sin", "sinh", "sqrt", "tan", "tanh", "dynamic_update_slice",
+    "acos", "acosh", "argmax", "argmin", "asin", "asinh", "atan", "atan2", "atanh", "bitcast_convert_type", "cbrt",
+    "ceil", "clamp", "cos", "cosh", "cummax", "cummin", "cumprod", "cumsum", "digamma", "div", "dot_general",
+    "dynamic_update_slice", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "iota", "lgamma", "log", "log1p",
+    "logistic", "nextafter", "pow", "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_prod", "reduce_sum",
+    "rem", "round", "rsqrt", "scatter-add", "scatter_add", "shift_left", "shift_right_arithmetic",
+    "shift_right_logical", "sin", "sinh", "sqrt", "tan", "tanh",
 ))
-RANDOM = frozenset(("random_bits", "random_fold_in", "random_split", "random_unwrap", "random_wrap"))
+RANDOM = frozenset(("random_bits", "random_fold_in", "random_seed", "random_split", "random_unwrap", "random_wrap"))
 # Repeat a scalar or an axis of one as often as the other argument has it.
 REPEATS = frozenset(("add", "atan2", "div", "max", "min", "mul", "pow", "rem", "sub"))
 # fmt: on
@@ -116,13 +118,19 @@ def is_narrower(dtype: Any, other: Any) -> bool:
     return all(jnp.issubdtype(d, jnp.floating) for d in (dtype, other)) and dtype.itemsize < other.itemsize
 
 
-def same_under_vmap(function: Callable, *arguments: Any) -> bool:
-    """Whether the program of `function(*arguments)` shows that `vmap` changes no number and refuses nothing.
+def same_under_vmap(step: Step, params: Params, carry: Carry, x: PyTree) -> bool:
+    """Whether the program of a step and its derivative shows that `vmap` changes no number and refuses nothing.
 
     Only what is known passes. A callback may have no rule, `rbg` draws other bits, and a `cond` becomes a choice
     between both branches, whose derivatives both count.
     """
-    return _is_alike(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+    def both_ways(params, carry, x):
+        leaves, rebuild = split_inexact(carry)
+        after, pull = jax.vjp(lambda params, leaves: split_inexact(step(params, rebuild(leaves), x))[0], params, leaves)
+        return pull(after)
+
+    return _is_alike(jax.make_jaxpr(both_ways)(params, carry, x).jaxpr)
 
 
 def _is_alike(jaxpr: Jaxpr) -> bool:
@@ -132,7 +140,8 @@ def _is_alike(jaxpr: Jaxpr) -> bool:
             keys = [v.aval.dtype for v in (*equation.invars, *equation.outvars) if is_key(v.aval)]
             alike = all(str(dtype) == "key<fry>" for dtype in keys)
         else:
-            alike = _is_alike(equation.params["jaxpr"].jaxpr) if name == "jit" else name in ALIKE
+            inner = equation.params.get(CALLS.get(name, ""))
+            alike = name in ALIKE if inner is None else _is_alike(getattr(inner, "jaxpr", inner))
         if equation.effects or not alike:
             return False
     return True

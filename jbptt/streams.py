@@ -51,14 +51,8 @@ def windows_at_once(step: Step, params: Params, carry: Carry, batch: Batch, wind
         return 1
     of_step = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(carry) if hasattr(leaf, "size"))
     most = min(64, num_windows, max(1, 2**20 // max(1, window * of_step)))
-
-    def both_ways(params, carry, x):
-        leaves, rebuild = split_inexact(carry)
-        after, pull = jax.vjp(lambda params, leaves: split_inexact(step(params, rebuild(leaves), x))[0], params, leaves)
-        return pull(after)
-
     x = jax.eval_shape(lambda xs: jax.tree.map(lambda a: a[0], xs), batch.xs)
-    if most == 1 or not same_under_vmap(both_ways, params, carry, x):
+    if most == 1 or not same_under_vmap(step, params, carry, x):
         return 1
     # Windows that are left over go alone: of the sizes from half of it on, the largest that leaves the fewest.
     return min(range(-(-most // 2), most + 1), key=lambda number: (num_windows % number, -number))

@@ -375,7 +375,7 @@ CORE = (
     Mutant(
         "anything_goes_side_by_side",
         STREAMS,
-        "if most == 1 or not same_under_vmap(both_ways, params, carry, x):",
+        "if most == 1 or not same_under_vmap(step, params, carry, x):",
         "if most == 1:",
     ),
     Mutant(
