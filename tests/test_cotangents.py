@@ -22,6 +22,7 @@ from jbptt import (
     unroll,
 )
 from jbptt.clipping import clip_cotangent
+from jbptt.cotangents import clips_cotangents
 
 T = 9
 
@@ -309,6 +310,27 @@ def test_analyses_of_jacobians_refuse_clipped_rows(analysis, inner):
     clipped = inner(with_clip(problem.step, max_norm=0.4))
     with pytest.raises(ValueError, match=r"step clips cotangents.*pass the step without it"):
         analysis(clipped, problem.params, problem.carry[0], problem.batch.xs[:, 0])
+
+
+LOOPS = {
+    "scan": lambda f: lambda h: jax.lax.scan(lambda c, _: (f(c), None), h, length=2)[0],
+    "while": lambda f: lambda h: jax.lax.fori_loop(0, 2, lambda _, c: f(c), h),
+    "cond": lambda f: lambda h: jax.lax.cond(h > 0, f, jnp.sin, h),
+    "vmap": lambda f: lambda h: jnp.sum(jax.vmap(f)(h * jnp.ones(3))),
+    "jit": jax.jit,
+    "checkpoint": jax.checkpoint,
+}
+
+
+@pytest.mark.parametrize("inside", LOOPS.values(), ids=LOOPS)
+def test_clipping_is_found_in_the_program_itself(inside, monkeypatch):
+    """At any depth, not in how the program is printed; an identity with a rule of its own is none."""
+    identity = jax.custom_vjp(lambda h: h)
+    identity.defvjp(lambda h: (h, None), lambda _, bar: (2 * bar,))
+    monkeypatch.setattr(type(jax.make_jaxpr(jnp.sin)(1.0)), "__str__", lambda program: "printed otherwise")
+    assert clips_cotangents(inside(lambda h: 2 * clip_cotangent(h, 1.0)), 1.0)
+    assert clips_cotangents(inside(lambda h: 2 * clip_cotangent(h, max_value=1.0)), 1.0)
+    assert not clips_cotangents(inside(lambda h: 2 * identity(h)), 1.0)
 
 
 # ---- the border ----
