@@ -225,9 +225,10 @@ def truncated_bptt(
       loss: `(y, target) -> [*batch]`, or that and aux.
       window: the most steps that a loss may see, ≥ 1.
       stride: losses per backward pass, 1 … window; None: window.
-      parallel_windows: backward passes side by side; None: of 16 blocks and more of a single example up to 64
-        (fewer if their carries take more than a mebibyte), of other blocks one; where windows overlap about
-        window/stride, those that share their steps.
+      parallel_windows: backward passes side by side, under vmap over time; None: of 16 blocks and more of a single
+        example up to 64 (fewer if their carries take more than a mebibyte), if the step's program shows that vmap
+        changes nothing (no callback, no cond, no random numbers but threefry's); of other blocks one; where windows
+        overlap about window/stride, those that share their steps.
 
     Raises:
       ValueError: window, stride or parallel_windows < 1, not an integer, or stride > window; what

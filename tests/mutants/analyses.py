@@ -152,7 +152,7 @@ ANALYSES = (
         "Graded(jnp.where(finite, rows, jnp.nan), exponents)",
         "Graded(rows, exponents)",
     ),
-    Mutant("jacobian_swaps_real_and_imaginary", JACOBIANS, "(a.real, a.imag) if", "(a.imag, a.real) if"),
+    Mutant("jacobian_swaps_real_and_imaginary", "jbptt/types.py", "(a.real, a.imag) if", "(a.imag, a.real) if"),
     # graded matrices and products
     Mutant(
         "singular_values_in_bits",
