@@ -25,6 +25,7 @@ CORE = [
     "validation",
     "recurrence",
     "cells",
+    "executables",
     "truncation",
     "programs",
     "weight_uses",

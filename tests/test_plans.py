@@ -12,6 +12,7 @@ import jbptt
 from jbptt import Plan, choose_plan, full_bptt
 from jbptt.analysis import planning
 from jbptt.analysis.comparison import Cost
+from jbptt.executables import WeakCache
 
 T = 12
 
@@ -63,7 +64,7 @@ def measured(monkeypatch, seconds, sizes):
     def found(estimators, *_, **__):
         return Cost(tuple(estimators), *(np.array([of[n] for n in estimators]) for of in (seconds, sizes)))
 
-    monkeypatch.setattr(planning, "_CHOICES", {})
+    monkeypatch.setattr(planning, "_CHOICES", WeakCache())
     monkeypatch.setattr(planning, "measure_cost", found)
 
 

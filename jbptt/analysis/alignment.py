@@ -10,6 +10,7 @@ from jax import lax
 from jbptt import validation
 from jbptt.adjoint import (
     add_losses,
+    batch_steps,
     loss_weights,
     parallel_pullback,
     parts_of,
@@ -18,6 +19,7 @@ from jbptt.adjoint import (
     split_inexact,
 )
 from jbptt.analysis.jacobians import check_differentiable
+from jbptt.executables import run
 from jbptt.norms import norm, scaled_norm, unit
 from jbptt.recurrence import is_inexact, times_gate, trajectory
 from jbptt.types import Batch, Carry, Loss, Params, Step, align_leading, at_least_float32
@@ -208,6 +210,11 @@ def adjoint_alignment(
     validation.check_per_example(step, loss, params, carry, batch, batch_shape, "the alignment is measured per example")
     check_differentiable(carry)
     max_lag = check_max_lag(max_lag, num_steps)
+    return run(_adjoint_alignment, (step, loss), (batch_shape, max_lag), params, carry, batch, key, gates)
+
+
+def _adjoint_alignment(step, loss, batch_shape, max_lag, params, carry, batch, key, gates) -> AdjointAlignment:
+    num_steps = batch_steps(batch)
     parts, inputs = parts_of(step, loss), (batch.xs, batch.mask)
     live = paths_of(parts, params, carry, batch)
     _, (carries, outputs) = trajectory(parts.core, params, carry, inputs, None, num_steps)

@@ -13,8 +13,9 @@ from jax.core import Tracer
 
 from jbptt import validation
 from jbptt.dependence import dependences
+from jbptt.executables import compiled, run
 from jbptt.norms import compared_with, in_units_of, norm
-from jbptt.types import Batch, Carry, Estimator, Params
+from jbptt.types import Batch, Carry, Estimate, Estimator, Params
 
 PER_ESTIMATOR = ("relative_bias", "relative_bias_error", "variance", "cosine", "norm_ratio")
 """The fields of a `Comparison` that hold one number for each estimator."""
@@ -117,11 +118,24 @@ def compare(
     """
     num_samples = validation.check_positive_integer("num_samples", num_samples, smallest=2)
     check_estimators(estimators)
-    exact = _reference_gradient(estimators, params, carry, batch, reference, key)
+    reference = _check_reference(estimators, params, reference)
+    used = [*estimators.values(), *([reference] if isinstance(reference, Estimator) else [])]
+    for estimator in used:  # as they are given: a program sees neither float64 nor what is no array
+        jax.eval_shape(lambda key, e=estimator: e.init(params, carry, batch, key=key), key)
+    gradient = None if isinstance(reference, Estimator) else reference
+    functions = tuple(function for estimator in used for function in (estimator.init, estimator.update))
+    return run(_compare, functions, (tuple(estimators), num_samples), params, carry, batch, gradient, key)
+
+
+def _compare(*given) -> Comparison:
+    """`compare` of two functions for each estimator, and for the reference where no gradient is given."""
+    *functions, names, num_samples, params, carry, batch, gradient, key = given
+    estimators = [Estimator(*pair) for pair in zip(functions[::2], functions[1::2], strict=True)]
+    exact = _exact_gradient(estimators.pop(), params, carry, batch, key) if gradient is None else gradient
     in_units, compare_fn = in_units_of(exact), compared_with(exact)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_samples))
     means, rows = [], []
-    for estimator in estimators.values():
+    for estimator in estimators:
         sample = _sampler(estimator, params, carry, batch)
         own_keys = keys if _draws(sample, key) else keys[:1]
         mean, *row = _moments(sample, own_keys, exact, in_units, compare_fn)
@@ -129,7 +143,7 @@ def compare(
         rows.append(row)
     bias, error, variance, cosine, ratio = (jnp.stack(column) for column in zip(*rows, strict=True))
     alignment = jnp.stack([jnp.stack([compared_with(a)(b)[1] for b in means]) for a in means])
-    return Comparison(bias, error, variance, cosine, ratio, alignment, tuple(estimators), num_samples)
+    return Comparison(bias, error, variance, cosine, ratio, alignment, names, num_samples)
 
 
 def check_estimators(estimators: Any) -> None:
@@ -152,19 +166,24 @@ def _draws(sample: Callable, key: jax.Array) -> bool:
     return any(dependences(sample, key))
 
 
-def _reference_gradient(estimators, params, carry, batch, reference, key):
+def _exact_gradient(reference, params, carry, batch, key):
+    sample = _sampler(reference, params, carry, batch)
+    if _draws(sample, key):
+        raise ValueError(
+            "reference must draw nothing, got an estimator whose gradient depends on its key; pass "
+            "full_bptt(step, loss), or a mean gradient of your own"
+        )
+    return sample(key)
+
+
+def _check_reference(estimators, params, reference):
+    """The estimator or the gradient that is meant."""
     if isinstance(reference, str):
         if reference not in estimators:
             raise ValueError(f"reference must name one of the estimators, {', '.join(estimators)}, got {reference!r}")
         reference = estimators[reference]
     if isinstance(reference, Estimator):
-        sample = _sampler(reference, params, carry, batch)
-        if _draws(sample, key):
-            raise ValueError(
-                "reference must draw nothing, got an estimator whose gradient depends on its key; pass "
-                "full_bptt(step, loss), or a mean gradient of your own"
-            )
-        return sample(key)
+        return reference
     wanted, got = (jax.tree.map(jnp.shape, tree) for tree in (params, reference))
     if wanted != got:
         raise ValueError(
@@ -274,8 +293,7 @@ def measure_cost(
     key = jax.random.key(0) if key is None else key
     states = {name: e.init(params, carry, batch, key=key) for name, e in estimators.items()}
     lowered = [  # here, not in the pool: JAX's configuration contexts belong to a thread
-        jax.jit(lambda p, s, b, e=e: e.update(p, s, b)[0]).lower(params, states[name], batch)
-        for name, e in estimators.items()
+        compiled(_estimate, (e.update,)).lower(params, states[name], batch) for name, e in estimators.items()
     ]
     with ThreadPoolExecutor() as pool:
         updates = dict(zip(estimators, pool.map(lambda program: program.compile(), lowered), strict=True))
@@ -288,6 +306,10 @@ def measure_cost(
     analyses = [update.memory_analysis() for update in updates.values()]  # None on some backends
     sizes = [np.nan if memory is None else memory.temp_size_in_bytes for memory in analyses]
     return Cost(tuple(updates), seconds[:, 1:], np.array(sizes))
+
+
+def _estimate(update, params, state, batch) -> Estimate:
+    return update(params, state, batch)[0]
 
 
 def fresh_blocks(estimator: Estimator, window: int) -> Estimator:

@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
@@ -31,12 +32,13 @@ from jbptt.analysis.lags import (
     profile_reader,
     scan_lags,
 )
-from jbptt.analysis.nonfinite import find_nonfinite
+from jbptt.analysis.nonfinite import find_nonfinite, nonfinite_of
 from jbptt.analysis.stuck import share_stuck, stays_zero
 from jbptt.decay import bound_bias
 from jbptt.estimators import full_bptt, truncated_bptt
+from jbptt.executables import WeakCache, is_traced, run
 from jbptt.norms import norm
-from jbptt.types import Batch, Carry, Loss, Params, Step, align_leading, weighted_mean
+from jbptt.types import Batch, Carry, Estimator, Loss, Params, Step, align_leading, weighted_mean
 
 MEASURES_ARRAYS = "measure=True needs arrays, got traced values; pass measure=False under jit and vmap"
 
@@ -101,8 +103,7 @@ def diagnose(
     if learning_rate is not None:
         validation.check_above("learning_rate", learning_rate, 0, "it scales the step down the gradient")
     data = params, carry, batch, gates, learning_rate
-    # Under jit even a constant is traced: all that is given may be closed over.
-    traced = any(isinstance(leaf, Tracer) for leaf in (*jax.tree.leaves(data), jnp.zeros(())))
+    traced = is_traced(data)
     if measure and traced:
         raise ValueError(MEASURES_ARRAYS)
     largest = min(num_steps, 512) if max_window is None else max_window
@@ -112,25 +113,16 @@ def diagnose(
         found = _read(step, loss, batch_shape, largest, *data)
     else:
         with jax.debug_nans(False), jax.debug_infs(False):  # here they are answers: what has no value, what is broken
-            found = _compiled(_read, step, loss, batch_shape, largest)(*data)
+            found = run(_read, (step, loss), (batch_shape, largest), *data)
     if isinstance(found.verdict_index, Tracer):  # or what the step closes over is traced
         if measure:
             raise ValueError(MEASURES_ARRAYS)
         search = partial(find_nonfinite, step, loss, params, carry, batch, gates=gates)
         return replace(found, nonfinite=lax.cond(found.verdict_index == 3, search, lambda: found.nonfinite))
     if found.verdict == "non-finite":
-        nonfinite = _compiled(find_nonfinite, step, loss)(params, carry, batch, gates=gates)
+        nonfinite = run(nonfinite_of, (step, loss), (num_steps,), params, carry, batch, gates)
         found = replace(found, nonfinite=nonfinite)
     return _with_cost(found, step, loss, params, carry, batch, num_repeats) if measure else found
-
-
-def _compiled(function, *static):
-    """`function` of what is static, compiled once for equal ones; every time where they cannot be hashed."""
-    try:
-        hash(static)
-    except TypeError:
-        return jax.jit(partial(function, *static))
-    return partial(_PROGRAMS[function], *static)
 
 
 def _read(step, loss, batch_shape, largest, params, carry, batch, gates, learning_rate) -> Diagnosis:
@@ -191,12 +183,6 @@ def _read(step, loss, batch_shape, largest, params, carry, batch, gates, learnin
     )
 
 
-_PROGRAMS = {
-    _read: jax.jit(_read, static_argnums=(0, 1, 2, 3)),
-    find_nonfinite: jax.jit(find_nonfinite, static_argnums=(0, 1)),
-}
-
-
 def _used_steps(weights, mask, largest) -> tuple[jax.Array, jax.Array]:
     """How many lags have pairs of a loss and a carry, and how many steps of an example lead to a loss."""
     num_steps = len(weights)
@@ -244,12 +230,23 @@ def _flat(sums: Sums) -> Sums:
 
 
 def _with_cost(found: Diagnosis, step, loss, params, carry, batch, num_repeats) -> Diagnosis:
-    blocks = sorted({int(w) for w in found.block_window if w > 0})
-    sliding = sorted({int(w) for w in found.sliding_window if w > 0})
+    windows = tuple(
+        tuple(sorted({w for w in np.asarray(of).tolist() if w > 0}))
+        for of in (found.block_window, found.sliding_window)
+    )
+    # The same estimators in every call: their updates are compiled once.
+    estimators = _ESTIMATORS.find((step, loss), windows, partial(_recommended, *windows))
+    cost = measure_cost(estimators, params, carry, batch, num_repeats=num_repeats)
+    return replace(found, cost=cost)
+
+
+_ESTIMATORS = WeakCache()
+
+
+def _recommended(blocks, sliding, step, loss) -> dict[str, Estimator]:
     estimators = {"full": full_bptt(step, loss)}
     for window in blocks:
         estimators[f"block {window}"] = fresh_blocks(truncated_bptt(step, loss, window=window), window)
     for window in sliding:
         estimators[f"sliding {window}"] = truncated_bptt(step, loss, window=window, stride=1)
-    cost = measure_cost(estimators, params, carry, batch, num_repeats=num_repeats)
-    return replace(found, cost=cost)
+    return estimators

@@ -19,6 +19,7 @@ from jbptt.adjoint import (
     pullback,
 )
 from jbptt.dependence import Paths, chosen
+from jbptt.executables import run
 from jbptt.norms import leafwise, norm, scaled_norm, unit
 from jbptt.recurrence import steps_from, times_gate, trajectory, zeros_along
 from jbptt.types import Batch, Carry, Loss, Params, Step, is_inexact, split_inexact, weighted_mean
@@ -46,6 +47,10 @@ def adjoints(
     Two forward passes and one backward; memory O(T). Raises ValueError as `full_bptt` does.
     """
     validation.check_problem(step, loss, params, carry, batch, gates)
+    return run(_adjoints, (step, loss), (), params, carry, batch, gates)
+
+
+def _adjoints(step, loss, params, carry, batch, gates) -> Adjoints:
     batch, gates = jax.tree.map(jnp.asarray, (batch, gates))
     parts, num_steps, inputs = parts_of(step, loss), batch_steps(batch), (batch.xs, batch.mask)
     live = paths_of(parts, params, carry, batch)
@@ -98,10 +103,14 @@ def gradient_flow(
     Raises:
       ValueError: carries that do not begin with the batch shape; what `full_bptt` raises.
     """
-    num_steps, batch_shape = validation.check_problem(step, loss, params, carry, batch, gates)
+    _, batch_shape = validation.check_problem(step, loss, params, carry, batch, gates)
     validation.check_per_example(step, loss, params, carry, batch, batch_shape, "the flow is measured per example")
+    return run(_gradient_flow, (step, loss), (batch_shape, bool(per_leaf)), params, carry, batch, gates)
+
+
+def _gradient_flow(step, loss, batch_shape, per_leaf, params, carry, batch, gates) -> Any:
     batch, gates = jax.tree.map(jnp.asarray, (batch._replace(weights=None), gates))
-    parts = parts_of(step, loss)
+    num_steps, parts = batch_steps(batch), parts_of(step, loss)
     live = paths_of(parts, params, carry, batch)
     _, (carries, outputs) = trajectory(parts.core, params, carry, (batch.xs, batch.mask), None, num_steps)
     _, outputs_bar = add_losses(parts, params, outputs, batch, live, None)
@@ -192,9 +201,13 @@ def gradient_sources(
     Raises:
       ValueError: what `full_bptt` raises.
     """
-    num_steps, _ = validation.check_problem(step, loss, params, carry, batch, gates)
+    validation.check_problem(step, loss, params, carry, batch, gates)
+    return run(_gradient_sources, (step, loss), (), params, carry, batch, gates)
+
+
+def _gradient_sources(step, loss, params, carry, batch, gates) -> GradientSources:
     batch, gates = jax.tree.map(jnp.asarray, (batch, gates))
-    path = adjoints(step, loss, params, carry, batch, gates=gates)
+    num_steps, path = batch_steps(batch), _adjoints(step, loss, params, carry, batch, gates)
     parts = parts_of(step, loss)
     live = paths_of(parts, params, carry, batch)
     exact, _ = gradient_sums(step, loss, params, carry, batch, gates)

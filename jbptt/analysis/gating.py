@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 
 from jbptt import cells
 from jbptt.analysis.jacobians import check_system, push_tangents
+from jbptt.executables import run
 from jbptt.norms import norm
 from jbptt.recurrence import trajectory
 from jbptt.types import Carry, Params, PyTree, Step, at_least_float32
@@ -73,7 +74,11 @@ def check_gated_cell(params: Any, carry: Any, xs: Any) -> tuple[str, Step]:
             f"xs has shape {np.shape(xs)}, wanted [T, {shapes['w_x'][0]}], as wide as params' w_x is high; pass the "
             "inputs of one example (jax.vmap for a batch), or the parameters that belong to them"
         )
-    return kind, getattr(cells, kind)(1, hidden).step
+    return kind, _step_of(kind, params)
+
+
+def _step_of(kind: str, params: Any) -> Step:
+    return getattr(cells, kind)(1, len(params["w_h"])).step
 
 
 def gate_paths(params: Params, carry: Carry, xs: PyTree) -> GatePaths:
@@ -101,6 +106,11 @@ def gate_paths(params: Params, carry: Carry, xs: PyTree) -> GatePaths:
     """
     kind, step = check_gated_cell(params, carry, xs)
     num_steps = check_system(step, params, carry, xs, None, None)
+    return run(_gate_paths, (), (kind, num_steps), params, carry, xs)
+
+
+def _gate_paths(kind, num_steps, params, carry, xs) -> GatePaths:
+    step = _step_of(kind, params)
     names = (STRAIGHT[kind], *GATES[kind])
     _, (carries, _) = trajectory(step, params, carry, xs, None, num_steps)
 

@@ -12,6 +12,7 @@ from jbptt import slips, validation
 from jbptt.adjoint import split_inexact
 from jbptt.cells import split_readout
 from jbptt.cotangents import clips_cotangents
+from jbptt.executables import run
 from jbptt.recurrence import held, is_inexact, trajectory
 from jbptt.types import Carry, Params, PyTree, Step, real_vector
 
@@ -122,6 +123,10 @@ def step_jacobians(
             [1., 0.]]], dtype=float32)
     """
     num_steps = check_system(step, params, carry, xs, mask, length)
+    return run(_step_jacobians, (step,), (num_steps,), params, carry, xs, mask)
+
+
+def _step_jacobians(step, num_steps, params, carry, xs, mask) -> jax.Array:
     core, _ = split_readout(step)
     _, (carries, _) = trajectory(core, params, carry, xs, mask, num_steps)
     return jax.vmap(lambda c, x: step_jacobian(held(core), params, c, x))(carries, (xs, mask))

@@ -26,6 +26,7 @@ from jbptt.adjoint import (
     paths_of,
 )
 from jbptt.dependence import Paths
+from jbptt.executables import run
 from jbptt.norms import compared_leafwise, compared_with, leafwise, norm
 from jbptt.recurrence import times_gate, trajectory
 from jbptt.types import Batch, Carry, Loss, Params, Step, align_leading, split_inexact, weighted_mean
@@ -149,6 +150,11 @@ def lag_profile(
     max_lag = validation.check_positive_integer("max_lag", max_lag)
     if max_lag > num_steps:
         raise ValueError(f"max_lag must be <= T = {num_steps}, got {max_lag}; there are no pairs further apart")
+    settings = batch_shape, max_lag, bool(per_leaf)
+    return run(_lag_profile, (step, loss), settings, params, carry, batch, gates)
+
+
+def _lag_profile(step, loss, batch_shape, max_lag, per_leaf, params, carry, batch, gates) -> LagProfile:
     gates = None if gates is None else jnp.asarray(gates)
     problem = linearise(step, loss, params, carry, batch, batch_shape)
     return LagProfile(*scan_lags(problem, gates, max_lag, profile_reader(problem, per_leaf), None))
@@ -211,6 +217,11 @@ def truncation_curve(
     """
     _, batch_shape = validation.check_problem(step, loss, params, carry, batch, gates)
     max_window = validation.check_positive_integer("max_window", max_window)
+    settings = batch_shape, max_window, bool(per_leaf)
+    return run(_truncation_curve, (step, loss), settings, params, carry, batch, gates)
+
+
+def _truncation_curve(step, loss, batch_shape, max_window, per_leaf, params, carry, batch, gates) -> TruncationCurve:
     gates = None if gates is None else jnp.asarray(gates)
     exact = gradient_sums(step, loss, params, carry, batch, gates)[0].grad
 

@@ -16,6 +16,7 @@ from jax import lax
 from jbptt import slips, validation
 from jbptt.analysis.graded import times_power
 from jbptt.analysis.jacobians import check_differentiable, flat_carry, push_tangents
+from jbptt.executables import run
 from jbptt.norms import max_or_nan, norm
 from jbptt.recurrence import default_segment, split_time, steps_from, unroll
 from jbptt.types import Carry, Params, PyTree, Step, float32_at_least
@@ -109,7 +110,13 @@ def lyapunov_spectrum(
     num_exponents = _check_num_exponents(num_exponents, size)
     qr_every = validation.check_positive_integer("qr_every", qr_every)
     num_batches = validation.check_positive_integer("num_batches", num_batches, smallest=2)
+    settings = num_steps, size, dtype, num_exponents, qr_every, num_discarded, num_batches
+    return run(_lyapunov_spectrum, (step,), settings, params, carry, xs, key)
 
+
+def _lyapunov_spectrum(
+    step, num_steps, size, dtype, num_exponents, qr_every, num_discarded, num_batches, params, carry, xs, key
+) -> LyapunovSpectrum:
     key = jax.random.key(0) if key is None else key
     frame = safe_qr(jax.random.normal(key, (size, num_exponents), dtype))[0]
     xs, num_kept = jax.tree.map(jnp.asarray, xs), num_steps - num_discarded
@@ -132,7 +139,7 @@ def _check(step, params, carry, xs, length, num_discarded) -> tuple[int, int, An
             f"num_discarded must be < T = {num_steps}, got {num_discarded}; no step would be left: run more steps"
         )
     check_differentiable(carry)
-    flat, _ = flat_carry(carry)
+    flat = jax.eval_shape(lambda carry: flat_carry(carry)[0], carry)
     return num_steps, flat.size, float32_at_least(flat.dtype)
 
 

@@ -26,6 +26,7 @@ from jbptt.adjoint import (
 from jbptt.analysis.culprits import Culprit, Looked, Places, search
 from jbptt.analysis.flow import adjoints, carry_cotangents
 from jbptt.dependence import chosen
+from jbptt.executables import run
 from jbptt.recurrence import held, times_gate, trajectory, zero_masked
 from jbptt.types import (
     Batch,
@@ -140,6 +141,11 @@ def find_nonfinite(
     first not finite: y, on the way forward at step 2 (not finite before it, but absorbed: carry)
     """
     num_steps, _ = validation.check_problem(step, loss, params, carry, batch, gates)
+    return run(nonfinite_of, (step, loss), (num_steps,), params, carry, batch, gates)
+
+
+def nonfinite_of(step, loss, num_steps, params, carry, batch, gates) -> NonFinite:
+    """`find_nonfinite` of what has passed the border."""
     gates = None if gates is None else jnp.asarray(gates)
     trees = _Trees(params, carry, batch, gates)
     layout = _layout(step, trees, num_steps)

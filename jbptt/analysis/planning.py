@@ -1,8 +1,7 @@
 """Which plan is fastest here: a measured choice, made when it is asked for and remembered for the process."""
 
 import contextlib
-from collections.abc import Hashable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +12,13 @@ from jbptt import validation
 from jbptt.analysis.comparison import Cost, measure_cost
 from jbptt.division import check_division
 from jbptt.estimators import full_bptt
+from jbptt.executables import WeakCache
 from jbptt.plans import Plan
 from jbptt.recurrence import default_segment
 from jbptt.types import Batch, Carry, Loss, Params, Step
 
 SEGMENTS = (16, 32, 64, 128, 256)
-_CHOICES: dict[Any, Cost] = {}
+_CHOICES = WeakCache()
 
 
 def candidate_plans(step: Step, loss: Loss, params: Params, carry: Carry, batch: Batch) -> tuple[Plan, ...]:
@@ -51,8 +51,9 @@ def choose_plan(
     """The fastest plan for the full gradient of batches of this shape, measured on the host.
 
     Compiles and runs one update of every candidate: seconds to minutes. The answer is remembered by step, loss (where
-    they can be hashed) and shapes, so that asking again costs nothing. It belongs to this machine, and noise may change
-    it between two plans that are equally fast; without it an estimator's plan is always the same.
+    they can be hashed) and shapes, as long as these two functions live, so that asking again costs nothing. It belongs
+    to this machine, and noise may change it between two plans that are equally fast; without it an estimator's plan is
+    always the same.
 
     Args:
       step: `(params, carry, x) -> (carry, y)`.
@@ -78,14 +79,12 @@ def choose_plan(
     if not plans:
         raise ValueError("plans must name at least one jbptt.Plan, got none; leave it out for the usual candidates")
     shapes = jax.tree.map(lambda a: (jnp.shape(a), jax.dtypes.result_type(a)), (params, carry, batch))
-    asked = step, loss, plans, num_repeats, str(shapes)
-    can_remember = isinstance(step, Hashable) and isinstance(loss, Hashable)
-    cost = _CHOICES.get(asked) if can_remember else None
-    if cost is None:
+
+    def measure(step, loss):
         estimators = {str(plan): full_bptt(step, loss, plan=plan) for plan in plans}
-        cost = measure_cost(estimators, params, carry, batch, num_repeats=num_repeats)
-        if can_remember:
-            _CHOICES[asked] = cost
+        return measure_cost(estimators, params, carry, batch, num_repeats=num_repeats)
+
+    cost = _CHOICES.find((step, loss), (plans, num_repeats, str(shapes)), measure)
     if memory_budget is None:
         return plans[int(np.argmin(cost.median_seconds))], cost
     fits = cost.temporary_bytes <= memory_budget

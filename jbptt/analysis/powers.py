@@ -74,7 +74,11 @@ def eigenvalues(matrix: Any, k: int, *, symmetric: bool | None = None) -> jax.Ar
     Array([-8.,  1.], dtype=float32)
     """
     matrix, symmetric = _check_matrix(matrix, symmetric)
-    k = validation.check_positive_integer("k", k, smallest=0)
+    return _eigenvalues(matrix, validation.check_positive_integer("k", k, smallest=0), symmetric)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _eigenvalues(matrix: jax.Array, k: int, symmetric: bool) -> jax.Array:
     values = jnp.linalg.eigvalsh(matrix) if symmetric else jnp.linalg.eigvals(matrix)
     values = values[jnp.argsort(jnp.abs(values), descending=True)]
     if symmetric:

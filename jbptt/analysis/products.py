@@ -14,6 +14,7 @@ from jbptt import validation
 from jbptt.analysis.graded import Graded, from_rows, log_singular_values, push
 from jbptt.analysis.jacobians import check_system, flat_carry, step_jacobian
 from jbptt.cells import split_readout
+from jbptt.executables import run
 from jbptt.recurrence import held, trajectory
 from jbptt.types import Carry, Params, PyTree, Step, at_least_float32
 
@@ -129,7 +130,13 @@ def jacobian_products(
         `step_jacobians` raises.
     """
     num_steps = check_system(step, params, carry, xs, mask, length)
-    numbers = check_spans(spans, start, num_steps)
+    numbers = tuple(check_spans(spans, start, num_steps).tolist())
+    start = np.asarray(start) if isinstance(start, Integral) else start  # data, so that all starts share a program
+    return run(_jacobian_products, (step,), (num_steps, numbers), params, carry, xs, mask, start)
+
+
+def _jacobian_products(step, num_steps, numbers, params, carry, xs, mask, start) -> JacobianProducts:
+    numbers = np.array(numbers)
     unique, inverse = np.unique(numbers, return_inverse=True)
     slots = np.full(unique[-1], len(unique))  # where the product after each step is kept; out of range: nowhere
     slots[unique - 1] = np.arange(len(unique))

@@ -94,11 +94,9 @@ def optimize_schedule(profile: LagProfile, mean_length: float) -> Schedule:
         )
     size = float(norms[1:].max())
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-        squares = jnp.asarray((norms / size) ** 2 if size else norms, jnp.float64)
-        constant = jnp.zeros(num_steps - 1)
-        rates = _descend(partial(_objective, squares, mean_length), constant) if size else constant
-        found = [np.asarray(log_survival(*of, mean_length)) for of in ((rates, FLOOR), (constant, 0.0))]
-        variances = [size**2 * float(variance(squares, jnp.asarray(log_s))) for log_s in found]
+        squares = np.asarray((norms / size) ** 2 if size else norms, np.float64)
+        found, variances = jax.device_get(_optimize(squares, np.float64(mean_length)))
+        variances = [size**2 * float(one) for one in variances]
     survival = np.exp(found[0])
     return Schedule(
         length_probs=-np.diff(survival),
@@ -108,6 +106,16 @@ def optimize_schedule(profile: LagProfile, mean_length: float) -> Schedule:
         constant_keep_prob=math.exp(found[1][1]),
         constant_variance=variances[1],
     )
+
+
+@jax.jit
+def _optimize(squares: jax.Array, mean_length: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Log survival and variance of the best schedule and of constant π. Without gradients they are the same one."""
+    constant = jnp.zeros(len(squares) - 1)
+    rates = _descend(partial(_objective, squares, mean_length), constant)
+    rates = jnp.where(jnp.any(squares > 0), rates, constant)
+    found = [log_survival(rates, FLOOR, mean_length), log_survival(constant, 0.0, mean_length)]
+    return found, [variance(squares, log_s) for log_s in found]
 
 
 def log_survival(rates: jax.Array, floor: float, mean_length: float) -> jax.Array:
@@ -173,4 +181,4 @@ def _descend(objective: Any, start: jax.Array) -> jax.Array:
         return (optax.apply_updates(rates, updates), state, best, least), None
 
     running = start, solver.init(start), start, jnp.asarray(jnp.inf)
-    return jax.jit(lambda running: jax.lax.scan(body, running, length=NUM_ITERATIONS)[0][2])(running)
+    return jax.lax.scan(body, running, length=NUM_ITERATIONS)[0][2]

@@ -44,6 +44,7 @@ CLOSEST = {
     "jbptt/validation.py": ("test_validation", "test_estimators"),
     "jbptt/cells.py": ("test_by_hand", "test_generated", "test_tasks", "test_torch"),
     "jbptt/recurrence.py": ("test_by_hand", "test_unroll", "test_batches", "test_memory", "test_analysis"),
+    "jbptt/executables.py": ("test_executables",),
     "jbptt/truncation.py": ("test_truncation", "test_randomized", "test_gradients"),
     "jbptt/programs.py": ("test_weights", "test_by_hand"),
     "jbptt/weights.py": ("test_weights", "test_by_hand"),

@@ -19,6 +19,7 @@ ADAPTIVE = "jbptt/adaptive.py"
 CLIPPING = "jbptt/clipping.py"
 NORMS = "jbptt/norms.py"
 COTANGENTS = "jbptt/cotangents.py"
+EXECUTABLES = "jbptt/executables.py"
 
 CORE = (
     Mutant(
@@ -638,5 +639,20 @@ CORE = (
     ),
     Mutant(
         "adaptive_keeps_what_is_not_finite", ADAPTIVE, "& jnp.isfinite(cotangent_norms) & jnp.isfinite(grad_norms)", ""
+    ),
+    Mutant(
+        "programs_hold_what_they_are_made_of",
+        EXECUTABLES,
+        "    return lambda *arguments, **named: reference()(*arguments, **named)",
+        "    return lambda *arguments, **named: (reference() and function)(*arguments, **named)",
+    ),
+    Mutant(
+        "programs_forget_settings", EXECUTABLES, "(body, settings, structure, fixed), make)", "(body, structure), make)"
+    ),
+    Mutant(
+        "programs_keep_what_was_traced",
+        EXECUTABLES,
+        "    if is_traced(result):\n        _PROGRAMS.forget(program)",
+        "    if False:\n        _PROGRAMS.forget(program)",
     ),
 )
