@@ -9,6 +9,11 @@ import jax.numpy as jnp
 from jax import export, lax
 from jax.flatten_util import ravel_pytree
 
+OLDEST_JAX = (0, 10, 0)
+if jax.__version_info__ < OLDEST_JAX:  # here, since every other module imports this one
+    wanted = ".".join(map(str, OLDEST_JAX))
+    raise ImportError(f"jbptt needs jax ≥ {wanted}, found {jax.__version__}: pip install -U jax jaxlib")
+
 PyTree = Any
 Params = Any
 Carry = Any
