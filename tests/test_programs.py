@@ -35,6 +35,7 @@ HOST = {
     "optimize_schedule": "L-BFGS in double precision on the host, before a training",
     "powers.eigenvalues": "of a matrix that is not symmetric: TPUs have no such decomposition",
     "powers.alignment": "the same",
+    "tasks.count_symbols": "counts the characters of a text",
     "tasks.read_text": "reads a file",
     "tasks.text": "cuts a text up",
 }
