@@ -184,8 +184,8 @@ def parallel_pullback(
 
     def one_by_one(carry_bar, outputs_bar, total):
         def body(total, inputs_t):
-            at, *bars = inputs_t
-            return pullback(step, params, *at, live)[1](*bars, total)
+            (carry_t, x_t), *bars = inputs_t
+            return pullback(step, params, carry_t, x_t, live)[1](*bars, total)
 
         return lax.scan(body, total, ((carries, inputs), carry_bar, outputs_bar), num_steps)
 

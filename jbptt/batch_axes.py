@@ -89,7 +89,8 @@ def _everywhere(size: int, new: int) -> Callable[[Shape], Shape]:
 
 def warn_of_doubts_about_loss(problem: Problem, batch: Batch, batch_shape: Shape) -> None:
     """A warning where what the loss returns looks like anything but one number per example."""
-    if batch_shape and batch_shape in (np.shape(batch.mask)[1:], np.shape(batch.weights)[1:]):
+    counted: list[Any] = [array for array in (batch.mask, batch.weights) if array is not None]
+    if batch_shape and any(np.shape(array)[1:] == batch_shape for array in counted):
         return  # the user counts along these axes too
     if doubts := doubts_about_loss(problem, batch_shape):
         slips.warn_user(doubts)

@@ -104,10 +104,11 @@ def clip_cotangent(tree: PyTree, max_norm: Any = None, *, max_value: Any = None,
 def clips_cotangents(function: Callable, *args: Any) -> bool:
     """Whether `clip_cotangent` is anywhere in the program of `function(*args)`, inner programs included."""
 
+    named: Any = _cotangents_are_clipped
+
     def clips(program):
         return any(
-            equation.params.get("name") == _cotangents_are_clipped.__name__
-            or any(map(clips, jaxprs_in_params(equation.params)))
+            equation.params.get("name") == named.__name__ or any(map(clips, jaxprs_in_params(equation.params)))
             for equation in program.eqns
         )
 

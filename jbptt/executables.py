@@ -63,7 +63,12 @@ def _weakly(function: Callable, forget: Callable) -> Callable:
     if type(function) is ReadoutStep:
         return ReadoutStep(_weakly(function.core, forget), _weakly(function.readout, forget))
     reference = (weakref.WeakMethod if isinstance(function, MethodType) else weakref.ref)(function, forget)
-    return lambda *arguments, **named: reference()(*arguments, **named)
+
+    def call(*arguments, **named):
+        alive: Any = reference()
+        return alive(*arguments, **named)
+
+    return call
 
 
 _PROGRAMS = WeakCache()

@@ -137,8 +137,8 @@ def _is_alike(jaxpr: Jaxpr) -> bool:
     for equation in jaxpr.eqns:
         name = equation.primitive.name
         if name in RANDOM:
-            keys = [v.aval.dtype for v in (*equation.invars, *equation.outvars) if is_key(v.aval)]
-            alike = all(str(dtype) == "key<fry>" for dtype in keys)
+            shapes: list[Any] = [v.aval for v in (*equation.invars, *equation.outvars)]
+            alike = all(str(shape.dtype) == "key<fry>" for shape in shapes if is_key(shape))
         else:
             inner = equation.params.get(CALLS.get(name, ""))
             alike = name in ALIKE if inner is None else _is_alike(getattr(inner, "jaxpr", inner))

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.core import Tracer
+from jax.core import ShapedArray, Tracer
 from jax.tree_util import keystr
 
 from jbptt.types import Carry, Params, PyTree, Step
@@ -24,7 +24,7 @@ def not_an_array(leaf: Any) -> str:
     """What a leaf is, if JAX takes it for no array of numbers; "" if it is one."""
     if isinstance(leaf, (np.ndarray, np.generic)):
         return f"a NumPy array of dtype {leaf.dtype}" if leaf.dtype.kind in "OSUMm" else ""
-    known = isinstance(leaf, (numbers.Number, jax.Array, jax.ShapeDtypeStruct, jax.core.ShapedArray))
+    known = isinstance(leaf, (numbers.Number, jax.Array, jax.ShapeDtypeStruct, ShapedArray))
     if known or hasattr(leaf, "__jax_array__"):
         return ""
     kind = type(leaf)

@@ -72,14 +72,14 @@ def sum_pieces(run: Callable, state: Any, batch: Batch, length: int, sums: Sums 
     sample = tail if rest else steps_from(batch, 0, length)
     shapes = jax.eval_shape(run, state, sample, sums)[0]
     zeros = jax.tree.map(lambda shape: lax.full_like(shape, 0), shapes)
-    sums = zeros if sums is None else jax.tree.map(jnp.add, zeros, sums)
+    total = zeros if sums is None else jax.tree.map(jnp.add, zeros, sums)
 
     def one(i, sums_and_state):
         sums, state = sums_and_state
         return run(state, steps_from(batch, i * length, length), sums)
 
-    sums, state = lax.fori_loop(0, num_whole, one, (sums, state))
-    return run(state, tail, sums) if rest else (sums, state)
+    total, state = lax.fori_loop(0, num_whole, one, (total, state))
+    return run(state, tail, total) if rest else (total, state)
 
 
 def side_by_side(

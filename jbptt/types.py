@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +21,18 @@ Step = Callable[[Params, Carry, PyTree], tuple[Carry, PyTree]]
 Loss = Callable[[PyTree, PyTree], Any]
 
 
-def exported(kind: type) -> type:
+Kind = TypeVar("Kind", bound=type)
+
+
+def exported(kind: Kind) -> Kind:
     """Lets a NamedTuple, or a dataclass of arrays alone, be an argument or result of what `jax.export` serializes."""
     name = f"jbptt.{kind.__name__}"
     if issubclass(kind, tuple):
-        return export.register_namedtuple_serialization(kind, serialized_name=name)
+        export.register_namedtuple_serialization(kind, serialized_name=name)
+        return kind
     nothing = {"serialize_auxdata": lambda _: b"", "deserialize_auxdata": lambda _: ()}
-    return export.register_pytree_node_serialization(kind, serialized_name=name, **nothing)
+    export.register_pytree_node_serialization(kind, serialized_name=name, **nothing)
+    return kind
 
 
 @exported

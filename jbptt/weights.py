@@ -188,7 +188,8 @@ def _is_lookup(equation: JaxprEqn, fixed: set, learned: set) -> bool:
         simple = equation.primitive is lax.dynamic_slice_p
     if not simple or isinstance(equation.invars[0], Literal) or equation.invars[0] not in learned:
         return False
-    table, rows = equation.invars[0].aval, equation.outvars[0].aval
+    table: Any = equation.invars[0].aval
+    rows: Any = equation.outvars[0].aval
     varies = any(not isinstance(v, Literal) and v not in fixed for v in equation.invars[1:])
     return varies and is_inexact(table) and not _is_placed(table) and rows.size < table.size
 

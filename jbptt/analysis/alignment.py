@@ -225,7 +225,8 @@ def _adjoint_alignment(step, loss, batch_shape, max_lag, params, carry, batch, k
         return [v.astype(leaf.dtype) for v, leaf in zip(vectors, like, strict=True)]
 
     def pull_one(step_s, direction):
-        _, one = pullback(parts.core, params, *step_s, live._replace(outputs=(False,) * len(outputs_bar)))
+        carry_s, inputs_s = step_s
+        _, one = pullback(parts.core, params, carry_s, inputs_s, live._replace(outputs=(False,) * len(outputs_bar)))
         return one(narrow(direction), outputs_bar, None)[1]
 
     _, pull = parallel_pullback(parts.core, params, carries, inputs, num_steps, live)

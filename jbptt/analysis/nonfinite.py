@@ -46,7 +46,7 @@ GIVEN = ("xs", "gates", "targets", "weights")
 
 # In the domain of nearly every function; of the size that exp, its square and the rounding of a sum bear: e^−40 beside
 # 1 is 0 in float64.
-STAND_INS = {"nan": 0.5, "posinf": 40.0, "neginf": -40.0}
+NAN, LARGE = 0.5, 40.0
 
 
 @jax.tree_util.register_dataclass
@@ -203,7 +203,11 @@ def _made_finite(tree: PyTree, flags: list[Any]) -> PyTree:
     """Stand-ins for what is not finite in the inexact leaves; along leading axes where `flags` say so of a leaf."""
     leaves, rebuild = split_inexact(tree)
     pairs = zip(map(jnp.asarray, leaves), map(jnp.asarray, flags), strict=True)
-    return rebuild([jnp.where(align_leading(flag, a.ndim), jnp.nan_to_num(a, **STAND_INS), a) for a, flag in pairs])
+
+    def stand_in(a):
+        return jnp.nan_to_num(a, nan=NAN, posinf=LARGE, neginf=-LARGE)
+
+    return rebuild([jnp.where(align_leading(flag, a.ndim), stand_in(a), a) for a, flag in pairs])
 
 
 def _look(step: Step, loss: Loss, trees: _Trees, layout: _Layout, place: jax.Array, spared: jax.Array) -> Looked:

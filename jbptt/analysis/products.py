@@ -131,8 +131,8 @@ def jacobian_products(
     """
     num_steps = check_system(step, params, carry, xs, mask, length)
     numbers = tuple(check_spans(spans, start, num_steps).tolist())
-    start = np.asarray(start) if isinstance(start, Integral) else start  # data, so that all starts share a program
-    return run(_jacobian_products, (step,), (num_steps, numbers), params, carry, xs, mask, start)
+    first = np.asarray(start) if isinstance(start, Integral) else start  # data, so that all starts share a program
+    return run(_jacobian_products, (step,), (num_steps, numbers), params, carry, xs, mask, first)
 
 
 def _jacobian_products(step, num_steps, numbers, params, carry, xs, mask, start) -> JacobianProducts:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
 from jbptt import validation
 from jbptt.analysis.lags import LagProfile
@@ -118,7 +119,7 @@ def _optimize(squares: jax.Array, mean_length: jax.Array) -> tuple[list[jax.Arra
     return found, [variance(squares, log_s) for log_s in found]
 
 
-def log_survival(rates: jax.Array, floor: float, mean_length: float) -> jax.Array:
+def log_survival(rates: jax.Array, floor: float, mean_length: ArrayLike) -> jax.Array:
     """`ln P(length > j)`, j = 0 … T − 1, from T − 1 logits of the hazard, scaled to the mean length."""
     total = jnp.concatenate([jnp.zeros(1), jnp.cumsum(jax.nn.softplus(rates))])
 
@@ -163,7 +164,7 @@ def variance(squares: jax.Array, log_survival: jax.Array) -> jax.Array:
     return jnp.sum(squares[1:] * (means - 1))
 
 
-def _objective(squares: jax.Array, mean_length: float, rates: jax.Array) -> jax.Array:
+def _objective(squares: jax.Array, mean_length: ArrayLike, rates: jax.Array) -> jax.Array:
     return jnp.log(variance(squares, log_survival(rates, FLOOR, mean_length)))
 
 

@@ -104,7 +104,8 @@ def _apply_free(graph: Any, run: Callable[..., Any]) -> Callable[..., Any]:
         def __call__(self, constants, params, streams, carry, x):
             live = nnx.merge(graph, *_copy((params, streams, constants)))
             result = run(live, carry, x)
-            after = dict(nnx.to_flat_state(nnx.split(live, nnx.Param, nnx.RngState, ...)[3]))
+            rest: Any = nnx.split(live, nnx.Param, nnx.RngState, ...)[3]
+            after = dict(nnx.to_flat_state(rest))
             return result, nnx.from_flat_state({path: after[path] for path, _ in nnx.to_flat_state(constants)})
 
     return lambda *args: Free().apply({}, *args, mutable=DenyList("params"))[0]

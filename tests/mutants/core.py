@@ -485,7 +485,10 @@ CORE = (
         "        return mean, (passed.carry, carry, _first",
     ),
     Mutant(
-        "ragged_tail_dropped", STREAMS, "return run(state, tail, sums) if rest else (sums, state)", "return sums, state"
+        "ragged_tail_dropped",
+        STREAMS,
+        "return run(state, tail, total) if rest else (total, state)",
+        "return total, state",
     ),
     Mutant("phase_stands_still", ESTIMATORS, "phase = (phase + num_steps) % stride", "phase = phase % stride"),
     Mutant(
@@ -643,8 +646,8 @@ CORE = (
     Mutant(
         "programs_hold_what_they_are_made_of",
         EXECUTABLES,
-        "    return lambda *arguments, **named: reference()(*arguments, **named)",
-        "    return lambda *arguments, **named: (reference() and function)(*arguments, **named)",
+        "        alive: Any = reference()",
+        "        alive: Any = reference() and function",
     ),
     Mutant(
         "programs_forget_settings", EXECUTABLES, "(body, settings, structure, fixed), make)", "(body, structure), make)"
