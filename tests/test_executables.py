@@ -233,6 +233,19 @@ def test_what_a_step_closes_over_may_be_traced():
     assert_close(size(2 * w), wanted[1])
 
 
+def test_what_was_traced_is_not_kept_either():
+    owner, w = Owner(None), matrix(0)
+
+    def size(w):
+        owner.w = w
+        return sum(jnp.sum(a**2) for a in jax.tree.leaves(adjoints_of(owner.step)))
+
+    jax.grad(size)(w)
+    alive, owner.w, w = weakref.ref(w), None, None
+    gc.collect()
+    assert alive() is None
+
+
 def test_steps_that_read_their_numbers():
     """Parameters of `step_jacobians` reach the step as they are: for an `if`, as a count, as a word."""
 
