@@ -204,7 +204,8 @@ def truncated_bptt(
     TBPTT(k1 = stride, k2 = window) of Williams & Peng (1990): blocks for stride = window, sliding for
     stride = 1. Biased: pairs further apart than the window are lost (for blocks, those across a
     block's edge). Window ≥ T with stride = window is exact. Blocks: one forward and one backward pass,
-    memory of one window. Otherwise window/stride times as many step derivatives as full BPTT.
+    memory of one window; of a window or √T steps, and one more forward pass, where the window does not
+    divide T. Otherwise window/stride times as many step derivatives as full BPTT.
 
     With parallel_windows = P, P backward passes go side by side once a forward pass has found the carries
     that they start from: one more evaluation of every step in blocks, and the memory of P windows, for

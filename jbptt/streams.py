@@ -26,7 +26,7 @@ from jbptt.adjoint import (
 )
 from jbptt.cells import split_readout
 from jbptt.programs import same_under_vmap
-from jbptt.recurrence import default_segment, steps_from, trajectory
+from jbptt.recurrence import steps_from, trajectory
 from jbptt.types import Batch, Carry, Loss, Params, Step, at_least_float32, split_inexact
 from jbptt.windows import (
     History,
@@ -127,7 +127,7 @@ def in_blocks(
     """Window after window, or groups of `parallel` windows; a history where the last one is left unfinished."""
     parts = parts_of(step, loss)
     if parallel is None:
-        parallel = windows_at_once(split_readout(step)[0], params, carry, batch, window, batch_shape)
+        parallel = windows_at_once(step, params, carry, batch, window, batch_shape)
     nothing = [jnp.zeros_like(leaf) for leaf in split_inexact(carry)[0]]
 
     # The state of the pieces: carry, the carry before the last piece, cotangents of the first, whether this is it.
@@ -176,7 +176,7 @@ def in_blocks_under_way(
     parts, num_steps = parts_of(step, loss), batch_steps(batch)
     t = jnp.arange(num_steps)
     gates = ((t + phase) % window != 0) | (t == 0)
-    segment = max(default_segment(num_steps), window)
+    segment = max(window, math.isqrt(num_steps))
     passed = back_through(parts, params, carry, batch, gates, segment)
     sums = back_through_history(parts, params, carry, batch, history, phase, passed)
     # The last window − 1 steps lie in the last two segments.
