@@ -11,6 +11,7 @@ from jbptt import validation
 from jbptt.adjoint import batch_steps, estimate_of, loss_weights, pullback
 from jbptt.decay import TAIL_LAGS, bound_bias
 from jbptt.norms import norm
+from jbptt.starts import entered, kept, start_of, start_shapes
 from jbptt.streams import sum_pieces
 from jbptt.types import (
     Batch,
@@ -101,6 +102,7 @@ def adaptive_bptt(step: Step, loss: Loss, *, tolerance: float, max_window: int, 
 
     def check(params: Params, carry: Carry, batch: Batch) -> tuple[int, ...]:
         _, batch_shape = validation.check_problem(step, loss, params, carry, batch)
+        carry = start_shapes(carry, params)
         validation.check_per_example(
             step, loss, params, carry, batch, batch_shape, "the probe measures norms per example"
         )
@@ -108,9 +110,11 @@ def adaptive_bptt(step: Step, loss: Loss, *, tolerance: float, max_window: int, 
 
     def init(params: Params, carry: Carry, batch: Batch, key=None) -> AdaptiveState:
         del key
-        history = empty_history(max_window - 1, carry, batch, check(params, carry, batch))
+        batch_shape, start = check(params, carry, batch), start_of(carry, params)
+        history = empty_history(max_window - 1, start, batch, batch_shape)
         means = RunningMeans(*(jnp.zeros(max_window) for _ in RunningMeans._fields))  # a buffer each, to be donated
-        return AdaptiveState(carry, history, *varying((means, jnp.array(max_window, int)), (params, carry, batch)))
+        seen = varying((means, jnp.array(max_window, int)), (params, start, batch))
+        return AdaptiveState(kept(carry), history, *seen)
 
     def update(params: Params, state: AdaptiveState, batch: Batch) -> tuple[Estimate, AdaptiveState]:
         batch_shape = check(params, state.carry, batch)
@@ -129,15 +133,16 @@ def adaptive_bptt(step: Step, loss: Loss, *, tolerance: float, max_window: int, 
             history, first = latest(passed.steps, max_window - 1), first - batch_steps(piece)
             return sums, (passed.carry, history, *seen, first, entering)
 
-        given = params, state.carry, batch
-        entering = [at_least_float32(jnp.zeros_like(leaf)) for leaf in split_inexact(state.carry)[0]]
+        start = entered(state.carry, params)
+        given = params, start.carry, batch
+        entering = [at_least_float32(jnp.zeros_like(leaf)) for leaf in split_inexact(start.carry)[0]]
         seen = varying((state.means, jnp.zeros(())), given)
-        start = *state[:2], *seen, jnp.asarray(max_window - 1), entering
-        sums, (carry, history, means, total, _, entering) = sum_pieces(run, start, batch, max_window, None)
+        running = start.carry, state.history, *seen, jnp.asarray(max_window - 1), entering
+        sums, (carry, history, means, total, _, entering) = sum_pieces(run, running, batch, max_window, None)
         kept = norm(sums.grad) / jnp.where(total > 0, total, 1)  # weights of both signs: per |w|, as the probes
         window, bounds = choose_window(means, kept, tolerance, 1 - smoothing**3)
         info = {"window": state.window, "bias_bound": bounds[state.window - 1], "next_window": window}
-        return estimate_of(sums, state.carry, entering, **info), AdaptiveState(carry, history, means, window)
+        return estimate_of(sums, start, entering, **info), AdaptiveState(carry, history, means, window)
 
     return Estimator(init, update)
 

@@ -19,6 +19,7 @@ from jbptt.cells import split_readout
 from jbptt.dependence import Paths, chosen, paths
 from jbptt.loops import cut
 from jbptt.recurrence import default_segment, held, steps_from, zero_masked
+from jbptt.starts import Entered
 from jbptt.types import (
     Batch,
     Carry,
@@ -46,12 +47,18 @@ class Sums(NamedTuple):
     aux: PyTree
 
 
-def estimate_of(sums: Sums, carry: Carry, cotangents: list, **info: Any) -> Estimate:
-    """What an estimator returns; aux and the cotangents of the carry that entered are turned into means."""
+def estimate_of(sums: Sums, start: Entered, cotangents: list, **info: Any) -> Estimate:
+    """What an estimator returns; aux and the cotangents of the carry that entered are turned into means.
+
+    Where that carry is a function of the parameters, its gradient is added.
+    """
     aux = {} if sums.aux is None else {"aux": jax.tree.map(lambda a: weighted_mean(a, sums.weight), sums.aux)}
     means = iter(weighted_mean(at_least_float32(c), sums.weight) for c in cotangents)
-    carry_grads = jax.tree.map(lambda a: next(means) if is_inexact(a) else jnp.zeros(jnp.shape(a)), carry)
-    return Estimate(sums.loss, sums.grad, sums.weight, {**aux, "carry_grads": carry_grads, **info})
+    carry_grads = jax.tree.map(lambda a: next(means) if is_inexact(a) else jnp.zeros(jnp.shape(a)), start.carry)
+    grad = sums.grad
+    if start.pull is not None:
+        grad = jax.tree.map(lambda g, own: g + own.astype(g.dtype), grad, start.pull(cotangents))
+    return Estimate(sums.loss, grad, sums.weight, {**aux, "carry_grads": carry_grads, **info})
 
 
 def batch_steps(batch: Batch) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 
 from jbptt import validation
+from jbptt.starts import start_of
 from jbptt.types import Batch, Carry, Loss, Params, Step, align_leading, real_vector
 
 
@@ -74,7 +75,7 @@ def brute_force_gradient(
       step: any; padding under the mask must hold finite numbers.
       loss: `(y, target) -> [*batch]`; aux is left out.
       params: the parameters.
-      carry: what enters step 0.
+      carry: what enters step 0, or a function of the parameters, whose gradient belongs to source 0.
       batch: a small one: T² products of `[n, n]` Jacobians, n the size of the whole batch's carry.
       coverage: `[T, T]` or `[T, T, *batch]`; None: all ones, the exact gradient.
 
@@ -90,6 +91,7 @@ def brute_force_gradient(
     coverage = jnp.broadcast_to(align_leading(coverage, 2 + len(batch_shape)), wanted[1])
     coverage = coverage.reshape(num_steps, num_steps, -1)
     flat_params, to_params = real_vector(params)
+    first = start_of(carry, params)
 
     def body(carry, inputs_t):
         flat, rebuild = _flat_carry(carry)
@@ -102,7 +104,7 @@ def brute_force_gradient(
         by_carry, after = jax.jacrev(run, argnums=1, has_aux=True)(flat_params, flat)
         return after, (by_params, by_carry)
 
-    _, ((sources, own), (jacobians, slopes)) = lax.scan(body, carry, inputs)
+    _, ((sources, own), (jacobians, slopes)) = lax.scan(body, first, inputs)
 
     def back(state, i):
         """Every loss t > i goes one step further back, to the carry that step i emits."""
@@ -114,7 +116,14 @@ def brute_force_gradient(
         return (rows, grad + jnp.sum(weighed, (0, 1)) @ sources[i]), None
 
     diagonal = jnp.einsum("tb,tbp->p", coverage[jnp.arange(num_steps), jnp.arange(num_steps)], own)
-    (_, grad), _ = lax.scan(back, (jnp.zeros_like(slopes), diagonal), jnp.arange(num_steps)[::-1])
+    (rows, grad), _ = lax.scan(back, (jnp.zeros_like(slopes), diagonal), jnp.arange(num_steps)[::-1])
+    if callable(carry):  # what step 0 receives belongs to its source
+
+        def start(vector):
+            return _flat_carry(start_of(carry, to_params(vector)))[0]
+
+        rows = jnp.where(jnp.arange(num_steps)[:, None, None] == 0, slopes, rows @ jacobians[0])
+        grad += jnp.sum(coverage[:, 0, :, None] * rows, (0, 1)) @ jax.jacrev(start)(flat_params)
     grad = to_params(jnp.where(total == 0, 0, grad / jnp.where(total == 0, 1, total)))
     return jax.tree.map(jnp.conj, grad)  # JAX's ∂f/∂x − i ∂f/∂y where parameters are complex
 
@@ -150,16 +159,17 @@ def frozen_loss(
     def record(carry, inputs_t):
         return _one_step(step, loss, params, carry, inputs_t)[0], carry
 
-    frozen = lax.scan(record, carry, inputs)[1]
+    frozen = lax.scan(record, start_of(carry, params), inputs)[1]
 
     def one_loss(params, t, start):
         def body(carry, here):
             j, frozen_j, inputs_j = here
-            carry = jax.tree.map(partial(jnp.where, j == start), frozen_j, carry)
+            carry = jax.tree.map(partial(jnp.where, (j == start) & (j > 0)), frozen_j, carry)
             after, losses = _one_step(step, loss, params, carry, inputs_j)
             return after, jnp.where(j == t, jnp.sum(losses), 0)
 
-        return jnp.sum(lax.scan(body, carry, (jnp.arange(num_steps), frozen, inputs))[1])
+        first = start_of(carry, params)
+        return jnp.sum(lax.scan(body, first, (jnp.arange(num_steps), frozen, inputs))[1])
 
     def function(params):
         losses = jax.vmap(partial(one_loss, params))(jnp.arange(num_steps), jnp.asarray(starts))

@@ -5,7 +5,7 @@ Every function returns an `Estimator`; hold each against its coverage matrix (`t
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jbptt import batch_axes, truncation, validation
 from jbptt.adjoint import estimate_of
 from jbptt.plans import Plan, plan_of, planned_sums
+from jbptt.starts import entered, kept, start_of, start_shapes
 from jbptt.streams import in_blocks, in_blocks_under_way, in_strides
 from jbptt.types import Batch, Carry, Estimator, Loss, Params, Step, exported
 from jbptt.windows import History, empty_history
@@ -77,12 +78,13 @@ def full_bptt(step: Step, loss: Loss, *, segment: int | None = None, plan: Plan 
     def init(params: Params, carry: Carry, batch: Batch, key=None) -> CarryState:
         del key
         validation.check_problem(step, loss, params, carry, batch)
-        return CarryState(carry)
+        return CarryState(kept(carry))
 
     def update(params: Params, state: CarryState, batch: Batch):
         _, batch_shape = validation.check_problem(step, loss, params, state.carry, batch)
-        sums, carry, cotangents = planned_sums(step, loss, params, state.carry, batch, None, batch_shape, plan)
-        return estimate_of(sums, state.carry, cotangents), CarryState(carry)
+        start = entered(state.carry, params)
+        sums, carry, cotangents = planned_sums(step, loss, params, start.carry, batch, None, batch_shape, plan)
+        return estimate_of(sums, start, cotangents), CarryState(carry)
 
     return Estimator(init, update)
 
@@ -114,22 +116,25 @@ def gated_bptt(
     """
     plan = plan_of(segment, plan)
 
+    def check_gates(params: Params, carry: Carry, batch: Batch, sizes: tuple[int, tuple], gates: Any) -> None:
+        num_steps, batch_shape = sizes
+        carry = start_shapes(carry, params)
+        problem = batch_axes.first_step(step, loss, params, carry, batch)
+        validation.check_gates(gates, num_steps, batch_shape, carry, problem)
+
     def init(params: Params, carry: Carry, batch: Batch, key=None) -> KeyState:
         sizes = validation.check_problem(step, loss, params, carry, batch)
-        problem = batch_axes.first_step(step, loss, params, carry, batch)
-        validation.check_gates(jax.eval_shape(lambda k: gates_fn(k, sizes[0]), key), *sizes, carry, problem)
-        return KeyState(carry, key)
+        check_gates(params, carry, batch, sizes, jax.eval_shape(lambda k: gates_fn(k, sizes[0]), key))
+        return KeyState(kept(carry), key)
 
     def update(params: Params, state: KeyState, batch: Batch):
         sizes = validation.check_problem(step, loss, params, state.carry, batch)
         key, fresh = (None, None) if state.key is None else jax.random.split(state.key)
         gates = gates_fn(fresh, sizes[0])
-        validation.check_gates(
-            gates, *sizes, state.carry, batch_axes.first_step(step, loss, params, state.carry, batch)
-        )
-        gates = jnp.asarray(gates)
-        sums, carry, cotangents = planned_sums(step, loss, params, state.carry, batch, gates, sizes[1], plan)
-        return estimate_of(sums, state.carry, cotangents, gates=gates), KeyState(carry, key)
+        check_gates(params, state.carry, batch, sizes, gates)
+        gates, start = jnp.asarray(gates), entered(state.carry, params)
+        sums, carry, cotangents = planned_sums(step, loss, params, start.carry, batch, gates, sizes[1], plan)
+        return estimate_of(sums, start, cotangents, gates=gates), KeyState(carry, key)
 
     return Estimator(init, update)
 
@@ -244,14 +249,15 @@ def truncated_bptt(
         num_steps, batch_shape = validation.check_problem(step, loss, params, carry, batch)
         aligned = num_steps % stride == 0
         reach = window - stride if aligned else window - 1
-        history = empty_history(reach, carry, batch, batch_shape) if reach else None
-        return WindowState(carry, history, None if aligned else jnp.zeros((), int))
+        history = empty_history(reach, start_of(carry, params), batch, batch_shape) if reach else None
+        return WindowState(kept(carry), history, None if aligned else jnp.zeros((), int))
 
     def update(params: Params, state: WindowState, batch: Batch):
         num_steps, batch_shape = validation.check_problem(step, loss, params, state.carry, batch)
         if state.history is not None:
             validation.check_history(state.history, batch, batch_shape)
-        given = step, loss, params, state.carry, batch
+        start = entered(state.carry, params)
+        given = step, loss, params, start.carry, batch
         if stride < window:
             assert state.history is not None  # init keeps one
             options = {"window": window, "stride": stride, "parallel": parallel_windows}
@@ -269,7 +275,7 @@ def truncated_bptt(
             phase = jnp.asarray(num_steps % stride)
         steps = num_steps if state.history is None else num_steps + jnp.sum(state.history.exists)
         info = {"reach": jnp.minimum(furthest, steps)}
-        estimate = estimate_of(streamed.sums, state.carry, streamed.cotangents, **info)
+        estimate = estimate_of(streamed.sums, start, streamed.cotangents, **info)
         return estimate, WindowState(streamed.carry, streamed.history, phase)
 
     return Estimator(init, update)

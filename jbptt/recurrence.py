@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jbptt import batch_axes, validation
+from jbptt.starts import start_of
 from jbptt.types import Batch, Carry, Params, PyTree, Step, align_leading, float32_at_least, is_inexact, is_key
 
 
@@ -193,7 +194,7 @@ def unroll(
     Args:
       step: `(params, carry, x) -> (carry, y)`.
       params: passed to the step as they are; may hold what is not an array.
-      carry: what enters step 0. Integer and key leaves pass untouched.
+      carry: what enters step 0, or a function of the parameters that gives it. Integer and key leaves pass untouched.
       xs: leaves `[T, ...]`, or None with `length`.
       gates: `[T]` or `[T, *batch]`, bool or real, traced or not; not differentiated. None: all one.
       mask: bool, `[T]` or `[T, *batch]`; see `Batch`.
@@ -213,6 +214,7 @@ def unroll(
     Array(7., dtype=float32)
     """
     num_steps = validation.count_steps({"xs": xs, "gates": gates, "mask": mask}, length)
+    carry = start_of(carry, params)
     validation.check_step(step, params, carry, xs)
     problem = batch_axes.first_step(lambda _, c, x: step(params, c, x), None, (), carry, Batch(xs))
     validation.check_gates_and_mask(gates, mask, carry, problem)

@@ -172,8 +172,9 @@ class Estimator(NamedTuple):
 
     Attributes:
       init: `(params, carry, batch, key=None) -> state`. Of `batch` (arrays or
-        `jax.ShapeDtypeStruct`s) only shapes and dtypes are read. Every state has `.carry`, the live
-        carry.
+        `jax.ShapeDtypeStruct`s) only shapes and dtypes are read. `carry` may be a function of the
+        parameters: the gradient of the first update then counts the path through it. Every state has
+        `.carry`, the live carry (before the first update the function, if it was one).
       update: `(params, state, batch) -> (Estimate, state)`; jit-, vmap- and scan-able. T may differ
         between calls (one compilation per T).
     """

@@ -3,7 +3,6 @@
 import math
 import numbers
 import operator
-import warnings
 from typing import Any
 
 import jax
@@ -14,8 +13,8 @@ from jax.tree_util import keystr, tree_flatten_with_path
 
 from jbptt import batch_axes, slips
 from jbptt.batch_axes import Problem
-from jbptt.dependence import paths
 from jbptt.slips import signature
+from jbptt.starts import start_shapes
 from jbptt.types import Batch, is_inexact
 
 
@@ -140,8 +139,7 @@ def check_params(params: Any) -> None:
 
 def check_step(step: Any, params: Any, carry: Any, xs: Any) -> Any:
     """Runs the step on shapes; returns y's. A ValueError names the carry leaf that drifts."""
-    if callable(carry):
-        raise ValueError("carry must be a tree of arrays, got a function; pass what it returns: initial_carry((16,))")
+    carry = start_shapes(carry, params)
     slips.check_arrays("carry", carry)
     x_first = jax.tree.map(lambda leaf: jax.eval_shape(lambda a: a[0], leaf), xs)
     try:
@@ -283,30 +281,13 @@ def check_loss(loss: Any, y: Any, targets: Any) -> tuple[tuple[int, ...], Any]:
     return value.shape, aux
 
 
-def warn_of_missing_path(step: Any, loss: Any, params: Any, carry: Any, batch: Batch) -> None:
-    """A warning where every gradient is exactly zero, or where no step looks at a parameter (a learned start, say)."""
-    x, target = jax.eval_shape(lambda tree: jax.tree.map(lambda a: a[0], tree), (batch.xs, batch.targets))
-    found = paths(step, lambda params, y: y, loss, params, carry, x, target)
-    if found.reason:
-        warnings.warn(
-            f"the gradient is exactly zero: {found.reason}; look for stop_gradient, rounding, an integer or an output "
-            "that is not returned",
-            stacklevel=4,
-        )
-    elif found.unread:
-        warnings.warn(
-            f"no step reads {', '.join(found.unread)}: the gradient in it is exactly zero. For a learned start of the "
-            "carry take the estimate's info['carry_grads']; leave what is not used out of params",
-            stacklevel=4,
-        )
-
-
 def check_problem(step: Any, loss: Any, params: Any, carry: Any, batch: Batch, gates: Any = None) -> tuple[int, tuple]:
     """Everything that an estimator or an analysis needs to hold; returns T and the batch shape."""
     if not isinstance(batch, Batch):
         raise ValueError(f"batch must be a jbptt.Batch, got {type(batch).__name__}; write Batch(xs, targets)")
     num_steps = count_steps(batch._asdict())
     check_params(params)
+    start, carry = carry, start_shapes(carry, params)
     slips.warn_of_float64({"params": params, "carry": carry, "batch": batch})
     y = check_step(step, params, carry, batch.xs)
     batch_shape, _ = check_loss(loss, y, batch.targets)
@@ -326,5 +307,5 @@ def check_problem(step: Any, loss: Any, params: Any, carry: Any, batch: Batch, g
     if gates is not None:
         check_gates(gates, num_steps, batch_shape, carry, problem)
     batch_axes.warn_of_doubts_about_loss(problem, batch, batch_shape)
-    warn_of_missing_path(step, loss, params, carry, batch)
+    slips.warn_of_missing_path(step, loss, params, carry, problem.x, problem.target, start)
     return num_steps, batch_shape

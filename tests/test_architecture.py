@@ -22,6 +22,7 @@ CORE = [
     "norms",
     "dependence",
     "slips",
+    "starts",
     "batch_axes",
     "validation",
     "recurrence",

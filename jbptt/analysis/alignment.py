@@ -22,6 +22,7 @@ from jbptt.analysis.jacobians import check_differentiable
 from jbptt.executables import run
 from jbptt.norms import norm, scaled_norm, unit
 from jbptt.recurrence import is_inexact, times_gate, trajectory
+from jbptt.starts import start_of
 from jbptt.types import Batch, Carry, Loss, Params, Step, align_leading, at_least_float32
 
 
@@ -190,7 +191,7 @@ def adjoint_alignment(
       step: `(params, carry, x) -> (carry, y)`; every inexact carry leaf begins with the batch shape.
       loss: `(y, target) -> [*batch]`.
       params: the parameters.
-      carry: what enters step 0.
+      carry: what enters step 0, or a function of the parameters that gives it.
       batch: T ≥ 2·max_lag steps.
       max_lag: number of lags, ≥ 2.
       key: of v[T]; None: a fixed one.
@@ -207,6 +208,7 @@ def adjoint_alignment(
         `full_bptt` raises.
     """
     num_steps, batch_shape = validation.check_problem(step, loss, params, carry, batch, gates)
+    carry = start_of(carry, params)
     validation.check_per_example(step, loss, params, carry, batch, batch_shape, "the alignment is measured per example")
     check_differentiable(carry)
     max_lag = check_max_lag(max_lag, num_steps)

@@ -105,7 +105,7 @@ def compare(
     Args:
       estimators: by name.
       params: the parameters.
-      carry: the initial carry.
+      carry: the initial carry, or a function of the parameters that gives it.
       batch: arrays.
       reference: g: an estimator that draws nothing (`full_bptt(step, loss)`), the name of one in
         `estimators`, or a gradient shaped like the parameters.
@@ -124,12 +124,15 @@ def compare(
         jax.eval_shape(lambda key, e=estimator: e.init(params, carry, batch, key=key), key)
     gradient = None if isinstance(reference, Estimator) else reference
     functions = tuple(function for estimator in used for function in (estimator.init, estimator.update))
+    if callable(carry):
+        functions, carry = (*functions, carry), None  # a program may keep arrays, but no function, alive
     return run(_compare, functions, (tuple(estimators), num_samples), params, carry, batch, gradient, key)
 
 
 def _compare(*given) -> Comparison:
-    """`compare` of two functions for each estimator, and for the reference where no gradient is given."""
+    """`compare` of two functions for each estimator and for the reference without a gradient; then a start, if any."""
     *functions, names, num_samples, params, carry, batch, gradient, key = given
+    carry = functions.pop() if len(functions) % 2 else carry
     estimators = [Estimator(*pair) for pair in zip(functions[::2], functions[1::2], strict=True)]
     exact = _exact_gradient(estimators.pop(), params, carry, batch, key) if gradient is None else gradient
     in_units, compare_fn = in_units_of(exact), compared_with(exact)
@@ -280,7 +283,7 @@ def measure_cost(
     Args:
       estimators: by name.
       params: the parameters.
-      carry: the initial carry.
+      carry: the initial carry, or a function of the parameters that gives it.
       batch: arrays.
       num_repeats: timed updates of each, ≥ 1.
       key: for estimators that draw; None: `jax.random.key(0)`.

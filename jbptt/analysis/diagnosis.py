@@ -32,12 +32,13 @@ from jbptt.analysis.lags import (
     profile_reader,
     scan_lags,
 )
-from jbptt.analysis.nonfinite import find_nonfinite, nonfinite_of
+from jbptt.analysis.nonfinite import nonfinite_of
 from jbptt.analysis.stuck import share_stuck, stays_zero
 from jbptt.decay import bound_bias
 from jbptt.estimators import full_bptt, truncated_bptt
 from jbptt.executables import WeakCache, is_traced, run
 from jbptt.norms import norm
+from jbptt.starts import start_of
 from jbptt.types import Batch, Carry, Estimator, Loss, Params, Step, align_leading, weighted_mean
 
 MEASURES_ARRAYS = "measure=True needs arrays, got traced values; pass measure=False under jit and vmap"
@@ -82,7 +83,7 @@ def diagnose(
         close over change.
       loss: `(y, target) -> [*batch]`.
       params: the parameters.
-      carry: what enters step 0.
+      carry: what enters step 0, or a function of the parameters that gives it.
       batch: real data, arrays.
       gates: `[T]` or `[T, *batch]`; diagnose the gated gradient (its costs are those without gates, its
         exponent and curvature those of the model).
@@ -97,6 +98,7 @@ def diagnose(
         `lag_profile` raise.
     """
     num_steps, batch_shape = validation.check_problem(step, loss, params, carry, batch, gates)
+    given, carry = carry, start_of(carry, params)
     validation.check_per_example(step, loss, params, carry, batch, batch_shape, "the gradient is measured per example")
     gates = None if gates is None else jnp.asarray(gates)
     num_repeats = validation.check_positive_integer("num_repeats", num_repeats)
@@ -117,12 +119,12 @@ def diagnose(
     if isinstance(found.verdict_index, Tracer):  # or what the step closes over is traced
         if measure:
             raise ValueError(MEASURES_ARRAYS)
-        search = partial(find_nonfinite, step, loss, params, carry, batch, gates=gates)
+        search = partial(nonfinite_of, step, loss, num_steps, params, carry, batch, gates)
         return replace(found, nonfinite=lax.cond(found.verdict_index == 3, search, lambda: found.nonfinite))
     if found.verdict == "non-finite":
         nonfinite = run(nonfinite_of, (step, loss), (num_steps,), params, carry, batch, gates)
         found = replace(found, nonfinite=nonfinite)
-    return _with_cost(found, step, loss, params, carry, batch, num_repeats) if measure else found
+    return _with_cost(found, step, loss, params, given, batch, num_repeats) if measure else found
 
 
 def _read(step, loss, batch_shape, largest, params, carry, batch, gates, learning_rate) -> Diagnosis:
@@ -155,7 +157,7 @@ def _read(step, loss, batch_shape, largest, params, carry, batch, gates, learnin
             return weighted_mean(there.grad, there.weight)
 
         curvature = curvature_along(sums.grad, mean_gradient, flat)
-    nonfinite = jax.eval_shape(partial(find_nonfinite, step, loss), params, carry, batch, gates=gates)
+    nonfinite = jax.eval_shape(partial(nonfinite_of, step, loss, num_steps), params, carry, batch, gates)
     return Diagnosis(
         **decay._replace(verdict_index=verdict)._asdict(),
         sliding_window=jnp.where(broken, 0, first_windows(curve.relative_error, TOLERANCES, num_steps)),

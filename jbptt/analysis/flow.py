@@ -22,6 +22,7 @@ from jbptt.dependence import Paths, chosen
 from jbptt.executables import run
 from jbptt.norms import leafwise, norm, scaled_norm, unit
 from jbptt.recurrence import steps_from, times_gate, trajectory, zeros_along
+from jbptt.starts import start_of
 from jbptt.types import Batch, Carry, Loss, Params, Step, is_inexact, split_inexact, weighted_mean
 
 
@@ -47,10 +48,11 @@ def adjoints(
     Two forward passes and one backward; memory O(T). Raises ValueError as `full_bptt` does.
     """
     validation.check_problem(step, loss, params, carry, batch, gates)
-    return run(_adjoints, (step, loss), (), params, carry, batch, gates)
+    return run(adjoints_of, (step, loss), (), params, start_of(carry, params), batch, gates)
 
 
-def _adjoints(step, loss, params, carry, batch, gates) -> Adjoints:
+def adjoints_of(step, loss, params, carry, batch, gates) -> Adjoints:
+    """`adjoints` of what has passed the border."""
     batch, gates = jax.tree.map(jnp.asarray, (batch, gates))
     parts, num_steps, inputs = parts_of(step, loss), batch_steps(batch), (batch.xs, batch.mask)
     live = paths_of(parts, params, carry, batch)
@@ -104,6 +106,7 @@ def gradient_flow(
       ValueError: carries that do not begin with the batch shape; what `full_bptt` raises.
     """
     _, batch_shape = validation.check_problem(step, loss, params, carry, batch, gates)
+    carry = start_of(carry, params)
     validation.check_per_example(step, loss, params, carry, batch, batch_shape, "the flow is measured per example")
     return run(_gradient_flow, (step, loss), (batch_shape, bool(per_leaf)), params, carry, batch, gates)
 
@@ -194,7 +197,7 @@ def gradient_sources(
       step: `(params, carry, x) -> (carry, y)`.
       loss: `(y, target) -> [*batch]`.
       params: the parameters.
-      carry: what enters step 0.
+      carry: what enters step 0, or a function of the parameters that gives it.
       batch: masked steps are no source.
       gates: `[T]` or `[T, *batch]`; the sources of the gated gradient.
 
@@ -202,12 +205,12 @@ def gradient_sources(
       ValueError: what `full_bptt` raises.
     """
     validation.check_problem(step, loss, params, carry, batch, gates)
-    return run(_gradient_sources, (step, loss), (), params, carry, batch, gates)
+    return run(_gradient_sources, (step, loss), (), params, start_of(carry, params), batch, gates)
 
 
 def _gradient_sources(step, loss, params, carry, batch, gates) -> GradientSources:
     batch, gates = jax.tree.map(jnp.asarray, (batch, gates))
-    num_steps, path = batch_steps(batch), _adjoints(step, loss, params, carry, batch, gates)
+    num_steps, path = batch_steps(batch), adjoints_of(step, loss, params, carry, batch, gates)
     parts = parts_of(step, loss)
     live = paths_of(parts, params, carry, batch)
     exact, _ = gradient_sums(step, loss, params, carry, batch, gates)

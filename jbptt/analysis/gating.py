@@ -14,6 +14,7 @@ from jbptt.analysis.jacobians import check_system, push_tangents
 from jbptt.executables import run
 from jbptt.norms import norm
 from jbptt.recurrence import trajectory
+from jbptt.starts import start_of
 from jbptt.types import Carry, Params, PyTree, Step, at_least_float32
 
 GATES = {"lstm": ("input", "forget", "candidate", "output"), "gru": ("reset", "update", "candidate")}
@@ -98,12 +99,14 @@ def gate_paths(params: Params, carry: Carry, xs: PyTree) -> GatePaths:
     Args:
       params: of `cells.gru` or `cells.lstm`, told apart by their shapes (3·H or 4·H columns); further entries, like a
         linear readout's, do not matter.
-      carry: what enters step 0, unbatched: `[H]`, or for the lstm `([H], [H])`; vmap for batches.
+      carry: what enters step 0, or a function of the parameters that gives it, unbatched: `[H]`, or for the lstm
+        `([H], [H])`; vmap for batches.
       xs: `[T, input]`.
 
     Raises:
       ValueError: parameters, a carry or xs of anything else, a batch of them too; what `step_jacobians` raises.
     """
+    carry = start_of(carry, params)
     kind, step = check_gated_cell(params, carry, xs)
     num_steps = check_system(step, params, carry, xs, None, None)
     return run(_gate_paths, (), (kind, num_steps), params, carry, xs)

@@ -14,6 +14,7 @@ from jbptt.cells import split_readout
 from jbptt.cotangents import clips_cotangents
 from jbptt.executables import run
 from jbptt.recurrence import held, is_inexact, trajectory
+from jbptt.starts import start_of
 from jbptt.types import Carry, Params, PyTree, Step, real_vector
 
 
@@ -106,7 +107,7 @@ def step_jacobians(
     Args:
       step: `(params, carry, x) -> (carry, y)`; y is not looked at.
       params: passed to the step as they are.
-      carry: what enters step 0, unbatched.
+      carry: what enters step 0, or a function of the parameters that gives it, unbatched.
       xs: leaves `[T, ...]`, or None with `length`.
       length: T, where `xs` has no leaves.
       mask: bool `[T]`; a masked step holds the carry: the identity.
@@ -122,6 +123,7 @@ def step_jacobians(
     Array([[[0., 2.],
             [1., 0.]]], dtype=float32)
     """
+    carry = start_of(carry, params)
     num_steps = check_system(step, params, carry, xs, mask, length)
     return run(_step_jacobians, (step,), (num_steps,), params, carry, xs, mask)
 

@@ -29,6 +29,7 @@ from jbptt.dependence import Paths
 from jbptt.executables import run
 from jbptt.norms import compared_leafwise, compared_with, leafwise, norm
 from jbptt.recurrence import times_gate, trajectory
+from jbptt.starts import start_of
 from jbptt.types import Batch, Carry, Loss, Params, Step, align_leading, split_inexact, weighted_mean
 
 
@@ -136,7 +137,7 @@ def lag_profile(
       step: `(params, carry, x) -> (carry, y)`; every inexact carry leaf begins with the batch shape.
       loss: `(y, target) -> [*batch]`.
       params: the parameters.
-      carry: what enters step 0.
+      carry: what enters step 0, or a function of the parameters that gives it.
       batch: masked losses and losses of weight 0 do not count.
       max_lag: number of lags, at most T.
       gates: `[T]` or `[T, *batch]`; the profile of the gated gradient.
@@ -146,6 +147,7 @@ def lag_profile(
       ValueError: max_lag < 1 or > T; carries without the batch shape; what `full_bptt` raises.
     """
     num_steps, batch_shape = validation.check_problem(step, loss, params, carry, batch, gates)
+    carry = start_of(carry, params)
     validation.check_per_example(step, loss, params, carry, batch, batch_shape, "the profile is measured per example")
     max_lag = validation.check_positive_integer("max_lag", max_lag)
     if max_lag > num_steps:
@@ -202,7 +204,7 @@ def truncation_curve(
       step: `(params, carry, x) -> (carry, y)`.
       loss: `(y, target) -> [*batch]`.
       params: the parameters.
-      carry: what enters step 0.
+      carry: what enters step 0, or a function of the parameters that gives it.
       batch: the batch whose exact gradient is the reference.
       max_window: the largest window, in steps; may exceed T (blocks of a longer stream).
       gates: `[T]` or `[T, *batch]`; reference and windows are then those of the gated gradient.
@@ -216,6 +218,7 @@ def truncation_curve(
       ValueError: max_window < 1; what `full_bptt` raises.
     """
     _, batch_shape = validation.check_problem(step, loss, params, carry, batch, gates)
+    carry = start_of(carry, params)
     max_window = validation.check_positive_integer("max_window", max_window)
     settings = batch_shape, max_window, bool(per_leaf)
     return run(_truncation_curve, (step, loss), settings, params, carry, batch, gates)

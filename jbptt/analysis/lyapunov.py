@@ -19,6 +19,7 @@ from jbptt.analysis.jacobians import check_differentiable, flat_carry, push_tang
 from jbptt.executables import run
 from jbptt.norms import max_or_nan, norm
 from jbptt.recurrence import default_segment, split_time, steps_from, unroll
+from jbptt.starts import start_of
 from jbptt.types import Carry, Params, PyTree, Step, float32_at_least
 
 _SINGULAR = 2.0**-48
@@ -85,7 +86,7 @@ def lyapunov_spectrum(
     Args:
       step: `(params, carry, x) -> (carry, y)`; y is not used.
       params: passed to the step as they are.
-      carry: what enters step 0, without a batch axis.
+      carry: what enters step 0, or a function of the parameters that gives it, without a batch axis.
       xs: leaves `[T, ...]`, or None with `length` for an autonomous system.
       length: T, where `xs` has no leaves.
       num_exponents: k; None: all n.
@@ -106,6 +107,7 @@ def lyapunov_spectrum(
     >>> lyapunov_spectrum(doubling, 2.0, jnp.zeros(1), None, length=10).exponents
     Array([0.6931472], dtype=float32)
     """
+    carry = start_of(carry, params)
     num_steps, size, dtype = _check(step, params, carry, xs, length, num_discarded)
     num_exponents = _check_num_exponents(num_exponents, size)
     qr_every = validation.check_positive_integer("qr_every", qr_every)

@@ -24,10 +24,11 @@ from jbptt.adjoint import (
     where_counted,
 )
 from jbptt.analysis.culprits import Culprit, Looked, Places, search
-from jbptt.analysis.flow import adjoints, carry_cotangents
+from jbptt.analysis.flow import adjoints_of, carry_cotangents
 from jbptt.dependence import chosen
 from jbptt.executables import run
 from jbptt.recurrence import held, times_gate, trajectory, zero_masked
+from jbptt.starts import start_of
 from jbptt.types import (
     Batch,
     Carry,
@@ -128,7 +129,7 @@ def find_nonfinite(
       step: `(params, carry, x) -> (carry, y)`.
       loss: `(y, target) -> [*batch]`, or that and aux.
       params: the parameters.
-      carry: what enters step 0.
+      carry: what enters step 0, or a function of the parameters that gives it.
       batch: the batch that went wrong.
       gates: `[T]` or `[T, *batch]`, of the gated gradient.
 
@@ -141,7 +142,7 @@ def find_nonfinite(
     first not finite: y, on the way forward at step 2 (not finite before it, but absorbed: carry)
     """
     num_steps, _ = validation.check_problem(step, loss, params, carry, batch, gates)
-    return run(nonfinite_of, (step, loss), (num_steps,), params, carry, batch, gates)
+    return run(nonfinite_of, (step, loss), (num_steps,), params, start_of(carry, params), batch, gates)
 
 
 def nonfinite_of(step, loss, num_steps, params, carry, batch, gates) -> NonFinite:
@@ -232,7 +233,7 @@ def _look(step: Step, loss: Loss, trees: _Trees, layout: _Layout, place: jax.Arr
     xs, targets, weights = (settle(name, getattr(trees.batch, name), limit) for name in ("xs", "targets", "weights"))
     batch = Batch((xs, limit), targets, trees.batch.mask, weights)
 
-    path = adjoints(settled_step, loss, params, carry, batch, gates=gates)
+    path = adjoints_of(settled_step, loss, params, carry, batch, gates)
     _, (_, ys) = trajectory(settled_step, params, carry, batch.xs, batch.mask, places.num_steps)
     losses, _ = step_losses(where_counted(loss), ys, batch)
     after = jax.tree.map(lambda a: a[1:], path.carries)

@@ -15,6 +15,7 @@ from jbptt.estimators import full_bptt
 from jbptt.executables import WeakCache
 from jbptt.plans import Plan
 from jbptt.recurrence import default_segment
+from jbptt.starts import kept, start_shapes
 from jbptt.types import Batch, Carry, Loss, Params, Step
 
 SEGMENTS = (16, 32, 64, 128, 256)
@@ -32,7 +33,7 @@ def candidate_plans(step: Step, loss: Loss, params: Params, carry: Carry, batch:
     segments, num_devices, shards = [None, *dict.fromkeys(lengths)], jax.device_count(), [1]
     if num_devices > 1:
         with contextlib.suppress(ValueError):
-            check_division(step, loss, params, carry, batch, batch_shape, num_devices)
+            check_division(step, loss, params, start_shapes(carry, params), batch, batch_shape, num_devices)
             shards.append(num_devices)
     return tuple(Plan(segment, number) for number in shards for segment in segments)
 
@@ -71,6 +72,7 @@ def choose_plan(
         (it names the smallest), called while tracing; what `full_bptt` raises.
     """
     validation.check_problem(step, loss, params, carry, batch)
+    carry = kept(carry)
     if memory_budget is not None:
         validation.check_above("memory_budget", memory_budget, 0, "no plan needs so little")
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((params, carry, batch))):
@@ -78,7 +80,9 @@ def choose_plan(
     plans = candidate_plans(step, loss, params, carry, batch) if plans is None else tuple(dict.fromkeys(plans))
     if not plans:
         raise ValueError("plans must name at least one jbptt.Plan, got none; leave it out for the usual candidates")
-    shapes = jax.tree.map(lambda a: (jnp.shape(a), jax.dtypes.result_type(a)), (params, carry, batch))
+    shapes = jax.tree.map(
+        lambda a: (jnp.shape(a), jax.dtypes.result_type(a)), (params, start_shapes(carry, params), batch)
+    )
 
     def measure(step, loss):
         estimators = {str(plan): full_bptt(step, loss, plan=plan) for plan in plans}

@@ -16,6 +16,7 @@ from jbptt.analysis.jacobians import check_system, flat_carry, step_jacobian
 from jbptt.cells import split_readout
 from jbptt.executables import run
 from jbptt.recurrence import held, trajectory
+from jbptt.starts import start_of
 from jbptt.types import Carry, Params, PyTree, Step, at_least_float32
 
 
@@ -114,7 +115,8 @@ def jacobian_products(
     Args:
       step: `(params, carry, x) -> (carry, y)`.
       params: passed to the step as they are.
-      carry: what enters step 0, unbatched (vmap for batches), flattened as in `step_jacobians`.
+      carry: what enters step 0, or a function of the parameters that gives it, unbatched (vmap for batches),
+        flattened as in `step_jacobians`.
       xs: leaves `[T, ...]`, or None with `length`.
       spans: numbers of factors, each ≥ 1, static, in any order.
       start: the first step of the product; may be traced. Spans that a traced start carries beyond T, or
@@ -129,6 +131,7 @@ def jacobian_products(
       ValueError: spans that are empty or < 1; a static start < 0 or with start + span > T; what
         `step_jacobians` raises.
     """
+    carry = start_of(carry, params)
     num_steps = check_system(step, params, carry, xs, mask, length)
     numbers = tuple(check_spans(spans, start, num_steps).tolist())
     first = np.asarray(start) if isinstance(start, Integral) else start  # data, so that all starts share a program

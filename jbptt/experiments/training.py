@@ -3,11 +3,13 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jbptt.adjoint import weighted_losses, where_counted
 from jbptt.norms import norm
 from jbptt.recurrence import scan_steps
+from jbptt.starts import start_of
 from jbptt.types import Batch, Carry, Estimator, Loss, Params, Step, at_least_float32, weighted_mean
 
 
@@ -46,7 +48,8 @@ def train(
       estimator: any.
       optimizer: any optax transformation.
       params: where to start.
-      carry: what enters the first batch; not read where `state` is given.
+      carry: what enters the first batch, or a function of the parameters that gives it; not read where `state` is
+        given.
       batches: leaves `[N, T, ...]`.
       key: for estimators that draw.
       state: an estimator's state to continue from, `history.state`.
@@ -71,7 +74,14 @@ def train(
         params = optax.apply_updates(params, updates)
         return (params, state, opt_state), (estimate.loss, norm(estimate.grads), estimate.info)
 
-    (params, state, opt_state), (loss, grad_norm, info) = jax.lax.scan(body, (params, state, opt_state), batches)
+    running, first = (params, state, opt_state), None
+    if callable(state.carry):  # a start, which the first update alone begins with
+        running, first = body(running, jax.tree.map(lambda a: a[0], batches))
+        batches, first = jax.tree.map(lambda a: a[1:], batches), jax.tree.map(lambda a: a[None], first)
+    running, seen = jax.lax.scan(body, running, batches)
+    if first is not None:
+        seen = jax.tree.map(lambda *parts: jnp.concatenate(parts), first, seen)
+    (params, state, opt_state), (loss, grad_norm, info) = running, seen
     return params, History(loss, grad_norm, info, state, opt_state)
 
 
@@ -83,5 +93,5 @@ def evaluate(step: Step, loss: Loss, params: Params, carry: Carry, batches: Batc
         value, (weight, _) = weighted_losses(where_counted(loss), ys, batch)
         return carry, (value, weight)
 
-    _, (values, weights) = jax.lax.scan(body, carry, batches)
+    _, (values, weights) = jax.lax.scan(body, start_of(carry, params), batches)
     return weighted_mean(values.sum(), weights.sum())

@@ -26,8 +26,8 @@ CHAIN = (
     "step of its layers"
 )
 LEARNED_START = (
-    "its initial carry depends on its parameters, and no step would train that. Pass initial_carry=; the gradient of "
-    'the initial carry is info["carry_grads"] of an estimate, or jbptt.adjoints(…).cotangents at index 0'
+    "its initial carry depends on its parameters, and no step would train that. Pass initial_carry=, and to learn the "
+    "start hand the estimator a function of the parameters as the carry (docs/recipes.md, a learned start)"
 )
 BIDIRECTIONAL = (
     "its output at a step depends on later inputs, so it is no step. Convert its two cells, run one on xs and the "

@@ -39,7 +39,7 @@ PASSED = (0, 5)  # pytest's status; 5: no test ran, as all need a package that i
 # The fastest and closest tests of each module, most telling first.
 CLOSEST = {
     "jbptt/types.py": ("test_batches",),
-    "jbptt/slips.py": ("test_faults", "test_batch_axes"),
+    "jbptt/slips.py": ("test_faults", "test_batch_axes", "test_starts"),
     "jbptt/batch_axes.py": ("test_batch_axes", "test_faults"),
     "jbptt/validation.py": ("test_validation", "test_estimators"),
     "jbptt/cells.py": ("test_by_hand", "test_generated", "test_tasks", "test_torch"),
@@ -52,7 +52,7 @@ CLOSEST = {
     "jbptt/loops.py": ("test_weights", "test_by_hand"),
     "jbptt/division.py": ("test_configurations",),
     "jbptt/analysis/planning.py": ("test_plans",),
-    "jbptt/adjoint.py": ("test_by_hand", "test_streams", "test_batches", "test_gradients", "test_memory"),
+    "jbptt/adjoint.py": ("test_by_hand", "test_starts", "test_streams", "test_batches", "test_gradients"),
     "jbptt/windows.py": ("test_by_hand", "test_streams", "test_batches", "test_gradients"),
     "jbptt/streams.py": ("test_streams", "test_contract", "test_batches"),
     "jbptt/estimators.py": ("test_streams", "test_randomized", "test_batches"),
@@ -81,6 +81,7 @@ CLOSEST = {
     "jbptt/analysis/culprits.py": ("test_nonfinite",),
     "jbptt/analysis/nonfinite.py": ("test_nonfinite", "test_faults"),
     "jbptt/dependence.py": ("test_validation", "test_faults"),
+    "jbptt/starts.py": ("test_starts",),
     "jbptt/experiments/treatments.py": ("test_remedies",),
     "jbptt/experiments/outcomes.py": ("test_remedies",),
     "jbptt/experiments/training.py": ("test_training", "test_tasks"),

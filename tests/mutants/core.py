@@ -23,6 +23,18 @@ EXECUTABLES = "jbptt/executables.py"
 
 CORE = (
     Mutant(
+        "gradient_by_the_start_is_dropped",
+        ADJOINT,
+        "g + own.astype(g.dtype), grad, start.pull(cotangents))",
+        "g, grad, start.pull(cotangents))",
+    ),
+    Mutant(
+        "what_a_start_reads_is_said_to_be_unread",
+        "jbptt/slips.py",
+        "if name not in in_start]",
+        "if name]",
+    ),
+    Mutant(
         "every_pinned_size_is_a_feature",
         "jbptt/batch_axes.py",
         "if found and found[1] == (*batch",
@@ -530,8 +542,8 @@ CORE = (
     Mutant(
         "gates_never_reach_the_engine",
         ESTIMATORS,
-        "state.carry, batch, gates, sizes[1], plan)",
-        "state.carry, batch, None, sizes[1], plan)",
+        "start.carry, batch, gates, sizes[1], plan)",
+        "start.carry, batch, None, sizes[1], plan)",
     ),
     Mutant(
         "aux_is_a_sum",
