@@ -190,7 +190,7 @@ class Loops:
             outputs_bar_t = [lax.dynamic_index_in_dim(bar, t, keepdims=False) for bar in outputs_bar]
             values.update(zip(names.bars, [*chosen(cotangents_t, live.carries), *outputs_bar_t], strict=True))
             values = evaluate(self.jaxpr, self.back, values, multiply)
-            sums = [total + read(values, v) for total, v in zip(sums, names.others_bar, strict=True)]
+            sums = [one + read(values, v) for one, v in zip(sums, names.others_bar, strict=True)]
             cotangents_t = [read(values, v) for v in names.carry_bar]
             if gates is not None:
                 gate = lax.dynamic_index_in_dim(gates, t, keepdims=False)
