@@ -8,27 +8,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from jbptt import validation
-from jbptt.adjoint import batch_steps, estimate_of, loss_weights, pullback
+from jbptt.arrays import align_leading, is_key, split_inexact, weighted_mean, widened
 from jbptt.decay import TAIL_LAGS, bound_bias
+from jbptt.engine.pullbacks import pullback
+from jbptt.losses import batch_steps, loss_weights
 from jbptt.norms import norm
+from jbptt.segments import estimate_of
 from jbptt.starts import entered, kept, start_of, start_shapes
 from jbptt.streams import sum_pieces
-from jbptt.types import (
-    Batch,
-    Carry,
-    Estimate,
-    Estimator,
-    Loss,
-    Params,
-    PyTree,
-    Step,
-    align_leading,
-    at_least_float32,
-    exported,
-    is_key,
-    split_inexact,
-    weighted_mean,
-)
+from jbptt.types import Batch, Carry, Estimate, Estimator, Loss, Params, PyTree, Step, exported
 from jbptt.windows import ForwardPass, History, empty_history, latest, overlapping_sums, pass_forward
 
 
@@ -135,7 +123,7 @@ def adaptive_bptt(step: Step, loss: Loss, *, tolerance: float, max_window: int, 
 
         start = entered(state.carry, params)
         given = params, start.carry, batch
-        entering = [at_least_float32(jnp.zeros_like(leaf)) for leaf in split_inexact(start.carry)[0]]
+        entering = [widened(jnp.zeros_like(leaf)) for leaf in split_inexact(start.carry)[0]]
         seen = varying((state.means, jnp.zeros(())), given)
         running = start.carry, state.history, *seen, jnp.asarray(max_window - 1), entering
         sums, (carry, history, means, total, _, entering) = sum_pieces(run, running, batch, max_window, None)

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbptt import slips
-from jbptt.types import Batch, Carry, Loss, Params, PyTree, Step, is_inexact
+from jbptt.arrays import is_inexact
+from jbptt.types import Batch, Carry, Loss, Params, PyTree, Step
 
 Shape = tuple[int, ...]
 WHAT_A_LOSS_RETURNS = (

@@ -13,8 +13,9 @@ import numpy as np
 from jax import lax
 
 from jbptt import validation
+from jbptt.arrays import align_leading, real_vector
 from jbptt.starts import start_of
-from jbptt.types import Batch, Carry, Loss, Params, Step, align_leading, real_vector
+from jbptt.types import Batch, Carry, Loss, Params, Step
 
 
 def _spread(array: Any, default: Any, shape: tuple[int, ...]) -> jax.Array:

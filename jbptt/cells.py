@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from jbptt import validation
-from jbptt.recurrence import select_leading
-from jbptt.types import Carry, Params, PyTree, Step, float32_at_least
+from jbptt.arrays import select_leading, widened_dtype
+from jbptt.types import Carry, Params, PyTree, Step
 
 Initializer = Callable[..., jax.Array]
 
@@ -61,7 +61,7 @@ def _weights(input_size, hidden_size, num_gates, input_init, recurrent_init, dty
 
     def blocks(key, init, rows):
         # One batched draw: several QR decompositions at once can deadlock XLA's thread pool on few cores.
-        wide = float32_at_least(real)  # QR knows no half precision
+        wide = widened_dtype(real)  # QR knows no half precision
         drawn = jax.vmap(lambda k: init(k, (rows, hidden_size), wide))(jax.random.split(key, num_gates))
         return jnp.concatenate(list(drawn), axis=1).astype(real)
 

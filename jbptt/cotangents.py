@@ -6,11 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import jaxprs_in_params
 
 from jbptt import validation
+from jbptt.arrays import split_inexact
+from jbptt.engine.facts import calls
 from jbptt.norms import clip_to_norm
-from jbptt.types import PyTree, split_inexact
+from jbptt.types import PyTree
 
 
 @jax.jit
@@ -102,14 +103,6 @@ def clip_cotangent(tree: PyTree, max_norm: Any = None, *, max_value: Any = None,
 
 
 def clips_cotangents(function: Callable, *args: Any) -> bool:
-    """Whether `clip_cotangent` is anywhere in the program of `function(*args)`, inner programs included."""
-
+    """Whether `clip_cotangent` is anywhere in the program of `function(*args)`."""
     named: Any = _cotangents_are_clipped
-
-    def clips(program):
-        return any(
-            equation.params.get("name") == named.__name__ or any(map(clips, jaxprs_in_params(equation.params)))
-            for equation in program.eqns
-        )
-
-    return clips(jax.make_jaxpr(function)(*args).jaxpr)
+    return calls(named.__name__, function, *args)

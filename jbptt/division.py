@@ -6,11 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import Jaxpr, jaxprs_in_params
 from jax.sharding import AxisType, PartitionSpec
 
-from jbptt.dependence import dependences
-from jbptt.types import Batch, Carry, Loss, Params, PyTree, Step, inexact_leaves
+from jbptt.arrays import inexact_leaves
+from jbptt.engine.dependence import dependences
+from jbptt.engine.facts import draws
+from jbptt.types import Batch, Carry, Loss, Params, PyTree, Step
 
 SHARDS = "jbptt_shards"
 
@@ -125,7 +126,7 @@ class _Share:
     def draws_for_all_at_once(self) -> bool:
         """Whether a key that is not divided gives numbers that are."""
         args = (self.carry, self.inputs), (self.whole_carry, self.whole)
-        few, many = (_draws(self.program(self.params, *two)[0].jaxpr) for two in args)
+        few, many = (draws(self.program(self.params, *two)[0].jaxpr) for two in args)
         return len(few) != len(many) or any(a[0] == b[0] and a != b for a, b in zip(few, many, strict=True))
 
     def ambiguous(self) -> list[str]:
@@ -142,15 +143,3 @@ class _Share:
                 continue
             found += [name] if fits else []
         return found
-
-
-def _draws(program: Jaxpr) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The shapes of key and numbers of every draw, in order, inner programs included."""
-    found = []
-    for equation in program.eqns:
-        if equation.primitive.name == "random_bits":
-            avals: list[Any] = [equation.invars[0].aval, equation.outvars[0].aval]
-            found.append((avals[0].shape, avals[1].shape))
-        for inner in jaxprs_in_params(equation.params):
-            found += _draws(inner)
-    return found

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from jbptt import batch_axes, truncation, validation
-from jbptt.adjoint import estimate_of
 from jbptt.plans import Plan, plan_of, planned_sums
+from jbptt.segments import estimate_of
 from jbptt.starts import entered, kept, start_of, start_shapes
 from jbptt.streams import in_blocks, in_blocks_under_way, in_strides
 from jbptt.types import Batch, Carry, Estimator, Loss, Params, Step, exported

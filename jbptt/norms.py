@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax import tree_util
 
-from jbptt.types import PyTree, align_leading, float32_at_least
+from jbptt.arrays import align_leading, widened_dtype
+from jbptt.types import PyTree
 
 
 def unit(array: jax.Array, largest: jax.Array) -> jax.Array:
     """`array / largest` along leading axes, at most 1 in size, in the wider dtype; `largest` 0 counts as 1."""
-    array = array.astype(float32_at_least(array.dtype, largest.dtype))
+    array = array.astype(widened_dtype(array.dtype, largest.dtype))
     # XLA divides by multiplying with 1/m, which is flushed to 0 for the largest m: shrink both first.
     shrink = jnp.where(largest > 1, 2.0**-10, 1.0).astype(largest.dtype)
     safe = jnp.where(largest == 0, 1, largest * shrink)
@@ -35,7 +36,7 @@ def scaled_norm(tree: PyTree, num_leading: int = 0) -> tuple[jax.Array, jax.Arra
     while their product, the norm, may. float32 at least; m = 0 gives r = 0, and m is inf or NaN where an entry is,
     in arrays of any size.
     """
-    leaves = [jnp.asarray(a, float32_at_least(jnp.result_type(a))) for a in tree_util.tree_leaves(tree)]
+    leaves = [jnp.asarray(a, widened_dtype(jnp.result_type(a))) for a in tree_util.tree_leaves(tree)]
 
     def rest(array):
         return tuple(range(num_leading, array.ndim))
@@ -68,7 +69,7 @@ def clip_to_norm(tree: PyTree, max_norm: Any, num_leading: int = 0) -> tuple[PyT
     limit = max_norm / jnp.where(ratio == 0, 1, ratio)
 
     def scale(leaf):
-        wide = leaf.astype(float32_at_least(leaf.dtype, largest.dtype))
+        wide = leaf.astype(widened_dtype(leaf.dtype, largest.dtype))
         short = unit(wide, largest) * align_leading(limit, leaf.ndim)
         return jnp.where(align_leading(clipped, leaf.ndim), short, wide).astype(leaf.dtype)
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import jax
 
 from jbptt import validation
-from jbptt.adjoint import Sums, back_through, parts_of
 from jbptt.division import check_division, divided
+from jbptt.segments import Sums, back_through, parts_of
 from jbptt.types import Batch, Carry, Loss, Params, Step
 
 

@@ -3,23 +3,15 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jbptt import batch_axes, validation
+from jbptt.arrays import align_leading, is_inexact, select_leading, split_time, times_gate, widened_dtype, zero_masked
 from jbptt.starts import start_of
-from jbptt.types import Batch, Carry, Params, PyTree, Step, align_leading, float32_at_least, is_inexact, is_key
-
-
-def times_gate(cotangent: jax.Array, gate: jax.Array) -> jax.Array:
-    """`gate · cotangent`, 0 where the gate is 0, in float32 at least: 1/π must not be rounded to bfloat16."""
-    wide = float32_at_least(cotangent.dtype, gate.dtype)
-    gate = align_leading(gate, cotangent.ndim).astype(jnp.finfo(wide).dtype)
-    product = (gate * cotangent.astype(wide)).astype(cotangent.dtype)
-    return jnp.where(gate == 0, jnp.zeros_like(product), product)
+from jbptt.types import Batch, Carry, Params, PyTree, Step
 
 
 @jax.custom_jvp
@@ -68,36 +60,8 @@ def gated(carry: Carry, gate: jax.Array | None, gate_fn: Callable) -> Carry:
     """Puts a gate (`()` or `[*batch]`) on what flows back into `carry`; values stay as they are."""
     if gate is None:
         return carry
-    gate = gate.astype(float32_at_least(gate.dtype))
+    gate = gate.astype(widened_dtype(gate.dtype))
     return jax.tree.map(lambda leaf: gate_fn(jnp.asarray(leaf), gate) if is_inexact(leaf) else leaf, carry)
-
-
-def select_leading(mask: jax.Array, on_true: PyTree, on_false: PyTree) -> PyTree:
-    """Leaf by leaf: `on_true` where the mask holds, along leading axes.
-
-    A leaf that does not begin with the mask's shape is shared by the examples: it is `on_true` as
-    soon as one of them is unmasked.
-    """
-
-    def one(new, old):
-        if jnp.shape(new)[: mask.ndim] == mask.shape:
-            return jnp.where(align_leading(mask, jnp.ndim(new)), new, old)
-        return jnp.where(jnp.any(mask), new, old)
-
-    return jax.tree.map(one, on_true, on_false)
-
-
-def zero_masked(mask: jax.Array | None, tree: PyTree) -> PyTree:
-    """Replaces what stands under a False mask by zeros, so that NaN there meets no arithmetic."""
-    if mask is None:
-        return tree
-
-    def one(leaf):
-        if is_key(leaf):
-            return leaf  # a key can neither be zero nor NaN
-        return select_leading(mask, leaf, jnp.zeros_like(leaf))
-
-    return jax.tree.map(one, tree)
 
 
 def held(step: Step) -> Step:
@@ -138,27 +102,6 @@ def trajectory(step, params, carry, xs, mask=None, length=None):
         return carry_next, (carry_t, y_t)
 
     return lax.scan(body, carry, (xs, mask), length=length)
-
-
-def split_time(tree: PyTree, segment: int, num_whole: int) -> tuple[PyTree, PyTree]:
-    """Cuts `[T, ...]` leaves into `num_whole` segments `[num_whole, segment, ...]` and what is left."""
-    whole = num_whole * segment
-    main = jax.tree.map(lambda a: a[:whole].reshape((num_whole, segment, *a.shape[1:])), tree)
-    return main, jax.tree.map(lambda a: a[whole:], tree)
-
-
-def zeros_along(leaf: Any, length: int) -> jax.Array:
-    """`[length, ...]` zeros for a leaf (or its shape) `[T, ...]`, so placed on the devices that the two can be joined.
-
-    Placement is part of a type: the sharding in an explicit mesh, under shard_map whether devices differ.
-    """
-    zeros = lax.full_like(leaf, 0, jax.dtypes.canonicalize_dtype(leaf.dtype))
-    return jnp.broadcast_to(zeros[:1], (length, *leaf.shape[1:]))
-
-
-def steps_from(tree: PyTree, start: Any, length: int) -> PyTree:
-    """`length` steps of `[T, ...]` leaves, cut out where they are used: to slice them all up front copies them."""
-    return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, length), tree)
 
 
 def default_segment(num_steps: int) -> int:

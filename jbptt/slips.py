@@ -12,8 +12,9 @@ import numpy as np
 from jax.core import ShapedArray, Tracer
 from jax.tree_util import keystr
 
-from jbptt.dependence import dependences, paths
-from jbptt.types import Carry, Loss, Params, PyTree, Step, is_inexact
+from jbptt.arrays import is_inexact
+from jbptt.engine.dependence import dependences, paths
+from jbptt.types import Carry, Loss, Params, PyTree, Step
 
 OWN = tuple(
     f"{Path(module).parent}{os.sep}" for module in (__file__, jax.__file__)

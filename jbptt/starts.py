@@ -7,7 +7,8 @@ import jax
 from jax.tree_util import Partial, all_leaves
 
 from jbptt import slips
-from jbptt.types import Carry, Params, split_inexact
+from jbptt.arrays import split_inexact
+from jbptt.types import Carry, Params
 
 
 class Entered(NamedTuple):

@@ -12,22 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jbptt.adjoint import (
-    BackwardPass,
-    Parts,
-    Sums,
-    back_through,
-    batch_steps,
-    forward,
-    parts_of,
-    paths_of,
-    pullback,
-    vmapped,
-)
+from jbptt.arrays import split_inexact, steps_from, widened
 from jbptt.cells import split_readout
-from jbptt.programs import same_under_vmap
-from jbptt.recurrence import steps_from, trajectory
-from jbptt.types import Batch, Carry, Loss, Params, Step, at_least_float32, split_inexact
+from jbptt.engine.facts import same_under_vmap
+from jbptt.engine.pullbacks import pullback
+from jbptt.losses import batch_steps
+from jbptt.recurrence import trajectory
+from jbptt.segments import BackwardPass, Parts, Sums, back_through, forward, parts_of, paths_of, vmapped
+from jbptt.types import Batch, Carry, Loss, Params, Step
 from jbptt.windows import (
     History,
     empty_history,
@@ -255,7 +247,7 @@ def in_strides(
         entering = [e + m.astype(e.dtype) for e, m in zip(entering, more, strict=True)]
         return sums, (passed.carry, latest(passed.steps, length), first - batch_steps(piece), entering)
 
-    entering = [at_least_float32(jnp.zeros_like(leaf)) for leaf in split_inexact(carry)[0]]
+    entering = [widened(jnp.zeros_like(leaf)) for leaf in split_inexact(carry)[0]]
     state = carry, history, jnp.asarray(length), entering
     sums, (carry, history, _, entering) = sum_pieces(run, state, batch, num_chunks * stride, None)
     return Streamed(sums, carry, history, entering)

@@ -16,10 +16,11 @@ from jax import lax
 from jax.scipy import stats
 from jax.tree_util import keystr, tree_leaves_with_path
 
+from jbptt.arrays import real_vector
 from jbptt.brute_force import brute_force_gradient as brute_force_gradient
 from jbptt.brute_force import frozen_loss as frozen_loss
 from jbptt.norms import norm
-from jbptt.types import Batch, Carry, Estimator, Loss, Params, Step, real_vector
+from jbptt.types import Batch, Carry, Estimator, Loss, Params, Step
 
 
 def _sizes(params: Params) -> Params:

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax import export, lax
-from jax.flatten_util import ravel_pytree
+from jax import export
+
+from jbptt.arrays import align_leading, weighted_mean
 
 OLDEST_JAX = (0, 10, 0)
 if jax.__version_info__ < OLDEST_JAX:  # here, since every other module imports this one
@@ -54,67 +55,6 @@ class Batch(NamedTuple):
     targets: PyTree = None
     mask: jax.Array | None = None
     weights: jax.Array | None = None
-
-
-def is_inexact(leaf: Any) -> bool:
-    """Whether a leaf is floating (or complex): what a gradient can flow through."""
-    return jnp.issubdtype(jax.dtypes.result_type(leaf), jnp.inexact)
-
-
-def real_vector(tree: PyTree) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:
-    """All numbers of a tree of inexact leaves as one real vector, and the way back.
-
-    A complex leaf gives its real parts, then its imaginary parts. JAX's gradient in it has the sign of the latter
-    turned, `∂f/∂x − i ∂f/∂y`, so that `df = Re Σ g·dz`.
-    """
-    leaves, structure = jax.tree.flatten(tree)
-    leaves = [jnp.asarray(leaf) for leaf in leaves]
-    flat, back = ravel_pytree([(a.real, a.imag) if jnp.iscomplexobj(a) else (a,) for a in leaves])
-
-    def rebuild(vector):
-        return structure.unflatten([lax.complex(*parts) if len(parts) == 2 else parts[0] for parts in back(vector)])
-
-    return flat, rebuild
-
-
-def is_key(leaf: Any) -> bool:
-    """Whether a leaf (or its shape) holds random keys."""
-    return jnp.issubdtype(jax.dtypes.result_type(leaf), jax.dtypes.prng_key)
-
-
-def float32_at_least(*dtypes: Any) -> Any:
-    """The common dtype of these and float32, under `jax.numpy_dtype_promotion("strict")` too."""
-    with jax.numpy_dtype_promotion("standard"):
-        return jnp.result_type(jnp.float32, *dtypes)
-
-
-def inexact_leaves(tree: PyTree) -> list:
-    """The leaves that gradients flow through; arrays or shapes."""
-    return [leaf for leaf in jax.tree.leaves(tree) if is_inexact(leaf)]
-
-
-def split_inexact(tree: PyTree) -> tuple[list[jax.Array], Callable[[list[jax.Array]], PyTree]]:
-    """The leaves that gradients flow through, and the way back to the whole tree."""
-    leaves, structure = jax.tree.flatten(tree)
-    inexact = [is_inexact(leaf) for leaf in leaves]
-
-    def rebuild(parts):
-        parts = iter(parts)
-        return structure.unflatten([next(parts) if i else leaf for i, leaf in zip(inexact, leaves, strict=True)])
-
-    return [jnp.asarray(leaf) for i, leaf in zip(inexact, leaves, strict=True) if i], rebuild
-
-
-def align_leading(array: jax.Array, ndim: int) -> jax.Array:
-    """Appends axes of size 1, so that `array` broadcasts along leading axes, never trailing ones."""
-    return jnp.reshape(array, jnp.shape(array) + (1,) * (ndim - jnp.ndim(array)))
-
-
-def weighted_mean(total: jax.Array, weight: jax.Array) -> jax.Array:
-    """`total / weight` along leading axes; 0 where the weight is 0."""
-    weight = align_leading(weight, jnp.ndim(total))
-    safe = jnp.where(weight == 0, 1, weight)
-    return jnp.where(weight == 0, jnp.zeros_like(total), total / safe)
 
 
 @exported
@@ -181,8 +121,3 @@ class Estimator(NamedTuple):
 
     init: Callable[..., Any]
     update: Callable[[Params, Any, Batch], tuple[Estimate, Any]]
-
-
-def at_least_float32(array: jax.Array) -> jax.Array:
-    """Sums are held in float32 at least: a long sum of bfloat16 loses all but its first digits."""
-    return jnp.asarray(array, float32_at_least(jnp.result_type(array)))

@@ -12,10 +12,11 @@ from jax.core import Tracer
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from jbptt import batch_axes, slips
+from jbptt.arrays import is_inexact
 from jbptt.batch_axes import Problem
 from jbptt.slips import signature
 from jbptt.starts import start_shapes
-from jbptt.types import Batch, is_inexact
+from jbptt.types import Batch
 
 
 def check_positive_integer(name: str, value: Any, smallest: int = 1) -> int:

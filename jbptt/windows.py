@@ -14,22 +14,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jbptt.adjoint import Sums, add_losses, batch_steps, parallel_pullback, parts_of, paths_of
-from jbptt.dependence import Paths
-from jbptt.recurrence import trajectory, zeros_along
-from jbptt.types import (
-    Batch,
-    Carry,
-    Loss,
-    Params,
-    PyTree,
-    Step,
-    align_leading,
-    at_least_float32,
-    exported,
-    is_key,
-    split_inexact,
-)
+from jbptt.arrays import align_leading, is_key, split_inexact, widened, zeros_along
+from jbptt.engine.dependence import Paths
+from jbptt.engine.pullbacks import parallel_pullback
+from jbptt.losses import batch_steps
+from jbptt.recurrence import trajectory
+from jbptt.segments import Sums, add_losses, parts_of, paths_of
+from jbptt.types import Batch, Carry, Loss, Params, PyTree, Step, exported
 
 
 @exported
@@ -167,7 +158,7 @@ def carry_back(passed: ForwardPass, ends: jax.Array, first: Any, window: Any, st
         return cotangents, total, entering
 
     start = [zeros_along(leaf, ends.shape[0]) for leaf in leaves]
-    zeros = [at_least_float32(jnp.zeros_like(leaf)) for leaf in leaves]
+    zeros = [widened(jnp.zeros_like(leaf)) for leaf in leaves]
     _, total, entering = jax.lax.fori_loop(0, window, body, (start, zeros, [z[0] for z in zeros]))
     return [m.astype(leaf.dtype) for m, leaf in zip(total, leaves, strict=True)], entering
 

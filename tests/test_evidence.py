@@ -10,11 +10,11 @@ import problems
 import pytest
 
 from jbptt import Batch, decay
-from jbptt.adjoint import gradient_sums
 from jbptt.analysis import diagnosis, evidence, stuck
 from jbptt.analysis.blocks import candidate_windows, choose_blocks
 from jbptt.analysis.lags import linearise
 from jbptt.analysis.lyapunov import lyapunov_spectrum
+from jbptt.segments import gradient_sums
 
 
 @pytest.mark.parametrize(

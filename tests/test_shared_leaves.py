@@ -12,7 +12,7 @@ from contract import ESTIMATORS
 from problems import assert_close, assert_same_bits, one_update, squared_error, usual
 
 from jbptt import Batch, cells, lag_profile, truncated_bptt
-from jbptt.programs import same_under_vmap
+from jbptt.engine.facts import same_under_vmap
 
 WINDOW, WIDTH = 2, 3
 NUMBERS = np.random.default_rng(0)

@@ -11,8 +11,8 @@ from jax.extend.core import jaxprs_in_params
 from problems import assert_close, one_update, squared_error
 
 from jbptt import Batch, cells, full_bptt, lag_profile, loops, truncated_bptt, truncation_curve
-from jbptt.adjoint import parts_of, paths_of
-from jbptt.weights import take_apart
+from jbptt.engine.weight_products import take_apart
+from jbptt.segments import parts_of, paths_of
 
 NUM_STEPS, EXAMPLES, INPUT, HIDDEN = 7, 3, 2, 4
 NUMBERS = np.random.default_rng(0)

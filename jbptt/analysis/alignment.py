@@ -8,22 +8,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from jbptt import validation
-from jbptt.adjoint import (
-    add_losses,
-    batch_steps,
-    loss_weights,
-    parallel_pullback,
-    parts_of,
-    paths_of,
-    pullback,
-    split_inexact,
-)
 from jbptt.analysis.jacobians import check_differentiable
+from jbptt.arrays import align_leading, is_inexact, split_inexact, times_gate, widened
+from jbptt.engine.pullbacks import parallel_pullback, pullback
 from jbptt.executables import run
+from jbptt.losses import batch_steps, loss_weights
 from jbptt.norms import norm, scaled_norm, unit
-from jbptt.recurrence import is_inexact, times_gate, trajectory
+from jbptt.recurrence import trajectory
+from jbptt.segments import add_losses, parts_of, paths_of
 from jbptt.starts import start_of
-from jbptt.types import Batch, Carry, Loss, Params, Step, align_leading, at_least_float32
+from jbptt.types import Batch, Carry, Loss, Params, Step
 
 
 class AdjointAlignment(NamedTuple):
@@ -46,7 +40,7 @@ class AdjointAlignment(NamedTuple):
 
 def normalised(leaves: list, num_leading: int) -> tuple[list, jax.Array]:
     """Each example's leaves divided by their norm, float32 at least, and where that norm is not 0."""
-    leaves = [at_least_float32(a) for a in leaves]
+    leaves = [widened(a) for a in leaves]
     largest, ratio = scaled_norm(leaves, num_leading)
     ratio = jnp.where(ratio == 0, 1, ratio)
     return [unit(a, largest) / align_leading(ratio, a.ndim) for a in leaves], largest != 0
@@ -55,7 +49,7 @@ def normalised(leaves: list, num_leading: int) -> tuple[list, jax.Array]:
 def random_directions(leaves: list, key: jax.Array, num_leading: int) -> list:
     """A random unit vector for each example, in the shapes of the leaves."""
     drawn = [
-        jax.random.normal(k, leaf.shape, at_least_float32(leaf).dtype)
+        jax.random.normal(k, leaf.shape, widened(leaf).dtype)
         for k, leaf in zip(jax.random.split(key, len(leaves)), leaves, strict=True)
     ]
     placed = [jnp.zeros_like(leaf, d.dtype) + d for d, leaf in zip(drawn, leaves, strict=True)]

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jbptt.adjoint import Sums
+from jbptt.arrays import weighted_mean
 from jbptt.norms import compared_with, norm
-from jbptt.types import weighted_mean
+from jbptt.segments import Sums
 
 
 def candidate_windows(num_steps: int) -> tuple[list[int], list[int]]:

@@ -11,7 +11,6 @@ from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 
 from jbptt import truncation, validation
-from jbptt.adjoint import Sums, batch_steps, gradient_sums
 from jbptt.analysis.advice import TOLERANCES
 from jbptt.analysis.blocks import candidate_windows, choose_blocks, gradients_in_turn
 from jbptt.analysis.comparison import fresh_blocks, measure_cost
@@ -34,12 +33,15 @@ from jbptt.analysis.lags import (
 )
 from jbptt.analysis.nonfinite import nonfinite_of
 from jbptt.analysis.stuck import share_stuck, stays_zero
+from jbptt.arrays import align_leading, weighted_mean
 from jbptt.decay import bound_bias
 from jbptt.estimators import full_bptt, truncated_bptt
 from jbptt.executables import WeakCache, is_traced, run
+from jbptt.losses import batch_steps
 from jbptt.norms import norm
+from jbptt.segments import Sums, gradient_sums
 from jbptt.starts import start_of
-from jbptt.types import Batch, Carry, Estimator, Loss, Params, Step, align_leading, weighted_mean
+from jbptt.types import Batch, Carry, Estimator, Loss, Params, Step
 
 MEASURES_ARRAYS = "measure=True needs arrays, got traced values; pass measure=False under jit and vmap"
 

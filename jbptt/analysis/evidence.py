@@ -9,14 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jbptt.adjoint import add_losses, batch_steps, parts_of
 from jbptt.analysis.advice import CHANGE
 from jbptt.analysis.lags import Linearised
+from jbptt.arrays import align_leading, split_inexact
 from jbptt.cells import split_readout
 from jbptt.decay import slope_of
+from jbptt.losses import batch_steps
 from jbptt.norms import norm, scaled_norm, unit
 from jbptt.recurrence import held, trajectory
-from jbptt.types import Batch, Carry, Loss, Params, Step, align_leading, split_inexact
+from jbptt.segments import add_losses, parts_of
+from jbptt.types import Batch, Carry, Loss, Params, Step
 
 NUM_PARTS = 16
 

@@ -8,22 +8,16 @@ import jax
 import jax.numpy as jnp
 
 from jbptt import validation
-from jbptt.adjoint import (
-    add_losses,
-    back_through_segment,
-    batch_steps,
-    gradient_sums,
-    loss_weights,
-    parts_of,
-    paths_of,
-    pullback,
-)
-from jbptt.dependence import Paths, chosen
+from jbptt.arrays import is_inexact, split_inexact, steps_from, times_gate, weighted_mean, zeros_along
+from jbptt.engine.dependence import Paths, chosen
+from jbptt.engine.pullbacks import pullback
 from jbptt.executables import run
+from jbptt.losses import batch_steps, loss_weights
 from jbptt.norms import leafwise, norm, scaled_norm, unit
-from jbptt.recurrence import steps_from, times_gate, trajectory, zeros_along
+from jbptt.recurrence import trajectory
+from jbptt.segments import add_losses, back_through_segment, gradient_sums, parts_of, paths_of
 from jbptt.starts import start_of
-from jbptt.types import Batch, Carry, Loss, Params, Step, is_inexact, split_inexact, weighted_mean
+from jbptt.types import Batch, Carry, Loss, Params, Step
 
 
 class Adjoints(NamedTuple):

@@ -11,11 +11,12 @@ from jax.flatten_util import ravel_pytree
 
 from jbptt import cells
 from jbptt.analysis.jacobians import check_system, push_tangents
+from jbptt.arrays import widened
 from jbptt.executables import run
 from jbptt.norms import norm
 from jbptt.recurrence import trajectory
 from jbptt.starts import start_of
-from jbptt.types import Carry, Params, PyTree, Step, at_least_float32
+from jbptt.types import Carry, Params, PyTree, Step
 
 GATES = {"lstm": ("input", "forget", "candidate", "output"), "gru": ("reset", "update", "candidate")}
 STRAIGHT = {"lstm": "cell", "gru": "leak"}
@@ -129,7 +130,7 @@ def _gate_paths(kind, num_steps, params, carry, xs) -> GatePaths:
         )(carries, xs)
     )(open_carry, into_bias)
 
-    norms = norm(at_least_float32(jacobians), 2).T
+    norms = norm(widened(jacobians), 2).T
     total = jnp.sum(norms, axis=1, keepdims=True)
     shares = norms / jnp.where(total == 0, 1, total)
     return GatePaths(names, dict(zip(names, jacobians, strict=True)), norms, shares)

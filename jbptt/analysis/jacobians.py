@@ -9,13 +9,13 @@ import numpy as np
 from jax import lax
 
 from jbptt import slips, validation
-from jbptt.adjoint import split_inexact
+from jbptt.arrays import is_inexact, real_vector, split_inexact
 from jbptt.cells import split_readout
 from jbptt.cotangents import clips_cotangents
 from jbptt.executables import run
-from jbptt.recurrence import held, is_inexact, trajectory
+from jbptt.recurrence import held, trajectory
 from jbptt.starts import start_of
-from jbptt.types import Carry, Params, PyTree, Step, real_vector
+from jbptt.types import Carry, Params, PyTree, Step
 
 
 def check_differentiable(carry: Any) -> None:

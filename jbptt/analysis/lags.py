@@ -16,21 +16,16 @@ import jax
 import jax.numpy as jnp
 
 from jbptt import validation
-from jbptt.adjoint import (
-    add_losses,
-    batch_steps,
-    gradient_sums,
-    loss_weights,
-    parallel_pullback,
-    parts_of,
-    paths_of,
-)
-from jbptt.dependence import Paths
+from jbptt.arrays import align_leading, split_inexact, times_gate, weighted_mean
+from jbptt.engine.dependence import Paths
+from jbptt.engine.pullbacks import parallel_pullback
 from jbptt.executables import run
+from jbptt.losses import batch_steps, loss_weights
 from jbptt.norms import compared_leafwise, compared_with, leafwise, norm
-from jbptt.recurrence import times_gate, trajectory
+from jbptt.recurrence import trajectory
+from jbptt.segments import add_losses, gradient_sums, parts_of, paths_of
 from jbptt.starts import start_of
-from jbptt.types import Batch, Carry, Loss, Params, Step, align_leading, split_inexact, weighted_mean
+from jbptt.types import Batch, Carry, Loss, Params, Step
 
 
 class LagProfile(NamedTuple):

@@ -16,11 +16,12 @@ from jax import lax
 from jbptt import slips, validation
 from jbptt.analysis.graded import times_power
 from jbptt.analysis.jacobians import check_differentiable, flat_carry, push_tangents
+from jbptt.arrays import split_time, steps_from, widened_dtype
 from jbptt.executables import run
 from jbptt.norms import max_or_nan, norm
-from jbptt.recurrence import default_segment, split_time, steps_from, unroll
+from jbptt.recurrence import default_segment, unroll
 from jbptt.starts import start_of
-from jbptt.types import Carry, Params, PyTree, Step, float32_at_least
+from jbptt.types import Carry, Params, PyTree, Step
 
 _SINGULAR = 2.0**-48
 """Growth this far below an interval's largest is zero: float64's rounding, and in float32 only exact zeros."""
@@ -142,7 +143,7 @@ def _check(step, params, carry, xs, length, num_discarded) -> tuple[int, int, An
         )
     check_differentiable(carry)
     flat = jax.eval_shape(lambda carry: flat_carry(carry)[0], carry)
-    return num_steps, flat.size, float32_at_least(flat.dtype)
+    return num_steps, flat.size, widened_dtype(flat.dtype)
 
 
 def _check_num_exponents(num_exponents: Any, size: int) -> int:

@@ -14,33 +14,16 @@ import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
 
 from jbptt import validation
-from jbptt.adjoint import (
-    counted_steps,
-    loss_weights,
-    parts_of,
-    paths_of,
-    step_losses,
-    weighted_losses,
-    where_counted,
-)
 from jbptt.analysis.culprits import Culprit, Looked, Places, search
 from jbptt.analysis.flow import adjoints_of, carry_cotangents
-from jbptt.dependence import chosen
+from jbptt.arrays import align_leading, is_inexact, split_inexact, times_gate, weighted_mean, zero_masked
+from jbptt.engine.dependence import chosen
 from jbptt.executables import run
-from jbptt.recurrence import held, times_gate, trajectory, zero_masked
+from jbptt.losses import counted_steps, loss_weights, step_losses, weighted_losses, where_counted
+from jbptt.recurrence import held, trajectory
+from jbptt.segments import parts_of, paths_of
 from jbptt.starts import start_of
-from jbptt.types import (
-    Batch,
-    Carry,
-    Loss,
-    Params,
-    PyTree,
-    Step,
-    align_leading,
-    is_inexact,
-    split_inexact,
-    weighted_mean,
-)
+from jbptt.types import Batch, Carry, Loss, Params, PyTree, Step
 
 PHASES = ("given", "forward", "backward")
 GIVEN = ("xs", "gates", "targets", "weights")

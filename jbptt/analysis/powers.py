@@ -19,8 +19,8 @@ from jax.core import Tracer
 
 from jbptt import slips, validation
 from jbptt.analysis.dominance import CASES, classify, decompose, normalised
+from jbptt.arrays import widened_dtype
 from jbptt.norms import max_or_nan, norm, unit
-from jbptt.types import float32_at_least
 
 
 class Alignment(NamedTuple):
@@ -175,7 +175,7 @@ def _check_real(name: str, value: Any) -> jax.Array:
     dtype = jax.dtypes.result_type(value)
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
         raise ValueError(f"{name} must be real, got {dtype}; pass floating-point numbers")
-    kind = float32_at_least(dtype) if jnp.issubdtype(dtype, jnp.floating) else float
+    kind = widened_dtype(dtype) if jnp.issubdtype(dtype, jnp.floating) else float
     array = jnp.asarray(value, jax.dtypes.canonicalize_dtype(kind))
     if not isinstance(array, Tracer) and not np.all(np.isfinite(array)):
         raise ValueError(f"{name} must be finite, got NaN or infinity in it; see find_nonfinite for where it began")

@@ -13,11 +13,12 @@ from jax.core import Tracer
 from jbptt import validation
 from jbptt.analysis.graded import Graded, from_rows, log_singular_values, push
 from jbptt.analysis.jacobians import check_system, flat_carry, step_jacobian
+from jbptt.arrays import widened
 from jbptt.cells import split_readout
 from jbptt.executables import run
 from jbptt.recurrence import held, trajectory
 from jbptt.starts import start_of
-from jbptt.types import Carry, Params, PyTree, Step, at_least_float32
+from jbptt.types import Carry, Params, PyTree, Step
 
 
 class JacobianProducts(NamedTuple):
@@ -151,12 +152,12 @@ def _jacobian_products(step, num_steps, numbers, params, carry, xs, mask, start)
     def body(state, k):
         frame, matrix, kept = state
         now = jax.tree.map(lambda a: a[jnp.clip(first + k, 0, num_steps - 1)], (carries, inputs))
-        jacobian = at_least_float32(step_jacobian(held(core), params, *now))
+        jacobian = widened(step_jacobian(held(core), params, *now))
         frame, matrix = push(jacobian, frame, matrix)
         kept = jax.tree.map(lambda all, new: all.at[jnp.asarray(slots)[k]].set(new, mode="drop"), kept, matrix)
         return (frame, matrix, kept), None
 
-    frame, matrix = first_frame(at_least_float32(flat_carry(carry)[0]))
+    frame, matrix = first_frame(widened(flat_carry(carry)[0]))
     kept = jax.tree.map(lambda a: jnp.zeros((len(unique), *a.shape), a.dtype), matrix)
     (_, _, kept), _ = jax.lax.scan(body, (frame, matrix, kept), jnp.arange(unique[-1]))
     logs = jax.vmap(log_singular_values)(kept)[inverse]

@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 
+from jbptt.arrays import align_leading, split_inexact
 from jbptt.cells import split_readout
 from jbptt.norms import norm
 from jbptt.recurrence import held
-from jbptt.types import Batch, Carry, Params, Step, align_leading, split_inexact
+from jbptt.types import Batch, Carry, Params, Step
 
 NUDGE = 1e-3  # of a leaf's root mean square
 

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jbptt.adjoint import weighted_losses, where_counted
+from jbptt.arrays import weighted_mean, widened
+from jbptt.losses import weighted_losses, where_counted
 from jbptt.norms import norm
 from jbptt.recurrence import scan_steps
 from jbptt.starts import start_of
-from jbptt.types import Batch, Carry, Estimator, Loss, Params, Step, at_least_float32, weighted_mean
+from jbptt.types import Batch, Carry, Estimator, Loss, Params, Step
 
 
 class History(NamedTuple):
@@ -65,7 +66,7 @@ def train(
         first = jax.eval_shape(lambda batches: jax.tree.map(lambda a: a[0], batches), batches)
         state = estimator.init(params, carry, first, key=key)
     if opt_state is None:
-        opt_state = optimizer.init(jax.tree.map(at_least_float32, params))  # as wide as the gradients
+        opt_state = optimizer.init(jax.tree.map(widened, params))  # as wide as the gradients
 
     def body(running, batch):
         params, state, opt_state = running

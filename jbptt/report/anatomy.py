@@ -8,17 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbptt import clipping
-from jbptt.adjoint import gradient_sums
 from jbptt.analysis import powers
 from jbptt.analysis.flow import gradient_flow
 from jbptt.analysis.lags import lag_profile
 from jbptt.analysis.lyapunov import lyapunov_spectrum
 from jbptt.analysis.products import jacobian_products
+from jbptt.arrays import weighted_mean
 from jbptt.experiments import tasks
 from jbptt.experiments.remedies import Remedies, compare_remedies
 from jbptt.norms import norm
 from jbptt.report.measurements import Model, Plan, Progress, Trained, one_at_a_time
-from jbptt.types import Batch, weighted_mean
+from jbptt.segments import gradient_sums
+from jbptt.types import Batch
 
 RADII = (0.5, 0.9, 1.0, 1.1, 1.5)
 MAX_NORM = 1.0

@@ -2,13 +2,14 @@
 
 from tests.mutants import Mutant
 
+ARRAYS = "jbptt/arrays.py"
+DEPENDENCE = "jbptt/engine/dependence.py"
 ADVICE = "jbptt/analysis/advice.py"
 ALIGNMENT = "jbptt/analysis/alignment.py"
 BLOCKS = "jbptt/analysis/blocks.py"
 COMPARISON = "jbptt/analysis/comparison.py"
 SCHEDULES = "jbptt/analysis/schedules.py"
 DECAY = "jbptt/decay.py"
-DEPENDENCE = "jbptt/dependence.py"
 DIAGNOSIS = "jbptt/analysis/diagnosis.py"
 DOMINANCE = "jbptt/analysis/dominance.py"
 EVIDENCE = "jbptt/analysis/evidence.py"
@@ -152,7 +153,7 @@ ANALYSES = (
         "Graded(jnp.where(finite, rows, jnp.nan), exponents)",
         "Graded(rows, exponents)",
     ),
-    Mutant("jacobian_swaps_real_and_imaginary", "jbptt/types.py", "(a.real, a.imag) if", "(a.imag, a.real) if"),
+    Mutant("jacobian_swaps_real_and_imaginary", ARRAYS, "(a.real, a.imag) if", "(a.imag, a.real) if"),
     # graded matrices and products
     Mutant(
         "singular_values_in_bits",

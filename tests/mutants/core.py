@@ -2,15 +2,20 @@
 
 from tests.mutants import Mutant
 
+SEGMENTS = "jbptt/segments.py"
+ARRAYS = "jbptt/arrays.py"
+JAXPRS = "jbptt/engine/jaxprs.py"
+PULLBACKS = "jbptt/engine/pullbacks.py"
+LOSSES = "jbptt/losses.py"
+WEIGHT_USES = "jbptt/engine/weight_uses.py"
+WEIGHT_PRODUCTS = "jbptt/engine/weight_products.py"
+FORWARD_BACKWARD = "jbptt/engine/forward_backward.py"
+DEPENDENCE = "jbptt/engine/dependence.py"
 TYPES = "jbptt/types.py"
 VALIDATION = "jbptt/validation.py"
 CELLS = "jbptt/cells.py"
 RECURRENCE = "jbptt/recurrence.py"
 TRUNCATION = "jbptt/truncation.py"
-ADJOINT = "jbptt/adjoint.py"
-WEIGHTS = "jbptt/weights.py"
-WEIGHT_USES = "jbptt/weight_uses.py"
-LOOPS = "jbptt/loops.py"
 DIVISION = "jbptt/division.py"
 WINDOWS = "jbptt/windows.py"
 STREAMS = "jbptt/streams.py"
@@ -24,7 +29,7 @@ EXECUTABLES = "jbptt/executables.py"
 CORE = (
     Mutant(
         "gradient_by_the_start_is_dropped",
-        ADJOINT,
+        SEGMENTS,
         "g + own.astype(g.dtype), grad, start.pull(cotangents))",
         "g, grad, start.pull(cotangents))",
     ),
@@ -49,13 +54,13 @@ CORE = (
     # types: alignment, means, sums
     Mutant(
         "align_on_trailing_axes",
-        TYPES,
+        ARRAYS,
         "jnp.shape(array) + (1,) * (ndim - jnp.ndim(array))",
         "(1,) * (ndim - jnp.ndim(array)) + jnp.shape(array)",
     ),
     Mutant(
         "zero_weight_divides",
-        TYPES,
+        ARRAYS,
         "jnp.where(weight == 0, jnp.zeros_like(total), total / safe)",
         "total / weight",
     ),
@@ -97,11 +102,11 @@ CORE = (
     # recurrence: gates, masks, segments
     Mutant(
         "gate_multiplies_without_select",
-        RECURRENCE,
+        ARRAYS,
         "return jnp.where(gate == 0, jnp.zeros_like(product), product)",
         "return product",
     ),
-    Mutant("gate_rounded_to_the_carry", RECURRENCE, ".astype(jnp.finfo(wide).dtype)", ".astype(cotangent.dtype)"),
+    Mutant("gate_rounded_to_the_carry", ARRAYS, ".astype(jnp.finfo(wide).dtype)", ".astype(cotangent.dtype)"),
     Mutant(
         "engine_gate_dropped",
         RECURRENCE,
@@ -163,11 +168,11 @@ CORE = (
     ),
     Mutant(
         "select_on_trailing_axes",
-        RECURRENCE,
+        ARRAYS,
         "return jnp.where(align_leading(mask, jnp.ndim(new)), new, old)",
         "return jnp.where(mask, new, old)",
     ),
-    Mutant("shared_leaf_waits_for_all", RECURRENCE, "jnp.where(jnp.any(mask), new", "jnp.where(jnp.all(mask), new"),
+    Mutant("shared_leaf_waits_for_all", ARRAYS, "jnp.where(jnp.any(mask), new", "jnp.where(jnp.all(mask), new"),
     Mutant(
         "masked_inputs_reach_the_step",
         RECURRENCE,
@@ -246,55 +251,55 @@ CORE = (
     # adjoint: the engine
     Mutant(
         "sums_in_the_narrow_dtype",
-        TYPES,
-        "return jnp.asarray(array, float32_at_least(jnp.result_type(array)))",
+        ARRAYS,
+        "return jnp.asarray(array, widened_dtype(jnp.result_type(array)))",
         "return jnp.asarray(array)",
     ),
     Mutant(
         "weight_gradient_adds_up_narrow",
-        "jbptt/programs.py",
+        JAXPRS,
         "    if name in REPEATS and any(known):",
         "    if False:",
     ),
     Mutant(
         "readout_sees_the_whole_segment",
-        ADJOINT,
+        PULLBACKS,
         "jax.vmap(partial(step, params), axis_size=num_steps)(carries, inputs)",
         "step(params, carries, inputs)",
     ),
     Mutant(
         "weight_zero_leaks",
-        ADJOINT,
+        LOSSES,
         "nonzero = None if batch.weights is None else jnp.asarray(batch.weights) != 0",
         "nonzero = None",
     ),
     Mutant(
         "masked_targets_and_outputs_leak",
-        ADJOINT,
+        LOSSES,
         "loss(zero_masked(counted, y), zero_masked(counted, target))",
         "loss(y, target)",
     ),
     Mutant(
         "masked_outputs_reach_the_loss",
-        ADJOINT,
+        LOSSES,
         "loss(zero_masked(counted, y), zero_masked(counted, target))",
         "loss(y, zero_masked(counted, target))",
     ),
     Mutant(
         "weights_on_trailing_axes",
-        ADJOINT,
+        LOSSES,
         "align_leading(jnp.asarray(batch.weights), losses.ndim)",
         "jnp.asarray(batch.weights)",
     ),
     Mutant(
         "weight_sum_forgets_the_mask",
-        ADJOINT,
+        LOSSES,
         "weights = jnp.where(align_leading(batch.mask, losses.ndim), weights, 0)",
         "pass",
     ),
     Mutant(
         "segment_hands_nothing_on",
-        ADJOINT,
+        SEGMENTS,
         "loops.backward(stacks, cotangents, outputs_bar, gates,",
         "loops.backward(stacks, [jnp.zeros_like(c) for c in cotangents], outputs_bar, gates,",
     ),
@@ -303,31 +308,39 @@ CORE = (
     Mutant("weight_on_the_other_side", WEIGHT_USES, "first = 1 if product.side == 0", "first = 1 if product.side == 1"),
     Mutant(
         "weight_used_twice_counts_once",
-        WEIGHTS,
+        WEIGHT_PRODUCTS,
         "product.add_gradient(grads[home], whole, bar)",
         "product.add_gradient(self.start(None)[home], whole, bar)",
     ),
     Mutant(
         "other_uses_are_forgotten",
-        WEIGHTS,
+        WEIGHT_PRODUCTS,
         "zip(self.names.others, others_bar, strict=True)",
         "zip(self.names.others, map(jnp.zeros_like, others_bar), strict=True)",
     ),
-    Mutant("first_carry_is_the_second", LOOPS, "return jnp.where(t == 0, first, before)", "return before"),
+    Mutant("first_carry_is_the_second", FORWARD_BACKWARD, "return jnp.where(t == 0, first, before)", "return before"),
     Mutant(
-        "operands_one_step_late", LOOPS, "self.at(atom, jnp.asarray(start))", "self.at(atom, jnp.asarray(start) + 1)"
+        "operands_one_step_late",
+        FORWARD_BACKWARD,
+        "self.at(atom, jnp.asarray(start))",
+        "self.at(atom, jnp.asarray(start) + 1)",
     ),
     Mutant(
         "chunks_go_back_in_order",
-        LOOPS,
+        FORWARD_BACKWARD,
         "lax.scan(add, (state, first), starts, reverse=True)",
         "lax.scan(add, (state, first), starts)",
     ),
-    Mutant("steps_go_back_in_order", LOOPS, "start + jnp.arange(length), reverse=True)", "start + jnp.arange(length))"),
-    Mutant("sums_of_the_last_step", LOOPS, "[total + read(values, v) for", "[read(values, v) for"),
+    Mutant(
+        "steps_go_back_in_order",
+        FORWARD_BACKWARD,
+        "start + jnp.arange(length), reverse=True)",
+        "start + jnp.arange(length))",
+    ),
+    Mutant("sums_of_the_last_step", FORWARD_BACKWARD, "[one + read(values, v) for", "[read(values, v) for"),
     Mutant(
         "weights_turned_and_not_turned",
-        LOOPS,
+        FORWARD_BACKWARD,
         "turned[id(equation)] = known[name].T",
         "turned[id(equation)] = known[name]",
     ),
@@ -336,29 +349,29 @@ CORE = (
     Mutant("shares_draw_alike", DIVISION, "any(a[0] == b[0] and a != b for", "any(a[0] != b[0] and a == b for"),
     Mutant("shares_need_not_fit", DIVISION, "    if not fits:\n", "    if not fits and share.size < 1:\n"),
     Mutant(
-        "segments_start_one_segment_late", ADJOINT, "        return after, carry\n", "        return after, after\n"
+        "segments_start_one_segment_late", SEGMENTS, "        return after, carry\n", "        return after, after\n"
     ),
     Mutant(
         "first_pass_ignores_the_mask",
-        ADJOINT,
+        SEGMENTS,
         "carry, (batch.xs, batch.mask), batch_steps(batch))\n        return after",
         "carry, (batch.xs, None), batch_steps(batch))\n        return after",
     ),
     Mutant(
         "segments_go_back_in_order",
-        ADJOINT,
+        SEGMENTS,
         "(jnp.arange(num_whole), starts), reverse=True)",
         "(jnp.arange(num_whole), starts))",
     ),
     Mutant(
         "last_segment_without_gates",
-        ADJOINT,
+        SEGMENTS,
         "before_last, last, last_gates, None, sums)",
         "before_last, last, None, None, sums)",
     ),
     Mutant(
         "last_segment_is_not_counted",
-        ADJOINT,
+        SEGMENTS,
         "state = passed.cotangents, passed.sums\n",
         "state = passed.cotangents, jax.tree.map(jnp.zeros_like, passed.sums)\n",
     ),
@@ -374,11 +387,11 @@ CORE = (
     ),
     Mutant(
         "unread_carries_have_zeros",
-        LOOPS,
+        FORWARD_BACKWARD,
         "[*chosen(cotangents_t, live.carries), *outputs_bar_t]",
         "[*map(jnp.zeros_like, chosen(cotangents_t, live.carries)), *outputs_bar_t]",
     ),
-    Mutant("everything_is_read", "jbptt/dependence.py", "carries = tuple(i in reached for", "carries = tuple(True for"),
+    Mutant("everything_is_read", DEPENDENCE, "carries = tuple(i in reached for", "carries = tuple(True for"),
     Mutant(
         "windows_share_their_hold",
         STREAMS,
@@ -393,15 +406,15 @@ CORE = (
     ),
     Mutant(
         "gate_after_the_derivative",
-        LOOPS,
+        FORWARD_BACKWARD,
         "cotangents_t = [times_gate(c, gate) for c in cotangents_t]",
         "cotangents_t = [times_gate(jax.lax.stop_gradient(c), gate) for c in cotangents_t]",
     ),
     Mutant(
         "carry_gradient_is_a_sum",
-        ADJOINT,
-        "weighted_mean(at_least_float32(c), sums.weight) for c",
-        "at_least_float32(c) for c",
+        SEGMENTS,
+        "weighted_mean(widened(c), sums.weight) for c",
+        "widened(c) for c",
     ),
     Mutant(
         "block_under_way_begins_anew",
@@ -547,7 +560,7 @@ CORE = (
     ),
     Mutant(
         "aux_is_a_sum",
-        ADJOINT,
+        SEGMENTS,
         "jax.tree.map(lambda a: weighted_mean(a, sums.weight), sums.aux)",
         "sums.aux",
     ),

@@ -5,7 +5,7 @@ the rest to the backward loop; between them a cut decides what is kept of every 
 read it back: products, transcendental functions, whatever is not known to be cheap. Sums, products of numbers, choices
 and changes of shape that ask for one more array at most are computed again. What is kept is kept once: the carry that
 a step emits is the one that the next receives, an output that is a carry is no second array, and what the weights need
-is formed after the loops (`weights`).
+is formed after the loops (`weight_products`).
 
 On CPU the time of a scanned backward pass goes into every extra `[S, ...]` array that is written.
 """
@@ -19,11 +19,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-from jbptt.dependence import Paths, chosen
-from jbptt.programs import CHEAP, as_arrays, evaluate, inlined, read
-from jbptt.recurrence import times_gate
-from jbptt.types import Carry, Params, PyTree, Step, inexact_leaves, split_inexact
-from jbptt.weights import Apart, take_apart
+from jbptt.arrays import inexact_leaves, split_inexact, times_gate
+from jbptt.engine.dependence import Paths, chosen
+from jbptt.engine.jaxprs import CHEAP, as_arrays, evaluate, inlined, read
+from jbptt.engine.weight_products import Apart, take_apart
+from jbptt.types import Carry, Params, PyTree, Step
 
 CHUNK_BYTES = 2**19  # of cotangents: what is used while it is in the cache, in memory that is touched once
 

@@ -15,27 +15,21 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jbptt.cells import split_readout
-from jbptt.dependence import Paths, chosen, paths
-from jbptt.loops import cut
-from jbptt.recurrence import default_segment, held, steps_from, zero_masked
-from jbptt.starts import Entered
-from jbptt.types import (
-    Batch,
-    Carry,
-    Estimate,
-    Loss,
-    Params,
-    PyTree,
-    Step,
-    align_leading,
-    at_least_float32,
-    float32_at_least,
+from jbptt.arrays import (
     is_inexact,
     split_inexact,
+    steps_from,
     weighted_mean,
+    widened,
 )
-from jbptt.weights import take_apart
+from jbptt.cells import split_readout
+from jbptt.engine.dependence import Paths, paths
+from jbptt.engine.forward_backward import cut
+from jbptt.engine.pullbacks import parallel_pullback
+from jbptt.losses import batch_steps, weighted_losses, where_counted
+from jbptt.recurrence import default_segment, held
+from jbptt.starts import Entered
+from jbptt.types import Batch, Carry, Estimate, Loss, Params, PyTree, Step
 
 
 class Sums(NamedTuple):
@@ -53,26 +47,12 @@ def estimate_of(sums: Sums, start: Entered, cotangents: list, **info: Any) -> Es
     Where that carry is a function of the parameters, its gradient is added.
     """
     aux = {} if sums.aux is None else {"aux": jax.tree.map(lambda a: weighted_mean(a, sums.weight), sums.aux)}
-    means = iter(weighted_mean(at_least_float32(c), sums.weight) for c in cotangents)
+    means = iter(weighted_mean(widened(c), sums.weight) for c in cotangents)
     carry_grads = jax.tree.map(lambda a: next(means) if is_inexact(a) else jnp.zeros(jnp.shape(a)), start.carry)
     grad = sums.grad
     if start.pull is not None:
         grad = jax.tree.map(lambda g, own: g + own.astype(g.dtype), grad, start.pull(cotangents))
     return Estimate(sums.loss, grad, sums.weight, {**aux, "carry_grads": carry_grads, **info})
-
-
-def batch_steps(batch: Batch) -> int:
-    """T of a batch that has passed the border."""
-    return jax.tree.leaves(batch)[0].shape[0]
-
-
-def counted_steps(batch: Batch) -> jax.Array | None:
-    """Where a loss counts: unmasked and of a weight other than 0; None where all do."""
-    nonzero = None if batch.weights is None else jnp.asarray(batch.weights) != 0
-    if batch.mask is None or nonzero is None:
-        return nonzero if batch.mask is None else batch.mask
-    ndim = max(batch.mask.ndim, nonzero.ndim)
-    return align_leading(batch.mask, ndim) & align_leading(nonzero, ndim)
 
 
 class Parts(NamedTuple):
@@ -95,18 +75,6 @@ def parts_of(step: Step, loss: Loss) -> Parts:
     return Parts(held(core), readout, where_counted(loss))
 
 
-def where_counted(loss: Loss) -> Callable:
-    """`(y, target, counted) -> (losses, aux)` of one step, 0 where `counted` is False; None counts all."""
-
-    def counted_loss(y, target, counted):
-        # Both sides of the loss are cleared: a NaN target times a zero weight is still NaN on the way back.
-        result = loss(zero_masked(counted, y), zero_masked(counted, target))
-        value, aux = result if isinstance(result, tuple) else (result, None)
-        return zero_masked(counted, value), zero_masked(counted, aux)
-
-    return counted_loss
-
-
 def vmapped(parts: Parts) -> Parts:
     """The parts for a leading axis on everything but the parameters, the mask included."""
     core, readout, loss = parts
@@ -121,90 +89,6 @@ def paths_of(parts: Parts, params: Params, carry: Carry, batch: Batch) -> Paths:
         return parts.loss(y, target, None)[0]
 
     return paths(parts.core, parts.readout, loss, params, carry, (one.xs, one.mask), one.targets)
-
-
-def step_losses(counted_loss: Callable, ys: PyTree, batch: Batch) -> tuple[jax.Array, PyTree]:
-    """Losses `[S, *batch]` (0 where they do not count) and aux of all steps at once."""
-    return jax.vmap(counted_loss, axis_size=batch_steps(batch))(ys, batch.targets, counted_steps(batch))
-
-
-def loss_weights(batch: Batch, losses: jax.Array) -> jax.Array:
-    """`mask · weights`, broadcast from the left to the losses' shape `[S, *batch]`."""
-    weights = jnp.ones_like(at_least_float32(losses))
-    if batch.weights is not None:
-        given = align_leading(jnp.asarray(batch.weights), losses.ndim)
-        wide = float32_at_least(weights.dtype, given.dtype)
-        weights = weights.astype(wide) * given.astype(wide)
-    if batch.mask is not None:
-        weights = jnp.where(align_leading(batch.mask, losses.ndim), weights, 0)
-    return weights
-
-
-def weighted_losses(counted_loss: Callable, ys: PyTree, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
-    """`Σ w_t ℓ_t` and beside it `Σ w_t` and the weighted aux."""
-    losses, aux = step_losses(counted_loss, ys, batch)
-    weights = loss_weights(batch, losses)
-
-    def total(values):
-        w = align_leading(weights, values.ndim)
-        wide = float32_at_least(values.dtype, w.dtype)
-        return jnp.sum(jnp.where(w == 0, 0, w.astype(wide) * values.astype(wide)), axis=tuple(range(losses.ndim)))
-
-    return total(losses), (jnp.sum(weights), jax.tree.map(total, aux))
-
-
-def pullback(step: Step, params: Params, carry: Carry, inputs: PyTree, live: Paths) -> tuple[tuple, Callable]:
-    """A step's results `(carry, outputs)`, and the way back through it, which is linear.
-
-    The way back takes (cotangents of the carry emitted, cotangents of the outputs, a running total or None) and gives
-    (the total and the gradient, as `weights` forms it, and the cotangents of the carry received). Cotangents are
-    lists over inexact leaves; those of leaves that no loss reads, as `live` says, are not looked at.
-    """
-    apart = take_apart(step, params, carry, inputs)
-    leaves, rebuild = split_inexact(carry)
-
-    def run(others, zeros, leaves):
-        after, (outputs, operands) = apart.step(others, rebuild(leaves), (inputs, zeros))
-        read = chosen(split_inexact(after)[0], live.carries), chosen(split_inexact(outputs)[0], live.outputs)
-        return read, (after, outputs, operands)
-
-    _, pull, (after, outputs, operands) = jax.vjp(run, apart.others, apart.zeros(carry, inputs), leaves, has_aux=True)
-
-    def back(carry_bar, outputs_bar, total):
-        bars = chosen(carry_bar, live.carries), chosen(outputs_bar, live.outputs)
-        others_bar, zeros_bar, cotangents = pull(bars)
-        grads = apart.add_products(apart.start(total), [a[None] for a in operands], [bar[None] for bar in zeros_bar])
-        return apart.gradient(grads, others_bar), cotangents
-
-    return (after, outputs), back
-
-
-def parallel_pullback(
-    step: Step, params: Params, carries: Carry, inputs: PyTree, num_steps: int, live: Paths
-) -> tuple[tuple, Callable]:
-    """`pullback` of all steps at once, each at its own cached (carry, input), leaves `[T, ...]`."""
-
-    def all_at_once(params, carries, inputs):
-        return jax.vmap(partial(step, params), axis_size=num_steps)(carries, inputs)
-
-    results, back = pullback(all_at_once, params, carries, inputs, live)
-
-    def one_by_one(carry_bar, outputs_bar, total):
-        def body(total, inputs_t):
-            (carry_t, x_t), *bars = inputs_t
-            return pullback(step, params, carry_t, x_t, live)[1](*bars, total)
-
-        return lax.scan(body, total, ((carries, inputs), carry_bar, outputs_bar), num_steps)
-
-    def all_or_one(carry_bar, outputs_bar, total):
-        try:
-            return back(carry_bar, outputs_bar, total)
-        except (NotImplementedError, TypeError, ValueError):
-            # JAX has the derivative of every step, but not that of their vmap (products with sparse weights).
-            start = jax.tree.map(lambda a: jnp.zeros_like(at_least_float32(a)), params) if total is None else total
-            return one_by_one(carry_bar, outputs_bar, start)
-
-    return results, all_or_one
 
 
 def add_losses(

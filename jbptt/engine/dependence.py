@@ -7,7 +7,8 @@ import jax
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 from jax.tree_util import keystr, tree_leaves_with_path
 
-from jbptt.types import Carry, Loss, Params, PyTree, Step, inexact_leaves, split_inexact
+from jbptt.arrays import inexact_leaves, split_inexact
+from jbptt.types import Carry, Loss, Params, PyTree, Step
 
 Sources = frozenset[int]
 # Programs that are called with the equation's own operands: by the name of the parameter that holds them.

@@ -22,9 +22,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
-from jbptt.programs import CHEAP, MOVES, Values, as_arrays, evaluate, inlined, is_narrower, moved_wide, read
-from jbptt.types import Carry, Params, PyTree, Step, at_least_float32, is_inexact
-from jbptt.weight_uses import Lookup, Product
+from jbptt.arrays import is_inexact, widened
+from jbptt.engine.jaxprs import CHEAP, MOVES, Values, as_arrays, evaluate, inlined, is_narrower, moved_wide, read
+from jbptt.engine.weight_uses import Lookup, Product
+from jbptt.types import Carry, Params, PyTree, Step
 
 
 @jax.custom_vjp
@@ -69,7 +70,7 @@ class Apart:
     @property
     def others(self) -> list[jax.Array]:
         """What of the parameters is differentiated inside the loop, in float32 at least."""
-        return [at_least_float32(value) for value in self.values.others]
+        return [widened(value) for value in self.values.others]
 
     @property
     def operands(self) -> list[Any]:
@@ -116,12 +117,12 @@ class Apart:
         A weight that is computed from parameters has a place of its own; `gradient` goes on from there.
         """
         leaves = jax.tree.leaves(self.params if total is None else total)
-        grads: Values = dict(zip(self.own, map(at_least_float32, leaves), strict=True))
+        grads: Values = dict(zip(self.own, map(widened, leaves), strict=True))
         if total is None:
             grads = {name: jnp.zeros_like(leaf) for name, leaf in grads.items()}
         for name, value in zip(self.names.weights, self.values.weights, strict=True):
             if self._home(name) not in grads:
-                grads[name] = jnp.zeros_like(at_least_float32(value))
+                grads[name] = jnp.zeros_like(widened(value))
         return grads
 
     @property
@@ -159,7 +160,7 @@ class Apart:
                 narrow = [a.astype(jnp.result_type(leaf)) for a, leaf in zip(wide, leaves, strict=True)]
                 return list(map(self.before(narrow, wide).__getitem__, derived))
 
-            made, pull = jax.vjp(again, list(map(at_least_float32, leaves)))
+            made, pull = jax.vjp(again, list(map(widened, leaves)))
             (more,) = pull([grads[name].astype(value.dtype) for name, value in zip(derived, made, strict=True)])
             grads |= {name: grads[name] + bar for name, bar in zip(self.own, more, strict=True)}
         return structure.unflatten([grads[name] for name in self.own])

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import JaxprEqn
 
-from jbptt.types import float32_at_least
+from jbptt.arrays import widened_dtype
 
 
 class Product(NamedTuple):
@@ -100,7 +100,7 @@ def weight_gradient(product: Product, operands: jax.Array, cotangents: jax.Array
         right,
         (((0,), (0,)), ((), ())),
         precision=product.equation.params["precision"],
-        preferred_element_type=float32_at_least(left.dtype, right.dtype),
+        preferred_element_type=widened_dtype(left.dtype, right.dtype),
     )
     order = (*of_weight, *kept)
     back = sorted(range(len(shape)), key=order.__getitem__)

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
-from jbptt.dependence import CALLS
-from jbptt.types import Carry, Params, PyTree, Step, at_least_float32, is_key, split_inexact
+from jbptt.arrays import widened
+from jbptt.types import PyTree
 
 Values = dict[Any, Any]  # by variable
 
@@ -24,16 +24,6 @@ CHEAP = frozenset((
 MOVES = frozenset((
     "broadcast_in_dim", "dynamic_slice", "gather", "reshape", "rev", "slice", "split", "squeeze", "transpose",
 ))
-# Give the same numbers side by side, under `vmap`, as one after another; of random numbers, threefry's alone.
-ALIKE = CHEAP | MOVES | frozenset((
-    "acos", "acosh", "argmax", "argmin", "asin", "asinh", "atan", "atan2", "atanh", "bitcast_convert_type", "cbrt",
-    "ceil", "clamp", "cos", "cosh", "cummax", "cummin", "cumprod", "cumsum", "digamma", "div", "dot_general",
-    "dynamic_update_slice", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "iota", "lgamma", "log", "log1p",
-    "logistic", "nextafter", "pow", "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_prod", "reduce_sum",
-    "rem", "round", "rsqrt", "scatter-add", "scatter_add", "shift_left", "shift_right_arithmetic",
-    "shift_right_logical", "sin", "sinh", "sqrt", "tan", "tanh",
-))
-RANDOM = frozenset(("random_bits", "random_fold_in", "random_seed", "random_split", "random_unwrap", "random_wrap"))
 # Repeat a scalar or an axis of one as often as the other argument has it.
 REPEATS = frozenset(("add", "atan2", "div", "max", "min", "mul", "pow", "rem", "sub"))
 # fmt: on
@@ -93,7 +83,7 @@ def moved_wide(equation: JaxprEqn, values: Values, wide: Values) -> list | None:
     results: list[Any] = [v.aval for v in equation.outvars]
     name, known = equation.primitive.name, [not isinstance(v, Literal) and v in wide for v in equation.invars]
     if name == "convert_element_type" and known[0] and is_narrower(results[0].dtype, operands[0].dtype):
-        wide[equation.outvars[0]] = at_least_float32(operands[0])
+        wide[equation.outvars[0]] = widened(operands[0])
         return None
     if name in MOVES and known[0]:
         moved: Any = equation.primitive.bind(wide[equation.invars[0]], *operands[1:], **equation.params)
@@ -116,32 +106,3 @@ def moved_wide(equation: JaxprEqn, values: Values, wide: Values) -> list | None:
 def is_narrower(dtype: Any, other: Any) -> bool:
     """Whether both are real floating types, and the first has fewer bytes."""
     return all(jnp.issubdtype(d, jnp.floating) for d in (dtype, other)) and dtype.itemsize < other.itemsize
-
-
-def same_under_vmap(step: Step, params: Params, carry: Carry, x: PyTree) -> bool:
-    """Whether the program of a step and its derivative shows that `vmap` changes no number and refuses nothing.
-
-    Only what is known passes. A callback may have no rule, `rbg` draws other bits, and a `cond` becomes a choice
-    between both branches, whose derivatives both count.
-    """
-
-    def both_ways(params, carry, x):
-        leaves, rebuild = split_inexact(carry)
-        after, pull = jax.vjp(lambda params, leaves: split_inexact(step(params, rebuild(leaves), x))[0], params, leaves)
-        return pull(after)
-
-    return _is_alike(jax.make_jaxpr(both_ways)(params, carry, x).jaxpr)
-
-
-def _is_alike(jaxpr: Jaxpr) -> bool:
-    for equation in jaxpr.eqns:
-        name = equation.primitive.name
-        if name in RANDOM:
-            shapes: list[Any] = [v.aval for v in (*equation.invars, *equation.outvars)]
-            alike = all(str(shape.dtype) == "key<fry>" for shape in shapes if is_key(shape))
-        else:
-            inner = equation.params.get(CALLS.get(name, ""))
-            alike = name in ALIKE if inner is None else _is_alike(getattr(inner, "jaxpr", inner))
-        if equation.effects or not alike:
-            return False
-    return True
