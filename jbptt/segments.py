@@ -23,8 +23,8 @@ from jbptt.arrays import (
     widened,
 )
 from jbptt.cells import split_readout
+from jbptt.engine.cutting import cut
 from jbptt.engine.dependence import Paths, paths
-from jbptt.engine.forward_backward import cut
 from jbptt.engine.pullbacks import parallel_pullback
 from jbptt.losses import batch_steps, weighted_losses, where_counted
 from jbptt.recurrence import default_segment, held
@@ -138,7 +138,7 @@ def back_through_segment(
     sums, outputs_bar = add_losses(parts, params, outputs, batch, live, sums)
     if cotangents is None:
         cotangents = [jnp.zeros_like(leaf) for leaf in split_inexact(after)[0]]
-    cotangents, grad = loops.backward(stacks, cotangents, outputs_bar, gates, sums.grad)
+    cotangents, grad, _ = loops.backward(stacks, cotangents, outputs_bar, gates, sums.grad)
     return BackwardPass(sums._replace(grad=grad), after, cotangents, carry)
 
 

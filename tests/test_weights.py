@@ -10,8 +10,10 @@ from jax.experimental import sparse
 from jax.extend.core import jaxprs_in_params
 from problems import assert_close, one_update, squared_error
 
-from jbptt import Batch, cells, full_bptt, lag_profile, loops, truncated_bptt, truncation_curve
-from jbptt.engine.weight_products import take_apart
+from jbptt import Batch, cells, full_bptt, lag_profile, truncated_bptt, truncation_curve
+from jbptt.engine import forward_backward
+from jbptt.engine.cutting import cut
+from jbptt.engine.weight_products import split_step
 from jbptt.segments import parts_of, paths_of
 
 NUM_STEPS, EXAMPLES, INPUT, HIDDEN = 7, 3, 2, 4
@@ -135,11 +137,11 @@ def ways():
 @pytest.mark.parametrize(("with_readout", "segment", "chunk_bytes"), list(ways()))
 @pytest.mark.parametrize("name", STEPS)
 def test_gradient_of_any_step(name, with_readout, segment, chunk_bytes, monkeypatch):
-    monkeypatch.setattr(loops, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(forward_backward, "CHUNK_BYTES", chunk_bytes)
     step, num_products, carry = STEPS[name]
     params = {"x": W_X, "h": W_H, "b": BIAS, "unused": draw(2)}
-    apart = take_apart(step, params, carry, draw(EXAMPLES, INPUT))
-    assert len(apart.products) == num_products
+    split = split_step(step, params, carry, draw(EXAMPLES, INPUT))
+    assert len(split.program.products) == num_products
     if with_readout:
         step = cells.with_readout(
             step, lambda p, y: first_output(y) @ p["h"] * p["b"] + first_output(y) @ p["x"].T @ p["x"]
@@ -175,7 +177,7 @@ def test_a_core_that_emits_nothing(make, size):
 @pytest.mark.parametrize("chunk_bytes", [1, 2**19])
 def test_products_wider_than_their_weights(chunk_bytes, monkeypatch):
     """A weight in float32 whose products are float64."""
-    monkeypatch.setattr(loops, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(forward_backward, "CHUNK_BYTES", chunk_bytes)
 
     def step(p, h, x):
         h = jnp.tanh(jnp.dot(h, p["h"], preferred_element_type=jnp.float64) + x @ p["x"])
@@ -219,7 +221,7 @@ def test_what_is_kept_of_a_step(kind, number):
         Batch(draw(1, EXAMPLES, INPUT)),
     )
     live = paths_of(parts, params, carry, batch._replace(targets=batch.xs[..., :1]))
-    kept = loops.cut(cell.step, params, carry, batch.xs[0], live).kept
+    kept = cut(cell.step, params, carry, batch.xs[0], live).program.kept
     assert [v.aval.shape for v in kept] == [(EXAMPLES, HIDDEN)] * number
 
 

@@ -1,47 +1,36 @@
-"""The two loops of a segment, cut out of the program of one step and its derivative.
+"""The forward and the backward loop of one step, run."""
 
-A step and its pullback are traced as one program. What does not depend on the cotangents belongs to the forward loop,
-the rest to the backward loop; between them a cut decides what is kept of every step. Kept is what costs more than to
-read it back: products, transcendental functions, whatever is not known to be cheap. Sums, products of numbers, choices
-and changes of shape that ask for one more array at most are computed again. What is kept is kept once: the carry that
-a step emits is the one that the next receives, an output that is a carry is no second array, and what the weights need
-is formed after the loops (`weight_products`).
-
-On CPU the time of a scanned backward pass goes into every extra `[S, ...]` array that is written.
-"""
-
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
-from jbptt.arrays import inexact_leaves, split_inexact, times_gate
+from jbptt.arrays import times_gate
 from jbptt.engine.dependence import Paths, chosen
-from jbptt.engine.jaxprs import CHEAP, as_arrays, evaluate, inlined, read
-from jbptt.engine.weight_products import Apart, take_apart
-from jbptt.types import Carry, Params, PyTree, Step
+from jbptt.engine.jaxprs import evaluate, names_of, read
+from jbptt.engine.stacks import Layout, Stacks
+from jbptt.engine.weight_products import SplitStep
+from jbptt.types import Carry, Params, PyTree
 
 CHUNK_BYTES = 2**19  # of cotangents: what is used while it is in the cache, in memory that is touched once
 
 
-def _names(atoms: Iterable[Any]) -> list[Any]:
-    return list(dict.fromkeys(v for v in atoms if not isinstance(v, Literal)))
-
-
-def _bytes(v: Any) -> int:
+def num_bytes(v: Any) -> int:
+    """Of one step's array."""
     return v.aval.size * v.aval.dtype.itemsize
 
 
-def _needed(equations: list[JaxprEqn], results: list[Any]) -> list[JaxprEqn]:
+def needed(equations: list[JaxprEqn], results: list[Any]) -> list[JaxprEqn]:
     """The equations that lead to `results`, in order."""
-    wanted, kept = set(_names(results)), []
+    wanted, kept = set(names_of(results)), []
     for equation in reversed(equations):
         if wanted.intersection(equation.outvars) or equation.effects:
-            wanted.update(_names(equation.invars))
+            wanted.update(names_of(equation.invars))
             kept.append(equation)
     return kept[::-1]
 
@@ -57,50 +46,15 @@ class Names(NamedTuple):
     outputs: list[Any]
     operands: list[Any]
     others_bar: list[Any]
-    products_bar: list[Any]
+    products_bar: list[Any]  # None where it is zero
     carry_bar: list[Any]
+    inputs_bar: list[Any]
 
-
-@dataclass(frozen=True)
-class Stacks:
-    """What the forward loop leaves, by variable.
-
-    Attributes:
-      num_steps: S.
-      known: the same in all steps.
-      of: one for each step, `[S, ...]`.
-      behind: one step behind another: its first value, and the variable that it follows.
-    """
-
-    num_steps: int
-    known: dict[Var, Any]
-    of: dict[Var, jax.Array]
-    behind: dict[Var, tuple[Any, Var]]
-
-    def whole(self, atom: Any) -> jax.Array:
-        """All steps; what they share is repeated."""
-        if not isinstance(atom, Literal) and atom not in self.known:
-            return self.piece(atom, 0, self.num_steps)
-        value = read(self.known, atom)
-        return jnp.broadcast_to(value, (self.num_steps, *jnp.shape(value)))
-
-    def at(self, name: Var, t: jax.Array) -> Any:
-        """Step t."""
-        if name in self.behind:
-            first, followed = self.behind[name]
-            before = lax.dynamic_index_in_dim(self.of[followed], jnp.maximum(t - 1, 0), keepdims=False)
-            return jnp.where(t == 0, first, before)
-        return lax.dynamic_index_in_dim(self.of[name], t, keepdims=False)
-
-    def piece(self, atom: Any, start: Any, length: int) -> jax.Array:
-        """Steps start … start + length − 1."""
-        if isinstance(atom, Literal) or atom in self.known:
-            return self.whole(atom)[:length]
-        if atom in self.behind:
-            rest = lax.dynamic_slice_in_dim(self.of[self.behind[atom][1]], start, length - 1)
-            return jnp.concatenate([self.at(atom, jnp.asarray(start))[None], rest])
-        whole = self.of[atom]
-        return whole if length == self.num_steps else lax.dynamic_slice_in_dim(whole, start, length)
+    @property
+    def results(self) -> list[Any]:
+        """What the backward loop is for."""
+        found = [*self.others_bar, *self.products_bar, *self.carry_bar, *self.inputs_bar]
+        return [atom for atom in found if atom is not None]
 
 
 def _chunk(num_steps: int, bytes_per_step: int) -> int:
@@ -130,183 +84,183 @@ def _with_rows_first(equations: list[JaxprEqn], known: dict[Var, Any]) -> Callab
     return multiply
 
 
-@dataclass(frozen=True)
-class Loops:
-    """Forward and backward loop of one step's program."""
+@dataclass(frozen=True, eq=False)
+class LoopsProgram:
+    """The program of both loops; it holds no array, so that a cotangent function can keep it.
 
-    apart: Apart
+    Attributes:
+      jaxpr: one step and its pullback.
+      names: its variables by what they are.
+      known: the variables that are the same in all steps.
+      ahead: the equations of the forward loop.
+      back: those of the backward loop, what is computed again first.
+      kept: what the forward loop stacks.
+      entering: carries that the backward loop needs, one step behind those emitted.
+      outputs: the structure of a step's outputs.
+      live: which leaves have cotangents.
+    """
+
     jaxpr: Jaxpr
     names: Names
-    known: dict[Var, Any]  # the same in all steps
-    ahead: list[JaxprEqn]  # of the forward loop
-    back: list[JaxprEqn]  # of the backward loop, what is computed again first
-    kept: list[Var]  # what the forward loop stacks
-    entering: list[Var]  # carries that the backward loop needs, one step behind those emitted
-    outputs: Any  # the structure of a step's outputs
-    live: Paths  # which leaves have cotangents
+    known: list[Var]
+    ahead: list[JaxprEqn]
+    back: list[JaxprEqn]
+    kept: list[Var]
+    entering: list[Var]
+    outputs: Any
+    live: Paths
 
-    def forward(self, carry: Carry, inputs: PyTree, num_steps: int) -> tuple[Carry, PyTree, Stacks]:
-        """The carry after `num_steps` steps, their outputs, and what is kept of them."""
-        names, (first, structure) = self.names, jax.tree.flatten(carry)
+
+@partial(jax.tree_util.register_dataclass, data_fields=["split", "known"], meta_fields=["program"])
+@dataclass(frozen=True)
+class Loops:
+    """Forward and backward loop of one step, with the arrays that all steps share."""
+
+    program: LoopsProgram
+    split: SplitStep
+    known: list
+
+    def forward(
+        self, carry: Carry, inputs: PyTree, num_steps: int, reverse: bool = False
+    ) -> tuple[Carry, PyTree, Stacks]:
+        """The carry after `num_steps` steps, their outputs, and what is kept of them; `reverse` as in `lax.scan`."""
+        program, names = self.program, self.program.names
+        first, structure = jax.tree.flatten(carry)
+        known = dict(zip(program.known, self.known, strict=True))
 
         def body(leaves_t, inputs_t):
             values = dict(zip([*names.carry, *names.inputs], [*leaves_t, *inputs_t], strict=True))
-            values = evaluate(self.jaxpr, self.ahead, {**self.known, **values})
-            return [read(values, v) for v in names.after], [values[v] for v in self.kept]
+            values = evaluate(program.jaxpr, program.ahead, {**known, **values})
+            return [read(values, v) for v in names.after], [values[v] for v in program.kept]
 
         inputs = jax.tree.leaves(inputs)
-        after, found = lax.scan(body, first, inputs, length=num_steps)
-        of = dict(zip([*names.inputs, *self.kept], [*inputs, *found], strict=True))
-        behind = {
-            name: (leaf, emitted)
+        after, found = lax.scan(body, first, inputs, length=num_steps, reverse=reverse)
+        behind = [
+            ((name, emitted), leaf)
             for name, leaf, emitted in zip(names.carry, first, names.after, strict=True)
-            if name in self.entering
-        }
-        stacks = Stacks(num_steps, self.known, of, behind)
+            if name in program.entering
+        ]
+        of = [*names.inputs, *program.kept]
+        layout = Layout(num_steps, program.known, of, [pair for pair, _ in behind], reverse)
+        stacks = Stacks(layout, self.known, [*inputs, *found], [leaf for _, leaf in behind])
         outputs = [stacks.whole(v) for v in names.outputs]
-        return structure.unflatten(after), self.outputs.unflatten(outputs), stacks
+        return structure.unflatten(after), program.outputs.unflatten(outputs), stacks
 
     def backward(
         self, stacks: Stacks, cotangents: list, outputs_bar: list, gates: jax.Array | None, total: Params | None
-    ) -> tuple[list, Params]:
-        """The cotangents of the first carry, from those of the last and of the outputs, and `total` plus the gradient.
+    ) -> tuple[list, Params, list]:
+        """The cotangents of the first carry, from those of the last and of the outputs; `total` plus the gradient.
 
             λ_t = gates[t] · (J_tᵀ λ_{t+1} + (∂y_t/∂h_t)ᵀ ȳ_t)
 
-        The gate is part of what is computed here, not of the program of the step: differentiating the result gives
-        the derivative of these numbers, gates included.
+        And the cotangents of the inputs that were asked for, `[S, ...]`. The gate is part of what is computed here,
+        not of the program of the step: differentiating the result gives the derivative of these numbers, gates
+        included.
         """
-        names, live = self.names, self.live
-        used = _names([*(v for equation in self.back for v in equation.invars), *self.results])
+        program, names, live, known = self.program, self.program.names, self.program.live, stacks.known
+        num_steps, reverse = stacks.layout.num_steps, stacks.layout.reverse
+        used = names_of([*(v for equation in program.back for v in equation.invars), *names.results])
         saved = [name for name in used if name in stacks.of or name in stacks.behind]
-        emitted = [v for v in _names(names.products_bar) if v not in saved and v not in self.known]
-        multiply = _with_rows_first(self.back, self.known)
-        length = _chunk(stacks.num_steps, sum(map(_bytes, emitted)))
+        products_bar = [v for v in names.products_bar if v is not None]
+        emitted = [v for v in names_of(products_bar) if v not in saved and v not in known]
+        multiply = _with_rows_first(program.back, known)
+        length = _chunk(num_steps, sum(map(num_bytes, emitted)))
         outputs_bar = chosen(outputs_bar, live.outputs)
 
         def body(state, t):
             cotangents_t, sums = state
-            values = {**self.known, **{name: stacks.at(name, t) for name in saved}}
+            values = {**known, **{name: stacks.at(name, t) for name in saved}}
             outputs_bar_t = [lax.dynamic_index_in_dim(bar, t, keepdims=False) for bar in outputs_bar]
-            values.update(zip(names.bars, [*chosen(cotangents_t, live.carries), *outputs_bar_t], strict=True))
-            values = evaluate(self.jaxpr, self.back, values, multiply)
+            bars = [*chosen(cotangents_t, live.carries), *outputs_bar_t]
+            values.update(zip(names.bars, bars, strict=True))
+            values = evaluate(program.jaxpr, program.back, values, multiply)
             sums = [one + read(values, v) for one, v in zip(sums, names.others_bar, strict=True)]
             cotangents_t = [read(values, v) for v in names.carry_bar]
             if gates is not None:
                 gate = lax.dynamic_index_in_dim(gates, t, keepdims=False)
                 cotangents_t = [times_gate(c, gate) for c in cotangents_t]
-            return (cotangents_t, sums), [values[v] for v in emitted]
+            inputs_bar_t = [jnp.asarray(read(values, v)) for v in names.inputs_bar]
+            return (cotangents_t, sums), ([values[v] for v in emitted], inputs_bar_t)
 
         def chunk(state, grads, start):
-            (cotangents, sums), found = lax.scan(body, state, start + jnp.arange(length), reverse=True)
-            bars = Stacks(length, self.known, dict(zip(emitted, found, strict=True)), {})
+            (cotangents, sums), (found, inputs_bar) = lax.scan(
+                body, state, start + jnp.arange(length), reverse=not reverse
+            )
+            layout = Layout(length, program.known, emitted, [], reverse)
+            bars = Stacks(layout, stacks.arrays, found, [])
             operands = [stacks.piece(v, start, length) for v in names.operands]
             products_bar = [
-                bars.whole(v) if v in emitted else stacks.piece(v, start, length) for v in names.products_bar
+                None if v is None else bars.whole(v) if v in emitted else stacks.piece(v, start, length)
+                for v in names.products_bar
             ]
-            grads = self.apart.add_products(grads, operands, products_bar)
-            return (cotangents, sums), [grads[home] for home in self.apart.homes]
+            grads = self.split.add_products(grads, operands, products_bar)
+            return (cotangents, sums), [grads[home] for home in homes], inputs_bar
 
-        state = cotangents, [jnp.zeros_like(value) for value in self.apart.others]
-        grads, homes = self.apart.start(total), self.apart.homes
-        if length == stacks.num_steps:
-            state, found = chunk(state, grads, 0)
+        state = cotangents, [jnp.zeros_like(value) for value in self.split.others]
+        grads, homes = self.split.first_sums(total), self.split.program.homes
+        if length == num_steps:
+            state, found, inputs_bar = chunk(state, grads, 0)
         else:
 
             def add(running, start):
                 state, found = running
-                return chunk(state, dict(zip(homes, found, strict=True)), start), None
+                state, found, inputs_bar = chunk(state, dict(zip(homes, found, strict=True)), start)
+                return (state, found), inputs_bar
 
             # The sum is placed (and varies over devices) as what is added to it, not as the zeros that it begins with.
             added = jax.eval_shape(lambda state: chunk(state, grads, 0)[1], state)
             first = [grads[home] + lax.full_like(shape, 0) for home, shape in zip(homes, added, strict=True)]
-            starts = jnp.arange(0, stacks.num_steps, length)
-            (state, found), _ = lax.scan(add, (state, first), starts, reverse=True)
+            starts = jnp.arange(0, num_steps, length)
+            (state, found), pieces = lax.scan(add, (state, first), starts, reverse=not reverse)
+            inputs_bar = [bar.reshape((num_steps, *bar.shape[2:])) for bar in pieces]
         cotangents, sums = state
-        return cotangents, self.apart.gradient({**grads, **dict(zip(homes, found, strict=True))}, sums)
+        grads = {**grads, **dict(zip(homes, found, strict=True))}
+        return cotangents, self.split.gradient(grads, sums), inputs_bar
 
-    @property
-    def results(self) -> list[Any]:
-        """What the backward loop is for."""
-        return [*self.names.others_bar, *self.names.products_bar, *self.names.carry_bar]
+    def narrowed(self, carries: tuple[bool, ...], outputs: tuple[bool, ...]) -> "Loops":
+        """The loops for a loss that reads less than was thought: of the last carry and of the outputs, these leaves.
 
-
-def _joint_program(apart: Apart, carry: Carry, inputs: PyTree, live: Paths) -> tuple[ClosedJaxpr, Names, Any]:
-    """One step and its pullback as one program, its names, and the structure of the outputs."""
-    zeros = apart.zeros(carry, inputs)
-
-    def joint(others, carry, inputs, bars):
-        leaves, rebuild = split_inexact(carry)
-
-        def run(others, zeros, leaves):
-            after, (outputs, operands) = apart.step(others, rebuild(leaves), (inputs, zeros))
-            read = chosen(split_inexact(after)[0], live.carries), chosen(split_inexact(outputs)[0], live.outputs)
-            return read, (after, outputs, operands)
-
-        _, pull, (after, outputs, operands) = jax.vjp(run, others, zeros, leaves, has_aux=True)
-        return after, outputs, operands, *pull(bars)
-
-    after, (outputs, _) = jax.eval_shape(apart.step, apart.others, carry, (inputs, zeros))
-    read = chosen(inexact_leaves(after), live.carries), chosen(inexact_leaves(outputs), live.outputs)
-    groups = apart.others, carry, inputs, tuple([lax.full_like(s, 0) for s in shapes] for shapes in read)
-    closed, results = inlined(joint, *groups)
-    given, made = iter(closed.jaxpr.invars), iter(closed.jaxpr.outvars)
-    ins = [[next(given) for _ in jax.tree.leaves(group)] for group in groups]
-    outs = [[next(made) for _ in jax.tree.leaves(group)] for group in results]
-    return closed, Names(*ins, *outs), jax.tree.structure(outputs)
-
-
-def _again(forward: list[JaxprEqn], wanted: list[Var], free: set[Var], kept: list[Var]) -> set[int]:
-    """Which equations to evaluate again, by id, so that the backward loop has `wanted`; all else goes to `kept`."""
-    producers = {v: equation for equation in forward for v in equation.outvars}
-    again: set[int] = set()
-
-    def is_cheap(v):
-        equation = producers[v]
-        unknown = [u for u in _names(equation.invars) if u not in free and u not in kept]
-        small = all(_bytes(u) <= _bytes(v) for u in unknown)
-        return equation.primitive.name in CHEAP and len(unknown) <= 1 and small
-
-    def visit(v):
-        if v in free or v in kept or id(producers[v]) in again:
-            return
-        if is_cheap(v):
-            again.add(id(producers[v]))
-            for u in _names(producers[v].invars):
-                visit(u)
-        else:
-            kept.append(v)
-
-    for v in sorted(wanted, key=lambda v: v in producers and is_cheap(v)):  # what must be kept makes the rest cheap
-        visit(v)
-    return again
+        An equation of the backward loop is linear in cotangents: where all that it is given are zero, so is all
+        that it gives, and it is left out. (To run it on zeros is not the same: 0·inf is NaN.)
+        """
+        program, names, live = self.program, self.program.names, self.program.live
+        num_carries = sum(live.carries)
+        bars = dict(zip(names.bars[:num_carries], chosen(list(range(len(carries))), live.carries), strict=True))
+        read_outputs = chosen(list(outputs), live.outputs)
+        late = late_of(program.back, names.bars)
+        while True:
+            reads = [carries[i] for i in bars.values()] + read_outputs
+            nonzero = {name for name, is_read in zip(names.bars, reads, strict=True) if is_read}
+            back = []
+            for equation in program.back:
+                cotangents = late.intersection(names_of(equation.invars))
+                if not cotangents or cotangents & nonzero:
+                    back.append(equation)
+                    nonzero.update(v for v in equation.outvars if v in late)
+            flows = [not isinstance(v, Literal) and v in nonzero for v in names.carry_bar]
+            grown = tuple(a or b for a, b in zip(carries, flows, strict=True))
+            if grown == carries:
+                break
+            carries = grown
+        zero = late - nonzero
+        products_bar = [None if isinstance(v, Var) and v in zero else v for v in names.products_bar]
+        fewer = names._replace(bars=[v for v in names.bars if v in nonzero], products_bar=products_bar)
+        back = needed(back, fewer.results)
+        used = names_of([*(v for equation in back for v in equation.invars), *fewer.results])
+        zeros = [v for v in used if v in zero]
+        live = live._replace(
+            carries=tuple(a and b for a, b in zip(live.carries, carries, strict=True)),
+            outputs=tuple(a and b for a, b in zip(live.outputs, outputs, strict=True)),
+        )
+        known = [*self.known, *(jnp.zeros(v.aval.shape, v.aval.dtype) for v in zeros)]
+        program = replace(program, names=fewer, known=[*program.known, *zeros], back=back, live=live)
+        return Loops(program, self.split, known)
 
 
-def cut(step: Step, params: Params, carry: Carry, inputs: PyTree, live: Paths) -> Loops:
-    """The loops of `step` for arguments of these shapes, whose leaves have cotangents where `live` says so."""
-    apart = take_apart(step, params, carry, inputs)
-    closed, names, outputs = _joint_program(apart, carry, inputs, live)
-    jaxpr, late, forward, backward = closed.jaxpr, set(names.bars), [], []
-    for equation in jaxpr.eqns:
-        is_late = bool(late.intersection(_names(equation.invars)))
-        (backward if is_late else forward).append(equation)
-        late.update(equation.outvars if is_late else ())
-    consts = as_arrays(closed.consts)
-    known = dict(zip([*jaxpr.constvars, *names.others], [*consts, *apart.others], strict=True))
-    results = [*names.others_bar, *names.products_bar, *names.carry_bar]
-    backward = _needed(backward, results)
-    everywhere, emitted = {*known, *names.inputs}, _names(names.after)
-    kept = [v for v in _names([*names.outputs, *names.operands]) if v not in everywhere and v not in names.carry]
-    wanted = [v for v in _names([*(v for e in backward for v in e.invars), *results]) if v not in late]
-    again = _again(forward, wanted, {*everywhere, *names.carry, *emitted}, kept)
-    used = _names([*wanted, *names.outputs, *names.operands, *(v for e in forward if id(e) in again for v in e.invars)])
-    kept += [v for v in emitted if v in used and v not in everywhere and v not in kept]
-    entering = []
-    for name, after in zip(names.carry, names.after, strict=True):
-        if name in used and name not in kept:
-            shifted = not isinstance(after, Literal) and after not in everywhere and after not in names.carry
-            (entering if shifted else kept).append(name)
-            kept += [after] if shifted and after not in kept else []
-    ahead = _needed(forward, [*names.after, *kept])
-    back = [equation for equation in forward if id(equation) in again] + backward
-    return Loops(apart, jaxpr, names, known, ahead, back, kept, entering, outputs, live)
+def late_of(equations: list[JaxprEqn], bars: list[Var]) -> set[Var]:
+    """The cotangents, and what is computed from them."""
+    late = set(bars)
+    for equation in equations:
+        if late.intersection(names_of(equation.invars)):
+            late.update(equation.outvars)
+    return late

@@ -1,6 +1,6 @@
 """A function as a program: read, laid open, and evaluated equation by equation, some of them differently."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -32,6 +32,11 @@ REPEATS = frozenset(("add", "atan2", "div", "max", "min", "mul", "pow", "rem", "
 def read(values: Values, atom: Any) -> Any:
     """What stands for a variable or a literal."""
     return atom.val if isinstance(atom, Literal) else values[atom]
+
+
+def names_of(atoms: Iterable[Any]) -> list[Any]:
+    """The variables among atoms, each once."""
+    return list(dict.fromkeys(v for v in atoms if not isinstance(v, Literal)))
 
 
 def evaluate(jaxpr: Jaxpr, equations: list[JaxprEqn], values: Values, replace: Callable | None = None) -> Values:

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jbptt.arrays import split_inexact, widened
+from jbptt.arrays import widened
 from jbptt.engine.dependence import Paths, chosen
-from jbptt.engine.weight_products import take_apart
+from jbptt.engine.weight_products import split_step
 from jbptt.types import Carry, Params, PyTree, Step
 
 
@@ -20,21 +20,15 @@ def pullback(step: Step, params: Params, carry: Carry, inputs: PyTree, live: Pat
     (the total plus the gradient, and the cotangents of the carry received). Cotangents are lists over inexact leaves;
     those of leaves that no loss reads, as `live` says, are not looked at.
     """
-    apart = take_apart(step, params, carry, inputs)
-    leaves, rebuild = split_inexact(carry)
-
-    def run(others, zeros, leaves):
-        after, (outputs, operands) = apart.step(others, rebuild(leaves), (inputs, zeros))
-        read = chosen(split_inexact(after)[0], live.carries), chosen(split_inexact(outputs)[0], live.outputs)
-        return read, (after, outputs, operands)
-
-    _, pull, (after, outputs, operands) = jax.vjp(run, apart.others, apart.zeros(carry, inputs), leaves, has_aux=True)
+    split = split_step(step, params, carry, inputs)
+    (after, outputs, operands), pull = split.vjp(split.others, split.zeros(carry, inputs), carry, inputs, live)
 
     def back(carry_bar, outputs_bar, total):
         bars = chosen(carry_bar, live.carries), chosen(outputs_bar, live.outputs)
-        others_bar, zeros_bar, cotangents = pull(bars)
-        grads = apart.add_products(apart.start(total), [a[None] for a in operands], [bar[None] for bar in zeros_bar])
-        return apart.gradient(grads, others_bar), cotangents
+        others_bar, products_bar, cotangents, _ = pull(bars)
+        one_step = [a[None] for a in operands], [bar[None] for bar in products_bar]
+        grads = split.add_products(split.first_sums(total), *one_step)
+        return split.gradient(grads, others_bar), cotangents
 
     return (after, outputs), back
 

@@ -15,6 +15,7 @@ before the loop. Every other use of a parameter is differentiated where it stand
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,9 +23,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
-from jbptt.arrays import is_inexact, widened
+from jbptt.arrays import is_inexact, split_inexact, widened
+from jbptt.engine.dependence import Paths, chosen
 from jbptt.engine.jaxprs import CHEAP, MOVES, Values, as_arrays, evaluate, inlined, is_narrower, moved_wide, read
-from jbptt.engine.weight_uses import Lookup, Product
+from jbptt.engine.weight_uses import Lookup, Product, is_lookup, weight_side
 from jbptt.types import Carry, Params, PyTree, Step
 
 
@@ -38,7 +40,7 @@ def tap(product: jax.Array, zero: jax.Array) -> jax.Array:
 tap.defvjp(lambda product, zero: (product, None), lambda _, cotangent: (cotangent, cotangent))
 
 
-class Fixed(NamedTuple):
+class OfParams(NamedTuple):
     """What a step takes from its parameters alone, as names in its program or as values.
 
     Attributes:
@@ -52,25 +54,29 @@ class Fixed(NamedTuple):
     constants: list[Any]
 
 
-@dataclass(frozen=True)
-class Apart:
-    """A step's program for arguments of one shape and given parameters."""
+@dataclass(frozen=True, eq=False)
+class SplitProgram:
+    """A step's program, split; it holds no array, so that a cotangent function can keep it.
 
-    params: Params
+    Attributes:
+      jaxpr: the whole program, of parameters, carry and x.
+      own: the parameters in it, leaf by leaf.
+      early: the equations on parameters alone that are worth running once, before the loop.
+      late: all others, those of the loop.
+      products: the products and lookups with weights among the late ones.
+      cast_from: for a parameter in another floating type, that parameter.
+      names: of what the loop takes from the parameters.
+      result: the structure of (carry, y).
+    """
+
     jaxpr: Jaxpr
-    own: list[Var]  # the parameters, leaf by leaf
-    before: Callable[..., Values]  # of the parameters' leaves: what depends on them alone; wide, if given wide
-    late: list[JaxprEqn]  # all else
+    own: list[Var]
+    early: list[JaxprEqn]
+    late: list[JaxprEqn]
     products: list[Product | Lookup]
-    cast_from: Values  # for a parameter in another floating type, that parameter
-    names: Fixed  # of what the loop takes from the parameters
-    values: Fixed
-    result: Any  # the structure of (carry, y)
-
-    @property
-    def others(self) -> list[jax.Array]:
-        """What of the parameters is differentiated inside the loop, in float32 at least."""
-        return [widened(value) for value in self.values.others]
+    cast_from: Values
+    names: OfParams
+    result: Any
 
     @property
     def operands(self) -> list[Any]:
@@ -78,67 +84,136 @@ class Apart:
         atoms = [atom for product in self.products for atom in product.operands]
         return list(dict.fromkeys(atom for atom in atoms if not isinstance(atom, Literal)))
 
-    def _multiplied(self, others: list, carry: Carry, x: PyTree, zeros: list | None) -> tuple[Values, list]:
-        weights = dict(zip(self.names.weights, self.values.weights, strict=True))
-        numbers = {id(product.equation): i for i, product in enumerate(self.products)}
-        wide = dict(zip(self.names.others, others, strict=True))
-        others = [value.astype(jnp.result_type(own)) for value, own in zip(others, self.values.others, strict=True)]
-        names = [*self.names.others, *self.names.constants, *self.jaxpr.invars[len(self.own) :]]
-        given = [*others, *self.values.constants, *jax.tree.leaves((carry, x))]
+    @property
+    def homes(self) -> list[Any]:
+        """Where the gradients of the products' weights are added."""
+        return list(dict.fromkeys(self.home(product.weight) for product in self.products))
+
+    def home(self, name: Any) -> Any:
+        """A cast is the identity but for rounding, which the sum is spared."""
+        return self.cast_from.get(name, name)
+
+    def before_the_loop(self, consts: list, leaves: list, wide: Sequence = ()) -> Values:
+        """What depends on the parameters' leaves alone; in float32 at least where they are given `wide` too."""
+        known = dict(zip(self.own, wide, strict=bool(wide)))
+        values = dict(zip([*self.jaxpr.constvars, *self.own], [*consts, *leaves], strict=True))
+        values = evaluate(self.jaxpr, self.early, values, lambda equation, values: moved_wide(equation, values, known))
+        return {**values, **known}
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["params", "consts", "values"], meta_fields=["program"])
+@dataclass(frozen=True)
+class SplitStep:
+    """A step for arguments of one shape, split at its products with weights, with the arrays of its parameters.
+
+    Attributes:
+      program: the step's.
+      params: the parameters.
+      consts: arrays that the step closes over.
+      values: what the loop takes from the parameters.
+    """
+
+    program: SplitProgram
+    params: Params
+    consts: list
+    values: OfParams
+
+    @property
+    def others(self) -> list[jax.Array]:
+        """What of the parameters is differentiated inside the loop, in float32 at least."""
+        return [widened(value) for value in self.values.others]
+
+    def _run(self, others: list, carry: Carry, x: PyTree, zeros: list | None) -> tuple[Values, list]:
+        program, values = self.program, self.values
+        names = program.names
+        weights = dict(zip(names.weights, values.weights, strict=True))
+        numbers = {id(product.equation): i for i, product in enumerate(program.products)}
+        wide = dict(zip(names.others, others, strict=True))
+        others = [one.astype(jnp.result_type(own)) for one, own in zip(others, values.others, strict=True)]
+        inner = [*names.others, *names.constants, *program.jaxpr.invars[len(program.own) :]]
+        given = [*others, *values.constants, *jax.tree.leaves((carry, x))]
         results = []
 
         def multiply(equation, values):
             i = numbers.get(id(equation))
             if i is None:
                 return moved_wide(equation, values, wide)
-            product = self.products[i]
-            result = product.bind(weights[product.weight], [read(values, atom) for atom in product.operands])
+            product = program.products[i]
+            operands = [read(values, atom) for atom in product.operands]
+            result = product.bind(weights[product.weight], operands)
             results.append(result)
             return [result if zeros is None else tap(result, zeros[i])]
 
-        values = evaluate(self.jaxpr, self.late, dict(zip(names, given, strict=True)), multiply)
-        return values, results
+        inside = evaluate(program.jaxpr, program.late, dict(zip(inner, given, strict=True)), multiply)
+        return inside, results
 
     def zeros(self, carry: Carry, x: PyTree) -> list[jax.Array]:
         """One for each product, of its shape and placed as it is."""
-        shapes = jax.eval_shape(lambda: self._multiplied(self.others, carry, x, None)[1])  # no effect takes place
+        shapes = jax.eval_shape(lambda: self._run(self.others, carry, x, None)[1])  # no effect takes place
         return [lax.full_like(shape, 0) for shape in shapes]
 
     def step(self, others: list, carry: Carry, inputs: tuple[PyTree, list]) -> tuple[Carry, tuple[PyTree, list]]:
         """`carry, (y, operands)` of a step on `(x, zeros)`; the cotangent of `zeros[i]` is that of product i."""
         x, zeros = inputs
-        values, _ = self._multiplied(others, carry, x, zeros)
-        carry, y = jax.tree.unflatten(self.result, [read(values, atom) for atom in self.jaxpr.outvars])
-        return carry, (y, [read(values, name) for name in self.operands])
+        values, _ = self._run(others, carry, x, zeros)
+        results = [read(values, atom) for atom in self.program.jaxpr.outvars]
+        carry, y = jax.tree.unflatten(self.program.result, results)
+        return carry, (y, [read(values, name) for name in self.program.operands])
 
-    def start(self, total: Params | None) -> Values:
+    def vjp(
+        self,
+        others: list,
+        zeros: list,
+        carry: Carry,
+        inputs: PyTree,
+        live: Paths,
+        of_inputs: tuple[bool, ...] = (),
+    ) -> tuple[tuple, Callable]:
+        """`(carry, outputs, operands)`, and the way back from the carry and the outputs that a loss reads.
+
+        The way back takes the cotangents of those leaves and gives those of `others`, `zeros`, the carry and the
+        inputs; of the inexact leaves of the inputs, those that `of_inputs` chooses, () for none.
+        """
+        leaves, rebuild = split_inexact(carry)
+        input_leaves, rebuild_inputs = split_inexact(inputs)
+        of_inputs = of_inputs or (False,) * len(input_leaves)
+
+        def run(others, zeros, leaves, moving):
+            moving = iter(moving)
+            pairs = zip(of_inputs, input_leaves, strict=True)
+            inputs = rebuild_inputs([next(moving) if moves else leaf for moves, leaf in pairs])
+            after, (outputs, operands) = self.step(others, rebuild(leaves), (inputs, zeros))
+            read = chosen(split_inexact(after)[0], live.carries), chosen(split_inexact(outputs)[0], live.outputs)
+            return read, (after, outputs, operands)
+
+        moving = chosen(input_leaves, of_inputs)
+        _, pull, results = jax.vjp(run, others, zeros, leaves, moving, has_aux=True)
+        return results, pull
+
+    def first_sums(self, total: Params | None) -> Values:
         """What gradients are added to, by variable, in float32 at least: a running total of the parameters', or zeros.
 
         A weight that is computed from parameters has a place of its own; `gradient` goes on from there.
         """
         leaves = jax.tree.leaves(self.params if total is None else total)
-        grads: Values = dict(zip(self.own, map(widened, leaves), strict=True))
+        grads: Values = dict(zip(self.program.own, map(widened, leaves), strict=True))
         if total is None:
             grads = {name: jnp.zeros_like(leaf) for name, leaf in grads.items()}
-        for name, value in zip(self.names.weights, self.values.weights, strict=True):
-            if self._home(name) not in grads:
+        for name, value in zip(self.program.names.weights, self.values.weights, strict=True):
+            if self.program.home(name) not in grads:
                 grads[name] = jnp.zeros_like(widened(value))
         return grads
 
-    @property
-    def homes(self) -> list[Any]:
-        """Where the gradients of the products' weights are added."""
-        return list(dict.fromkeys(self._home(product.weight) for product in self.products))
-
-    def _home(self, name: Any) -> Any:
-        """A cast is the identity but for rounding, which the sum is spared."""
-        return self.cast_from.get(name, name)
-
     def add_products(self, grads: Values, operands: Sequence, cotangents: Sequence) -> Values:
-        """Adds `W̄` of every weight, from `operands` and the products' cotangents, leaves `[S, ...]`."""
-        known, grads = dict(zip(self.operands, operands, strict=True)), dict(grads)
-        for product, bar in zip(self.products, cotangents, strict=True):
-            home = self._home(product.weight)
+        """Adds `W̄` of every weight, from `operands` and the products' cotangents, leaves `[S, ...]`.
+
+        A cotangent None is zero: no loss reads what comes of that product.
+        """
+        known, grads = dict(zip(self.program.operands, operands, strict=True)), dict(grads)
+        for product, bar in zip(self.program.products, cotangents, strict=True):
+            if bar is None:
+                continue
+            home = self.program.home(product.weight)
             whole = [
                 jnp.broadcast_to(atom.val, len(bar)) if isinstance(atom, Literal) else known[atom]
                 for atom in product.operands
@@ -148,51 +223,24 @@ class Apart:
 
     def gradient(self, grads: Values, others_bar: list) -> Params:
         """The gradient in the parameters, from `grads` as `add_products` leaves them and the cotangents of `others`."""
+        program = self.program
         leaves, structure = jax.tree.flatten(self.params)
         grads = dict(grads)
-        for name, bar in zip(self.names.others, others_bar, strict=True):
-            home = self._home(name)
+        for name, bar in zip(program.names.others, others_bar, strict=True):
+            home = program.home(name)
             grads[home] = grads[home] + bar.astype(grads[home].dtype) if home in grads else bar
-        derived = [name for name in grads if name not in self.own]
+        derived = [name for name in grads if name not in program.own]
         if derived:
 
             def again(wide):
                 narrow = [a.astype(jnp.result_type(leaf)) for a, leaf in zip(wide, leaves, strict=True)]
-                return list(map(self.before(narrow, wide).__getitem__, derived))
+                values = program.before_the_loop(self.consts, narrow, wide)
+                return [values[name] for name in derived]
 
             made, pull = jax.vjp(again, list(map(widened, leaves)))
             (more,) = pull([grads[name].astype(value.dtype) for name, value in zip(derived, made, strict=True)])
-            grads |= {name: grads[name] + bar for name, bar in zip(self.own, more, strict=True)}
-        return structure.unflatten([grads[name] for name in self.own])
-
-
-def _is_placed(aval: Any) -> bool:
-    """Whether an explicit mesh divides an axis: then JAX alone knows where the gradient belongs."""
-    return any(axis is not None for axis in getattr(getattr(aval, "sharding", None), "spec", ()))
-
-
-def _weight_side(equation: JaxprEqn, fixed: set, learned: set) -> int | None:
-    """On which side of a `dot_general` a weight stands; None if that is not what the equation is."""
-    if equation.primitive is not lax.dot_general_p or any(equation.params["dimension_numbers"][1]):
-        return None
-    weights = [i for i, v in enumerate(equation.invars) if not isinstance(v, Literal) and v in learned]
-    varying = [v for v in equation.invars if not isinstance(v, Literal) and v not in fixed]
-    inexact = all(is_inexact(v.aval) and not _is_placed(v.aval) for v in equation.invars)
-    return weights[0] if inexact and len(weights) == len(varying) == 1 else None
-
-
-def _is_lookup(equation: JaxprEqn, fixed: set, learned: set) -> bool:
-    """Whether an equation takes rows from a table, fewer numbers than the table has, at places that vary."""
-    if equation.primitive is lax.gather_p:
-        simple = not equation.params["dimension_numbers"].operand_batching_dims
-    else:
-        simple = equation.primitive is lax.dynamic_slice_p
-    if not simple or isinstance(equation.invars[0], Literal) or equation.invars[0] not in learned:
-        return False
-    table: Any = equation.invars[0].aval
-    rows: Any = equation.outvars[0].aval
-    varies = any(not isinstance(v, Literal) and v not in fixed for v in equation.invars[1:])
-    return varies and is_inexact(table) and not _is_placed(table) and rows.size < table.size
+            grads |= {name: grads[name] + bar for name, bar in zip(program.own, more, strict=True)}
+        return structure.unflatten([grads[name] for name in program.own])
 
 
 def _worth_hoisting(equations: list[JaxprEqn], weights: set[Var]) -> tuple[list[JaxprEqn], list[JaxprEqn]]:
@@ -217,7 +265,7 @@ def _worth_hoisting(equations: list[JaxprEqn], weights: set[Var]) -> tuple[list[
     return early[::-1], cheap[::-1]
 
 
-def take_apart(step: Step, params: Params, carry: Carry, x: PyTree) -> Apart:
+def split_step(step: Step, params: Params, carry: Carry, x: PyTree) -> SplitStep:
     """Reads the step's program for arguments of these shapes."""
     closed, result = inlined(step, params, carry, x)
     jaxpr = closed.jaxpr
@@ -233,9 +281,9 @@ def take_apart(step: Step, params: Params, carry: Carry, x: PyTree) -> Apart:
         learned.update(equation.outvars if names & learned else ())
     products: list[Product | Lookup] = []
     for equation in late:
-        if (side := _weight_side(equation, fixed, learned)) is not None:
+        if (side := weight_side(equation, fixed, learned)) is not None:
             products.append(Product(equation, side))
-        elif _is_lookup(equation, fixed, learned):
+        elif is_lookup(equation, fixed, learned):
             products.append(Lookup(equation))
     early, cheap = _worth_hoisting(alone, {product.weight for product in products})
     late = cheap + late
@@ -246,15 +294,7 @@ def take_apart(step: Step, params: Params, carry: Carry, x: PyTree) -> Apart:
     used = [v for v in used if not any(v in equation.outvars for equation in cheap)]
     others = [v for v in used if v in learned and is_inexact(v.aval)]
     weights = list(dict.fromkeys(product.weight for product in products))
-    names = Fixed(weights, others, [v for v in used if v not in others])
-
-    def before(leaves, wide=()):
-        known = dict(zip(own, wide, strict=bool(wide)))
-        values = dict(zip([*jaxpr.constvars, *own], [*as_arrays(closed.consts), *leaves], strict=True))
-        values = evaluate(jaxpr, early, values, lambda equation, values: moved_wide(equation, values, known))
-        return {**values, **known}
-
-    values = jax.tree.map(before(jax.tree.leaves(params)).__getitem__, names)
+    names = OfParams(weights, others, [v for v in used if v not in others])
     cast_from: Values = {}
     for equation in early:
         if equation.primitive is lax.convert_element_type_p:
@@ -263,4 +303,8 @@ def take_apart(step: Step, params: Params, carry: Carry, x: PyTree) -> Apart:
             if all(jnp.issubdtype(v.aval.dtype, jnp.floating) for v in (made, given)):
                 cast_from[made] = cast_from.get(given, given)
     cast_from = {name: origin for name, origin in cast_from.items() if origin in own}
-    return Apart(params, jaxpr, own, before, late, products, cast_from, names, values, jax.tree.structure(result))
+    structure = jax.tree.structure(result)
+    program = SplitProgram(jaxpr, own, early, late, products, cast_from, names, structure)
+    consts = as_arrays(closed.consts)
+    values = program.before_the_loop(consts, jax.tree.leaves(params))
+    return SplitStep(program, params, consts, jax.tree.map(values.__getitem__, names))

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import JaxprEqn
+from jax.extend.core import JaxprEqn, Literal
 
-from jbptt.arrays import widened_dtype
+from jbptt.arrays import is_inexact, widened_dtype
 
 
 class Product(NamedTuple):
@@ -105,3 +105,32 @@ def weight_gradient(product: Product, operands: jax.Array, cotangents: jax.Array
     order = (*of_weight, *kept)
     back = sorted(range(len(shape)), key=order.__getitem__)
     return flat.reshape([shape[axis] for axis in order]).transpose(back)
+
+
+def _is_placed(aval: Any) -> bool:
+    """Whether an explicit mesh divides an axis: then JAX alone knows where the gradient belongs."""
+    return any(axis is not None for axis in getattr(getattr(aval, "sharding", None), "spec", ()))
+
+
+def weight_side(equation: JaxprEqn, fixed: set, learned: set) -> int | None:
+    """On which side of a `dot_general` a weight stands; None if that is not what the equation is."""
+    if equation.primitive is not lax.dot_general_p or any(equation.params["dimension_numbers"][1]):
+        return None
+    weights = [i for i, v in enumerate(equation.invars) if not isinstance(v, Literal) and v in learned]
+    varying = [v for v in equation.invars if not isinstance(v, Literal) and v not in fixed]
+    inexact = all(is_inexact(v.aval) and not _is_placed(v.aval) for v in equation.invars)
+    return weights[0] if inexact and len(weights) == len(varying) == 1 else None
+
+
+def is_lookup(equation: JaxprEqn, fixed: set, learned: set) -> bool:
+    """Whether an equation takes rows from a table, fewer numbers than the table has, at places that vary."""
+    if equation.primitive is lax.gather_p:
+        simple = not equation.params["dimension_numbers"].operand_batching_dims
+    else:
+        simple = equation.primitive is lax.dynamic_slice_p
+    if not simple or isinstance(equation.invars[0], Literal) or equation.invars[0] not in learned:
+        return False
+    table: Any = equation.invars[0].aval
+    rows: Any = equation.outvars[0].aval
+    varies = any(not isinstance(v, Literal) and v not in fixed for v in equation.invars[1:])
+    return varies and is_inexact(table) and not _is_placed(table) and rows.size < table.size
