@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from jbptt.plans import Plan
     from jbptt.recurrence import unroll
     from jbptt.report import plots
+    from jbptt.scanning import scan
     from jbptt.types import Batch, Carry, Estimate, Estimator, Loss, Params, Step
 
     __version__: str
@@ -56,6 +57,7 @@ _HOMES = {
         "experiments.training": "History train",
         "plans": "Plan",
         "recurrence": "unroll",
+        "scanning": "scan",
         "types": "Batch Carry Estimate Estimator Loss Params Step",
     }.items()
     for name in names.split()

@@ -40,6 +40,7 @@ CORE = [
     "engine.pullbacks",
     "losses",
     "segments",
+    "scanning",
     "division",
     "plans",
     "windows",

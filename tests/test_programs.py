@@ -5,6 +5,7 @@ such operation.
 """
 
 import inspect
+from functools import partial
 
 import chex
 import jax
@@ -51,6 +52,7 @@ def others(params, carry, batch):
     estimators = {"full": jbptt.full_bptt(step, loss), "blocks": jbptt.truncated_bptt(step, loss, window=2)}
     return {
         "step_jacobians": jbptt.step_jacobians(step, params, carry[0], batch.xs[:, 0]),
+        "scan": jax.grad(lambda p: jnp.sum(jbptt.scan(partial(step, p), carry, batch.xs, segment=2)[1]))(params),
         "gate_paths": jbptt.gate_paths(lstm.init(key), states, batch.xs[:, 0]),
         "compare": jbptt.compare(estimators, params, carry, batch, reference="full", key=key, num_samples=2),
         "compare_remedies": jbptt.compare_remedies(key, **patients),

@@ -157,7 +157,8 @@ class Loops:
         not of the program of the step: differentiating the result gives the derivative of these numbers, gates
         included.
         """
-        program, names, live, known = self.program, self.program.names, self.program.live, stacks.known
+        program, names, live = self.program, self.program.names, self.program.live
+        known = dict(zip(program.known, self.known, strict=True))
         num_steps, reverse = stacks.layout.num_steps, stacks.layout.reverse
         used = names_of([*(v for equation in program.back for v in equation.invars), *names.results])
         saved = [name for name in used if name in stacks.of or name in stacks.behind]
@@ -187,7 +188,7 @@ class Loops:
                 body, state, start + jnp.arange(length), reverse=not reverse
             )
             layout = Layout(length, program.known, emitted, [], reverse)
-            bars = Stacks(layout, stacks.arrays, found, [])
+            bars = Stacks(layout, self.known, found, [])
             operands = [stacks.piece(v, start, length) for v in names.operands]
             products_bar = [
                 None if v is None else bars.whole(v) if v in emitted else stacks.piece(v, start, length)

@@ -111,3 +111,14 @@ def moved_wide(equation: JaxprEqn, values: Values, wide: Values) -> list | None:
 def is_narrower(dtype: Any, other: Any) -> bool:
     """Whether both are real floating types, and the first has fewer bytes."""
     return all(jnp.issubdtype(d, jnp.floating) for d in (dtype, other)) and dtype.itemsize < other.itemsize
+
+
+def closed_over(function: Callable, *arguments: Any) -> tuple[Callable, list, PyTree]:
+    """`(consts, *arguments)` instead of a function that closes over them, the consts, and the result's shapes."""
+    closed, result = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    structure = jax.tree.structure(result)
+
+    def run(consts, *arguments):
+        return structure.unflatten(jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, consts))(*jax.tree.leaves(arguments)))
+
+    return run, closed.consts, result
