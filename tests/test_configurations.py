@@ -20,7 +20,8 @@ from jax.sharding import AxisType, PartitionSpec
 from problems import EXAMPLES, HIDDEN, INPUT, assert_close
 
 import jbptt
-from jbptt import clipping, loops, truncated_bptt, truncation, unroll
+from jbptt import clipping, truncated_bptt, truncation, unroll
+from jbptt.engine import forward_backward
 
 NUM_STEPS, WINDOW = 7, 3
 SOME = ("segments", "ragged strides", "parallel strides", "randomized")
@@ -303,7 +304,7 @@ def what_cannot_be_divided(step, loss, params, carry, batch):
 def on_two_devices():
     """Explicit sharding and shard_map, values against one device: what `test_sharded` runs in its process."""
     jax.config.update("jax_disable_most_optimizations", True)
-    loops.CHUNK_BYTES = 1  # several chunks even here
+    forward_backward.CHUNK_BYTES = 1  # several chunks even here
     step, loss, params, carry, batch = full_problem()
     # Two examples for two devices.
     carry, batch = carry[:2], jax.tree.map(lambda a: a[:, :2], batch)
