@@ -209,13 +209,22 @@ class _Recurrence:
 
     def through(self, consts: list, init: Carry, inputs: PyTree) -> tuple[tuple[Carry, PyTree], tuple]:
         """The last carry and the ys; and the carries that enter the segments before the last, and the last."""
+        step = partial(self.step, consts)
 
         def body(carry, i):
-            after, ys = lax.scan(partial(self.step, consts), carry, self.piece(inputs, i), self.segment, self.reverse)
+            piece = steps_from(inputs, i * self.segment + offset, self.segment)
+            after, ys = lax.scan(step, carry, piece, self.segment, self.reverse)
             return after, (carry, ys)
 
+        if self.num_last == self.segment:  # no copy to join the ys
+            offset = 0
+            carry, (starts, ys) = lax.scan(body, init, jnp.arange(self.num_whole + 1), reverse=self.reverse)
+            ys = jax.tree.map(lambda a: a.reshape((self.num_steps, *a.shape[2:])), ys)
+            at, rest = (0, slice(1, None)) if self.reverse else (-1, slice(-1))
+            return (carry, ys), tuple(jax.tree.map(lambda a, part=part: a[part], starts) for part in (rest, at))
+        offset = self.num_last if self.reverse else 0
         before_last, (starts, pieces) = lax.scan(body, init, jnp.arange(self.num_whole), reverse=self.reverse)
-        carry, last = lax.scan(partial(self.step, consts), before_last, self.last(inputs), self.num_last, self.reverse)
+        carry, last = lax.scan(step, before_last, self.last(inputs), self.num_last, self.reverse)
         return (carry, self.joined(pieces, last)), (starts, before_last)
 
     def loops(self, moving: _Moving, consts: list, init: Carry, inputs: PyTree) -> Loops:
