@@ -10,7 +10,7 @@ from jax import lax
 from jbptt import validation
 from jbptt.arrays import align_leading, is_key, split_inexact, weighted_mean, widened
 from jbptt.decay import TAIL_LAGS, bound_bias
-from jbptt.engine.pullbacks import pullback
+from jbptt.engine import pullback
 from jbptt.losses import batch_steps, loss_weights
 from jbptt.norms import norm
 from jbptt.segments import estimate_of

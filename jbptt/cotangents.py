@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jbptt import validation
 from jbptt.arrays import split_inexact
-from jbptt.engine.facts import calls
+from jbptt.engine import calls
 from jbptt.norms import clip_to_norm
 from jbptt.types import PyTree
 

@@ -9,8 +9,7 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
 from jbptt.arrays import inexact_leaves
-from jbptt.engine.dependence import dependences
-from jbptt.engine.facts import draws
+from jbptt.engine import dependences, draws
 from jbptt.types import Batch, Carry, Loss, Params, PyTree, Step
 
 SHARDS = "jbptt_shards"

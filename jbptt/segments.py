@@ -23,9 +23,7 @@ from jbptt.arrays import (
     widened,
 )
 from jbptt.cells import split_readout
-from jbptt.engine.cutting import cut
-from jbptt.engine.dependence import Paths, paths
-from jbptt.engine.pullbacks import parallel_pullback
+from jbptt.engine import Paths, parallel_pullback, paths, segment_vjp
 from jbptt.losses import batch_steps, weighted_losses, where_counted
 from jbptt.recurrence import default_segment, held
 from jbptt.starts import Entered
@@ -133,12 +131,11 @@ def back_through_segment(
 ) -> BackwardPass:
     """One segment. `cotangents` belong to the carry after it; None is zero, as `sums` None is."""
     inputs = batch.xs, batch.mask
-    loops = cut(parts.core, params, carry, jax.tree.map(lambda a: a[0], inputs), live)
-    after, outputs, stacks = loops.forward(carry, inputs, batch_steps(batch))
+    (after, outputs), back = segment_vjp(parts.core, params, carry, inputs, batch_steps(batch), live)
     sums, outputs_bar = add_losses(parts, params, outputs, batch, live, sums)
     if cotangents is None:
         cotangents = [jnp.zeros_like(leaf) for leaf in split_inexact(after)[0]]
-    cotangents, grad, _ = loops.backward(stacks, cotangents, outputs_bar, gates, sums.grad)
+    cotangents, grad = back(cotangents, outputs_bar, gates, sums.grad)
     return BackwardPass(sums._replace(grad=grad), after, cotangents, carry)
 
 

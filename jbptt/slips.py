@@ -13,7 +13,7 @@ from jax.core import ShapedArray, Tracer
 from jax.tree_util import keystr
 
 from jbptt.arrays import is_inexact
-from jbptt.engine.dependence import dependences, paths
+from jbptt.engine import dependences, paths
 from jbptt.types import Carry, Loss, Params, PyTree, Step
 
 OWN = tuple(

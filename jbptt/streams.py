@@ -14,8 +14,7 @@ from jax import lax
 
 from jbptt.arrays import split_inexact, steps_from, widened
 from jbptt.cells import split_readout
-from jbptt.engine.facts import same_under_vmap
-from jbptt.engine.pullbacks import pullback
+from jbptt.engine import pullback, same_under_vmap
 from jbptt.losses import batch_steps
 from jbptt.recurrence import trajectory
 from jbptt.segments import BackwardPass, Parts, Sums, back_through, forward, parts_of, paths_of, vmapped

@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jbptt.arrays import align_leading, is_key, split_inexact, widened, zeros_along
-from jbptt.engine.dependence import Paths
-from jbptt.engine.pullbacks import parallel_pullback
+from jbptt.engine import Paths, parallel_pullback
 from jbptt.losses import batch_steps
 from jbptt.recurrence import trajectory
 from jbptt.segments import Sums, add_losses, parts_of, paths_of

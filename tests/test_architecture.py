@@ -21,7 +21,18 @@ CORE = [
     "arrays",
     "types",
     "norms",
+    "engine.primitives",
     "engine.dependence",
+    "engine.facts",
+    "engine.jaxprs",
+    "engine.weight_uses",
+    "engine.weight_products",
+    "engine.stacks",
+    "engine.forward_backward",
+    "engine.cutting",
+    "engine.fast",
+    "engine.plain",
+    "engine",
     "slips",
     "starts",
     "batch_axes",
@@ -30,16 +41,9 @@ CORE = [
     "cells",
     "executables",
     "truncation",
-    "engine.jaxprs",
-    "engine.facts",
-    "engine.weight_uses",
-    "engine.weight_products",
-    "engine.stacks",
-    "engine.forward_backward",
-    "engine.cutting",
-    "engine.pullbacks",
     "losses",
     "segments",
+    "scan_vjp",
     "scanning",
     "division",
     "plans",
@@ -58,6 +62,7 @@ OPTIONAL = {"matplotlib", "rich", "tyro", "jinja2", "torch", "xarray", "zarr", "
 INTEROP = {"interop.nnx": "flax", "interop.linen": "flax", "interop.haiku": "haiku", "interop.equinox": "equinox"}
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted(ROOT.rglob("*.py"))}
 DOORS = {"__init__", "__main__"}  # what only opens the house to its users
+FILES["engine"] = FILES.pop("engine.__init__")  # the door of a wing, through which all others use it
 MODULES = {name: path for name, path in FILES.items() if name.split(".")[-1] not in DOORS}
 
 
@@ -92,6 +97,15 @@ def public_functions(path):
 
 def test_every_module_of_the_core_has_its_place():
     assert {name for name in MODULES if "." not in name or name.startswith("engine.")} == set(CORE)
+
+
+def test_one_door_to_the_engine():
+    """Nothing else reads programs, and nobody looks behind the door."""
+    for name, path in MODULES.items():
+        if name.split(".")[0] != "engine":
+            used = [imported for imported in imports(path) if imported.startswith(("jbptt.engine.", "jax.extend"))]
+            assert not [one for one in used if one.removeprefix("jbptt.") in MODULES or "jax.extend" in one], name
+            assert all(neighbour == "engine" for neighbour in neighbours(name) if neighbour.startswith("engine")), name
 
 
 def test_the_map_for_contributors_shows_every_room():

@@ -10,7 +10,7 @@ from jax import lax
 from jbptt import validation
 from jbptt.analysis.jacobians import check_differentiable
 from jbptt.arrays import align_leading, is_inexact, split_inexact, times_gate, widened
-from jbptt.engine.pullbacks import parallel_pullback, pullback
+from jbptt.engine import parallel_pullback, pullback
 from jbptt.executables import run
 from jbptt.losses import batch_steps, loss_weights
 from jbptt.norms import norm, scaled_norm, unit

@@ -12,7 +12,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jbptt import validation
-from jbptt.engine.dependence import dependences
+from jbptt.engine import dependences
 from jbptt.executables import compiled, run
 from jbptt.norms import compared_with, in_units_of, norm
 from jbptt.types import Batch, Carry, Estimate, Estimator, Params

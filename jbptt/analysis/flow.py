@@ -9,8 +9,7 @@ import jax.numpy as jnp
 
 from jbptt import validation
 from jbptt.arrays import is_inexact, split_inexact, steps_from, times_gate, weighted_mean, zeros_along
-from jbptt.engine.dependence import Paths, chosen
-from jbptt.engine.pullbacks import pullback
+from jbptt.engine import Paths, chosen, pullback
 from jbptt.executables import run
 from jbptt.losses import batch_steps, loss_weights
 from jbptt.norms import leafwise, norm, scaled_norm, unit

@@ -17,8 +17,7 @@ import jax.numpy as jnp
 
 from jbptt import validation
 from jbptt.arrays import align_leading, split_inexact, times_gate, weighted_mean
-from jbptt.engine.dependence import Paths
-from jbptt.engine.pullbacks import parallel_pullback
+from jbptt.engine import Paths, parallel_pullback
 from jbptt.executables import run
 from jbptt.losses import batch_steps, loss_weights
 from jbptt.norms import compared_leafwise, compared_with, leafwise, norm

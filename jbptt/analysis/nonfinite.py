@@ -17,7 +17,7 @@ from jbptt import validation
 from jbptt.analysis.culprits import Culprit, Looked, Places, search
 from jbptt.analysis.flow import adjoints_of, carry_cotangents
 from jbptt.arrays import align_leading, is_inexact, split_inexact, times_gate, weighted_mean, zero_masked
-from jbptt.engine.dependence import chosen
+from jbptt.engine import chosen
 from jbptt.executables import run
 from jbptt.losses import counted_steps, loss_weights, step_losses, weighted_losses, where_counted
 from jbptt.recurrence import held, trajectory

@@ -19,7 +19,8 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 from jbptt.arrays import inexact_leaves
 from jbptt.engine.dependence import Paths, chosen
 from jbptt.engine.forward_backward import Loops, LoopsProgram, Names, late_of, needed, num_bytes
-from jbptt.engine.jaxprs import CHEAP, as_arrays, inlined, names_of
+from jbptt.engine.jaxprs import as_arrays, inlined, names_of
+from jbptt.engine.primitives import CHEAP
 from jbptt.engine.weight_products import SplitStep, split_step
 from jbptt.types import Carry, Params, PyTree, Step
 

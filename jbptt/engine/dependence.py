@@ -4,15 +4,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jax.extend.core import Jaxpr, JaxprEqn, Literal
 from jax.tree_util import keystr, tree_leaves_with_path
 
 from jbptt.arrays import inexact_leaves, split_inexact
+from jbptt.engine.primitives import CALLS
 from jbptt.types import Carry, Loss, Params, PyTree, Step
 
 Sources = frozenset[int]
-# Programs that are called with the equation's own operands: by the name of the parameter that holds them.
-CALLS = {"jit": "jaxpr", "closed_call": "call_jaxpr", "remat2": "jaxpr", "custom_jvp_call": "call_jaxpr"}
 
 
 def dependences(function: Callable, *arguments: Any) -> list[Sources]:
@@ -26,12 +24,12 @@ def dependences(function: Callable, *arguments: Any) -> list[Sources]:
     return _outputs(jaxpr, [frozenset([i]) for i in range(len(jaxpr.invars))])
 
 
-def _outputs(jaxpr: Jaxpr, inputs: list[Sources]) -> list[Sources]:
+def _outputs(jaxpr: Any, inputs: list[Sources]) -> list[Sources]:
     """The sources of a program's outputs, from those of its inputs. Constants have none."""
     known: dict[Any, Sources] = dict(zip(jaxpr.invars, inputs, strict=True))
 
     def of(atom):
-        return frozenset() if isinstance(atom, Literal) else known.get(atom, frozenset())
+        return frozenset() if hasattr(atom, "val") else known.get(atom, frozenset())
 
     for equation in jaxpr.eqns:
         given = [of(atom) for atom in equation.invars]
@@ -42,7 +40,7 @@ def _outputs(jaxpr: Jaxpr, inputs: list[Sources]) -> list[Sources]:
     return [of(atom) for atom in jaxpr.outvars]
 
 
-def _through(equation: JaxprEqn, inputs: list[Sources]) -> list[Sources]:
+def _through(equation: Any, inputs: list[Sources]) -> list[Sources]:
     """The sources of an equation's outputs, from those of its operands."""
     name, params = equation.primitive.name, equation.params
     if equation.effects:
@@ -167,3 +165,13 @@ def _value_of(loss: Loss) -> Callable:
 def chosen(leaves: list, which: tuple[bool, ...]) -> list:
     """The leaves for which `which` says so."""
     return [leaf for leaf, is_chosen in zip(leaves, which, strict=True) if is_chosen]
+
+
+def inner_programs(equation: Any) -> list[Any]:
+    """The programs that an equation holds, whatever it does with them."""
+    found = []
+    for value in equation.params.values():
+        for one in value if isinstance(value, tuple | list) else [value]:
+            one = getattr(one, "jaxpr", one)
+            found += [one] if hasattr(one, "eqns") else []
+    return found

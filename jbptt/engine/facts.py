@@ -4,25 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.extend.core import Jaxpr, jaxprs_in_params
 
 from jbptt.arrays import is_key, split_inexact
-from jbptt.engine.dependence import CALLS
-from jbptt.engine.jaxprs import CHEAP, MOVES
+from jbptt.engine.dependence import inner_programs
+from jbptt.engine.primitives import ALIKE, CALLS, RANDOM
 from jbptt.types import Carry, Params, PyTree, Step
-
-# fmt: off
-# Give the same numbers side by side, under `vmap`, as one after another; of random numbers, threefry's alone.
-ALIKE = CHEAP | MOVES | frozenset((
-    "acos", "acosh", "argmax", "argmin", "asin", "asinh", "atan", "atan2", "atanh", "bitcast_convert_type", "cbrt",
-    "ceil", "clamp", "cos", "cosh", "cummax", "cummin", "cumprod", "cumsum", "digamma", "div", "dot_general",
-    "dynamic_update_slice", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "iota", "lgamma", "log", "log1p",
-    "logistic", "nextafter", "pow", "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_prod", "reduce_sum",
-    "rem", "round", "rsqrt", "scatter-add", "scatter_add", "shift_left", "shift_right_arithmetic",
-    "shift_right_logical", "sin", "sinh", "sqrt", "tan", "tanh",
-))
-RANDOM = frozenset(("random_bits", "random_fold_in", "random_seed", "random_split", "random_unwrap", "random_wrap"))
-# fmt: on
 
 
 def same_under_vmap(step: Step, params: Params, carry: Carry, x: PyTree) -> bool:
@@ -40,7 +26,7 @@ def same_under_vmap(step: Step, params: Params, carry: Carry, x: PyTree) -> bool
     return _is_alike(jax.make_jaxpr(both_ways)(params, carry, x).jaxpr)
 
 
-def _is_alike(jaxpr: Jaxpr) -> bool:
+def _is_alike(jaxpr: Any) -> bool:
     for equation in jaxpr.eqns:
         name = equation.primitive.name
         if name in RANDOM:
@@ -54,14 +40,14 @@ def _is_alike(jaxpr: Jaxpr) -> bool:
     return True
 
 
-def draws(program: Jaxpr) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+def draws(program: Any) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """The shapes of key and numbers of every draw, in order, inner programs included."""
     found = []
     for equation in program.eqns:
         if equation.primitive.name == "random_bits":
             avals: list[Any] = [equation.invars[0].aval, equation.outvars[0].aval]
             found.append((avals[0].shape, avals[1].shape))
-        for inner in jaxprs_in_params(equation.params):
+        for inner in inner_programs(equation):
             found += draws(inner)
     return found
 
@@ -71,7 +57,7 @@ def calls(name: str, function: Callable, *args: Any) -> bool:
 
     def is_in(program):
         return any(
-            equation.params.get("name") == name or any(map(is_in, jaxprs_in_params(equation.params)))
+            equation.params.get("name") == name or any(map(is_in, inner_programs(equation)))
             for equation in program.eqns
         )
 

@@ -8,25 +8,10 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
 from jbptt.arrays import widened
+from jbptt.engine.primitives import MOVES, REPEATS
 from jbptt.types import PyTree
 
 Values = dict[Any, Any]  # by variable
-
-# Cheaper to compute again from one array than to write and read it.
-# fmt: off
-CHEAP = frozenset((
-    "abs", "add", "add_any", "and", "broadcast_in_dim", "concatenate", "conj", "convert_element_type", "copy", "eq",
-    "expand_dims", "ge", "gt", "imag", "integer_pow", "is_finite", "le", "lt", "max", "min", "mul", "ne", "neg",
-    "not", "or", "pad", "pcast", "pvary", "real", "reduce_precision", "reshape", "rev", "select_n", "sign", "slice",
-    "split", "square", "squeeze", "stop_gradient", "sub", "transpose", "xor",
-))
-# What only moves or repeats the numbers of its first argument.
-MOVES = frozenset((
-    "broadcast_in_dim", "dynamic_slice", "gather", "reshape", "rev", "slice", "split", "squeeze", "transpose",
-))
-# Repeat a scalar or an axis of one as often as the other argument has it.
-REPEATS = frozenset(("add", "atan2", "div", "max", "min", "mul", "pow", "rem", "sub"))
-# fmt: on
 
 
 def read(values: Values, atom: Any) -> Any:

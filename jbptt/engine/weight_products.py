@@ -25,7 +25,8 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from jbptt.arrays import is_inexact, split_inexact, widened
 from jbptt.engine.dependence import Paths, chosen
-from jbptt.engine.jaxprs import CHEAP, MOVES, Values, as_arrays, evaluate, inlined, is_narrower, moved_wide, read
+from jbptt.engine.jaxprs import Values, as_arrays, evaluate, inlined, is_narrower, moved_wide, read
+from jbptt.engine.primitives import CHEAP, MOVES
 from jbptt.engine.weight_uses import Lookup, Product, is_lookup, weight_side
 from jbptt.types import Carry, Params, PyTree, Step
 

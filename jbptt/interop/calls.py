@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 
-from jbptt.engine.dependence import dependences
+from jbptt.engine import dependences
 from jbptt.types import Carry, Params, PyTree, Step
 
 InitialCarry = Callable[..., Carry]

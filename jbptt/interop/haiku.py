@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jbptt.engine.dependence import dependences
+from jbptt.engine import dependences
 from jbptt.interop import calls
 
 

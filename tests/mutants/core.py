@@ -2,10 +2,12 @@
 
 from tests.mutants import Mutant
 
+DOOR = "jbptt/engine/__init__.py"
+FAST = "jbptt/engine/fast.py"
+STACKS = "jbptt/engine/stacks.py"
 SEGMENTS = "jbptt/segments.py"
 ARRAYS = "jbptt/arrays.py"
 JAXPRS = "jbptt/engine/jaxprs.py"
-PULLBACKS = "jbptt/engine/pullbacks.py"
 LOSSES = "jbptt/losses.py"
 WEIGHT_USES = "jbptt/engine/weight_uses.py"
 WEIGHT_PRODUCTS = "jbptt/engine/weight_products.py"
@@ -263,7 +265,7 @@ CORE = (
     ),
     Mutant(
         "readout_sees_the_whole_segment",
-        PULLBACKS,
+        DOOR,
         "jax.vmap(partial(step, params), axis_size=num_steps)(carries, inputs)",
         "step(params, carries, inputs)",
     ),
@@ -299,7 +301,7 @@ CORE = (
     ),
     Mutant(
         "segment_hands_nothing_on",
-        SEGMENTS,
+        FAST,
         "loops.backward(stacks, cotangents, outputs_bar, gates,",
         "loops.backward(stacks, [jnp.zeros_like(c) for c in cotangents], outputs_bar, gates,",
     ),
@@ -321,7 +323,7 @@ CORE = (
     Mutant("first_carry_is_the_second", FORWARD_BACKWARD, "return jnp.where(t == 0, first, before)", "return before"),
     Mutant(
         "operands_one_step_late",
-        FORWARD_BACKWARD,
+        STACKS,
         "self.at(atom, jnp.asarray(start))",
         "self.at(atom, jnp.asarray(start) + 1)",
     ),
