@@ -4,6 +4,7 @@ from tests.mutants import Mutant
 
 DOOR = "jbptt/engine/__init__.py"
 FAST = "jbptt/engine/fast.py"
+SCAN_VJP = "jbptt/scan_vjp.py"
 STACKS = "jbptt/engine/stacks.py"
 SEGMENTS = "jbptt/segments.py"
 ARRAYS = "jbptt/arrays.py"
@@ -29,6 +30,36 @@ COTANGENTS = "jbptt/cotangents.py"
 EXECUTABLES = "jbptt/executables.py"
 
 CORE = (
+    Mutant(
+        "backwards_in_time_the_first_carry_is_the_last",
+        STACKS,
+        "(t + 1, t == last) if",
+        "(t + 1, t == 0) if",
+    ),
+    Mutant(
+        "segments_backwards_in_time_begin_at_the_start",
+        SCAN_VJP,
+        "return jnp.concatenate([b, a] if self.reverse else [a, b])",
+        "return jnp.concatenate([a, b])",
+    ),
+    Mutant(
+        "cotangents_of_inputs_are_gated",
+        FORWARD_BACKWARD,
+        "inputs_bar_t = [jnp.asarray(read(values, v)) for v in names.inputs_bar]",
+        "inputs_bar_t = [(1 if gates is None else gate.mean()) * read(values, v) for v in names.inputs_bar]",
+    ),
+    Mutant(
+        "what_no_loss_reads_has_zeros",
+        SCAN_VJP,
+        "read = tuple(not isinstance(leaf, SymbolicZero) for leaf in leaves)",
+        "read = tuple(True for leaf in leaves)",
+    ),
+    Mutant(
+        "the_plain_engine_gates_the_outputs",
+        "jbptt/engine/plain.py",
+        "cotangents_t = [times_gate(c, gate_t) for c in cotangents_t]",
+        "cotangents_t = cotangents_t",
+    ),
     Mutant(
         "gradient_by_the_start_is_dropped",
         SEGMENTS,
@@ -303,7 +334,7 @@ CORE = (
         "segment_hands_nothing_on",
         FAST,
         "loops.backward(stacks, cotangents, outputs_bar, gates,",
-        "loops.backward(stacks, [jnp.zeros_like(c) for c in cotangents], outputs_bar, gates,",
+        "loops.backward(stacks, [0 * c for c in cotangents], outputs_bar, gates,",
     ),
     # the loops of a segment, and the weights that are taken out of them
     Mutant("weight_gradient_untransposed", WEIGHT_USES, ".transpose(back)", ".transpose(sorted(back))"),
@@ -312,15 +343,15 @@ CORE = (
         "weight_used_twice_counts_once",
         WEIGHT_PRODUCTS,
         "product.add_gradient(grads[home], whole, bar)",
-        "product.add_gradient(self.start(None)[home], whole, bar)",
+        "product.add_gradient(self.first_sums(None)[home], whole, bar)",
     ),
     Mutant(
         "other_uses_are_forgotten",
         WEIGHT_PRODUCTS,
-        "zip(self.names.others, others_bar, strict=True)",
-        "zip(self.names.others, map(jnp.zeros_like, others_bar), strict=True)",
+        "zip(program.names.others, others_bar, strict=True)",
+        "zip(program.names.others, map(jnp.zeros_like, others_bar), strict=True)",
     ),
-    Mutant("first_carry_is_the_second", FORWARD_BACKWARD, "return jnp.where(t == 0, first, before)", "return before"),
+    Mutant("first_carry_is_the_second", STACKS, "return jnp.where(begins, first, earlier)", "return earlier"),
     Mutant(
         "operands_one_step_late",
         STACKS,
@@ -330,14 +361,14 @@ CORE = (
     Mutant(
         "chunks_go_back_in_order",
         FORWARD_BACKWARD,
-        "lax.scan(add, (state, first), starts, reverse=True)",
-        "lax.scan(add, (state, first), starts)",
+        "lax.scan(add, (state, first), starts, reverse=not reverse)",
+        "lax.scan(add, (state, first), starts, reverse=reverse)",
     ),
     Mutant(
         "steps_go_back_in_order",
         FORWARD_BACKWARD,
-        "start + jnp.arange(length), reverse=True)",
-        "start + jnp.arange(length))",
+        "start + jnp.arange(length), reverse=not reverse",
+        "start + jnp.arange(length), reverse=reverse",
     ),
     Mutant("sums_of_the_last_step", FORWARD_BACKWARD, "[one + read(values, v) for", "[read(values, v) for"),
     Mutant(
