@@ -1,4 +1,4 @@
-"""`python -m benchmarks speed|memory|analysis|accuracy [--quick] [--device cpu|gpu] [--out FOLDER]`."""
+"""`python -m benchmarks speed|scan|memory|analysis|accuracy [--quick] [--device cpu|gpu] [--out FOLDER]`."""
 
 import importlib
 import os
@@ -9,7 +9,7 @@ import tyro
 
 
 def main(
-    what: Annotated[Literal["speed", "memory", "analysis", "accuracy"], tyro.conf.Positional],
+    what: Annotated[Literal["speed", "scan", "memory", "analysis", "accuracy"], tyro.conf.Positional],
     /,
     quick: bool = False,
     device: Literal["cpu", "gpu"] = "cpu",

@@ -109,7 +109,7 @@ def _traced(f: Callable, init: Carry, xs: PyTree, length: int | None, reverse: b
         return engine.fast.closed_over(f, init, x)
 
     def types(tree):
-        return jax.tree.map(lambda a: (jnp.shape(a), a.dtype, a.weak_type), tree)
+        return jax.tree.map(lambda a: (jnp.shape(a), a.dtype, getattr(a, "weak_type", False)), tree)
 
     step, consts, (after, _) = trace(init)
     if jax.tree.structure(after) != jax.tree.structure(init) or types(after) != types(init):
