@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from jbptt.adaptive import adaptive_bptt
     from jbptt.analysis import powers
     from jbptt.analysis.alignment import AdjointAlignment, adjoint_alignment
-    from jbptt.analysis.comparison import Comparison, Cost, compare, measure_cost
+    from jbptt.analysis.comparison import Comparison, compare
+    from jbptt.analysis.costs import Cost, measure_cost
     from jbptt.analysis.diagnosis import diagnose
     from jbptt.analysis.findings import Diagnosis
     from jbptt.analysis.flow import Adjoints, GradientSources, adjoints, gradient_flow, gradient_sources
@@ -39,7 +40,8 @@ _HOMES = {
     for home, names in {
         "adaptive": "adaptive_bptt",
         "analysis.alignment": "AdjointAlignment adjoint_alignment",
-        "analysis.comparison": "Comparison Cost compare measure_cost",
+        "analysis.comparison": "Comparison compare",
+        "analysis.costs": "Cost measure_cost",
         "analysis.diagnosis": "diagnose",
         "analysis.findings": "Diagnosis",
         "analysis.flow": "Adjoints GradientSources adjoints gradient_flow gradient_sources",

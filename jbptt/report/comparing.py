@@ -12,7 +12,8 @@ import optax
 
 from jbptt import cells, clipping, validation
 from jbptt.adaptive import adaptive_bptt
-from jbptt.analysis.comparison import PER_ESTIMATOR, Comparison, Cost, compare, fresh_blocks, measure_cost
+from jbptt.analysis.comparison import PER_ESTIMATOR, Comparison, compare
+from jbptt.analysis.costs import Cost, fresh_blocks, measure_cost
 from jbptt.cells import Cell
 from jbptt.estimators import full_bptt, randomized_bptt, truncated_bptt
 from jbptt.experiments import tasks
