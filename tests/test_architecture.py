@@ -55,6 +55,7 @@ CORE = [
     "cotangents",
     "clipping",
     "brute_force",
+    "probes",
     "testing",
 ]
 FLOORS = ["core", "interop", "analysis", "experiments", "report"]  # interop: a wing of the core, a room a library

@@ -19,6 +19,9 @@ from jbptt.types import Batch, Carry, Estimator, Params
 PER_ESTIMATOR = ("relative_bias", "relative_bias_error", "variance", "cosine", "norm_ratio")
 """The fields of a `Comparison` that hold one number for each estimator."""
 
+MOST_STEPS = 4096
+"""Of a batch whose coverage is looked at: the matrix takes T² numbers."""
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -38,6 +41,9 @@ class Comparison:
       alignment: `[E, E]`, cosine between the mean estimates of every pair.
       names: the estimators, in order.
       num_samples: of estimators that draw; the others are run once.
+      coverage: what each declares to count, the mean of `E C[t, i]` over the pairs i ≤ t: 1 for one without bias,
+        whose `relative_bias` is chance. NaN where nothing is declared, or no mean over draws, and for more
+        than 4096 steps, whose matrix would be large.
     """
 
     relative_bias: jax.Array
@@ -48,6 +54,7 @@ class Comparison:
     alignment: jax.Array
     names: tuple[str, ...] = field(metadata={"static": True})
     num_samples: int = field(metadata={"static": True})
+    coverage: jax.Array | None = None
 
     @property
     def relative_std(self) -> jax.Array:
@@ -78,6 +85,8 @@ class Comparison:
         import xarray
 
         variables: dict[str, Any] = {name: ("estimator", np.asarray(getattr(self, name))) for name in PER_ESTIMATOR}
+        if self.coverage is not None:
+            variables["coverage"] = ("estimator", np.asarray(self.coverage))
         variables["alignment"] = (("estimator", "other"), np.asarray(self.alignment))
         names = list(self.names)
         coordinates = {"estimator": names, "other": names}
@@ -122,17 +131,19 @@ def compare(
     for estimator in used:  # as they are given: a program sees neither float64 nor what is no array
         jax.eval_shape(lambda key, e=estimator: e.init(params, carry, batch, key=key), key)
     gradient = None if isinstance(reference, Estimator) else reference
-    functions = tuple(function for estimator in used for function in (estimator.init, estimator.update))
+    functions = tuple(function for e in used for function in (e.init, e.update, e.coverage or _undeclared))
     if callable(carry):
         functions, carry = (*functions, carry), None  # a program may keep arrays, but no function, alive
     return run(_compare, functions, (tuple(estimators), num_samples), params, carry, batch, gradient, key)
 
 
 def _compare(*given) -> Comparison:
-    """`compare` of two functions for each estimator and for the reference without a gradient; then a start, if any."""
+    """`compare` of the functions of each estimator and of a reference without a gradient; then a start, if any."""
     *functions, names, num_samples, params, carry, batch, gradient, key = given
-    carry = functions.pop() if len(functions) % 2 else carry
-    estimators = [Estimator(*pair) for pair in zip(functions[::2], functions[1::2], strict=True)]
+    num_functions = len(Estimator._fields)
+    carry = functions.pop() if len(functions) % num_functions else carry
+    parts = (functions[n::num_functions] for n in range(num_functions))
+    estimators = [Estimator(*functions) for functions in zip(*parts, strict=True)]
     exact = _exact_gradient(estimators.pop(), params, carry, batch, key) if gradient is None else gradient
     in_units, compare_fn = in_units_of(exact), compared_with(exact)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_samples))
@@ -145,7 +156,26 @@ def _compare(*given) -> Comparison:
         rows.append(row)
     bias, error, variance, cosine, ratio = (jnp.stack(column) for column in zip(*rows, strict=True))
     alignment = jnp.stack([jnp.stack([compared_with(a)(b)[1] for b in means]) for a in means])
-    return Comparison(bias, error, variance, cosine, ratio, alignment, names, num_samples)
+    num_steps = validation.count_steps(batch._asdict())
+    covered = jnp.stack([_covered(estimator, num_steps) for estimator in estimators])
+    return Comparison(bias, error, variance, cosine, ratio, alignment, names, num_samples, covered)
+
+
+def _undeclared(num_steps: int, key: jax.Array | None = None) -> jax.Array:
+    """The coverage of an estimator that declares none; a function, since programs are found by functions."""
+    del key
+    return jnp.full((num_steps, num_steps), jnp.nan)
+
+
+def _covered(estimator: Estimator, num_steps: int) -> jax.Array:
+    """The mean weight of a pair, and of all draws; NaN where it is not known."""
+    if estimator.coverage is None or num_steps > MOST_STEPS:
+        return jnp.array(jnp.nan)
+    try:
+        weights = jnp.asarray(estimator.coverage(num_steps), float)
+    except ValueError:  # it draws, and knows no mean over its draws
+        return jnp.array(jnp.nan)
+    return jnp.mean(jnp.sum(weights, (0, 1))) / (num_steps * (num_steps + 1) / 2)
 
 
 def _sampler(estimator: Estimator, params: Params, carry: Carry, batch: Batch) -> Callable:

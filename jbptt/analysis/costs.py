@@ -116,4 +116,4 @@ def fresh_blocks(estimator: Estimator, window: int) -> Estimator:
     def init(params, carry, batch, key=None):
         return estimator.init(params, carry, jax.tree.map(lambda a: a[:window], batch), key=key)
 
-    return Estimator(init, estimator.update)
+    return estimator._replace(init=init)
