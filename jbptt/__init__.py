@@ -4,11 +4,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jbptt import cells, clipping, interop, testing, truncation
+    from jbptt import cells, clipping, experiments, interop, testing, truncation
     from jbptt.adaptive import adaptive_bptt
     from jbptt.analysis import powers
     from jbptt.analysis.alignment import AdjointAlignment, adjoint_alignment
-    from jbptt.analysis.comparison import Comparison, Cost, compare, measure_cost
+    from jbptt.analysis.comparison import Comparison, compare
+    from jbptt.analysis.costs import Cost, measure_cost
     from jbptt.analysis.diagnosis import diagnose
     from jbptt.analysis.findings import Diagnosis
     from jbptt.analysis.flow import Adjoints, GradientSources, adjoints, gradient_flow, gradient_sources
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from jbptt.analysis.schedules import Schedule, optimize_schedule
     from jbptt.estimators import full_bptt, gated_bptt, randomized_bptt, truncated_bptt
     from jbptt.experiments import tasks
-    from jbptt.experiments.remedies import Remedies, compare_remedies
     from jbptt.experiments.training import History, train
     from jbptt.plans import Plan
     from jbptt.recurrence import unroll
@@ -40,7 +40,8 @@ _HOMES = {
     for home, names in {
         "adaptive": "adaptive_bptt",
         "analysis.alignment": "AdjointAlignment adjoint_alignment",
-        "analysis.comparison": "Comparison Cost compare measure_cost",
+        "analysis.comparison": "Comparison compare",
+        "analysis.costs": "Cost measure_cost",
         "analysis.diagnosis": "diagnose",
         "analysis.findings": "Diagnosis",
         "analysis.flow": "Adjoints GradientSources adjoints gradient_flow gradient_sources",
@@ -53,7 +54,6 @@ _HOMES = {
         "analysis.products": "JacobianProducts jacobian_products",
         "analysis.schedules": "Schedule optimize_schedule",
         "estimators": "full_bptt gated_bptt randomized_bptt truncated_bptt",
-        "experiments.remedies": "Remedies compare_remedies",
         "experiments.training": "History train",
         "plans": "Plan",
         "recurrence": "unroll",
@@ -64,7 +64,8 @@ _HOMES = {
 }
 
 
-__all__ = sorted({"cells", "clipping", "interop", "testing", "truncation", *_MODULES, *_HOMES})
+_ROOMS = {"cells", "clipping", "experiments", "interop", "testing", "truncation"}
+__all__ = sorted({*_ROOMS, *_MODULES, *_HOMES})
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jbptt import validation
+from jbptt import truncation, validation
 from jbptt.arrays import align_leading, is_key, split_inexact, weighted_mean, widened
 from jbptt.decay import TAIL_LAGS, bound_bias
 from jbptt.engine import pullback
@@ -64,6 +64,9 @@ def adaptive_bptt(step: Step, loss: Loss, *, tolerance: float, max_window: int, 
     which knows nothing, takes max_window. Where no window up to max_window keeps the bound, as with a gradient that
     does not decay, max_window is taken, and `info["bias_bound"]` says what is left of the promise: inf, if nothing.
     Nothing is promised by fewer than 8 lags, nor by a zero that fewer than 3 probes met (a reset, perhaps).
+
+    Coverage is that of a first update, max_window; a later one's is that of its `info["window"]`,
+    `truncation.window_coverage(T, window, 1)`.
 
     `info["window"]` is the window of the update, `info["bias_bound"]` its δ by all that has been seen, this
     update included; `info["next_window"]` what follows from it. M is measured, not proved, and ‖ĝ‖ is that of
@@ -132,7 +135,11 @@ def adaptive_bptt(step: Step, loss: Loss, *, tolerance: float, max_window: int, 
         info = {"window": state.window, "bias_bound": bounds[state.window - 1], "next_window": window}
         return estimate_of(sums, start, entering, **info), AdaptiveState(carry, history, means, window)
 
-    return Estimator(init, update)
+    def coverage(num_steps: int, key=None) -> jax.Array:
+        del key
+        return truncation.window_coverage(num_steps, max_window, 1)
+
+    return Estimator(init, update, coverage)
 
 
 def varying(tree: PyTree, given: PyTree) -> PyTree:

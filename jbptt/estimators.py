@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jbptt import batch_axes, truncation, validation
 from jbptt.plans import Plan, plan_of, planned_sums
@@ -86,7 +87,11 @@ def full_bptt(step: Step, loss: Loss, *, segment: int | None = None, plan: Plan 
         sums, carry, cotangents = planned_sums(step, loss, params, start.carry, batch, None, batch_shape, plan)
         return estimate_of(sums, start, cotangents), CarryState(carry)
 
-    return Estimator(init, update)
+    def coverage(num_steps: int, key=None) -> jax.Array:
+        del key
+        return truncation.full_coverage(num_steps)
+
+    return Estimator(init, update, coverage)
 
 
 def gated_bptt(
@@ -102,7 +107,8 @@ def gated_bptt(
         λ_t = ∂ℓ_t/∂h_t + gates[t+1] · J_{t+1}ᵀ λ_{t+1},    C[t, i] = Π_{j=i+1..t} gates[j]
 
     What it costs is what full BPTT costs: a gate of 0 saves no time. As biased as its coverage; the
-    gradient is cut at the update's edge. `info["gates"]` holds the gates used.
+    gradient is cut at the update's edge. `info["gates"]` holds the gates used. `coverage(T, key)` is that of
+    the draw; without a key that of `gates_fn(None, T)`, for which a gates_fn that draws has no answer.
 
     Args:
       step: `(params, carry, x) -> (carry, y)`.
@@ -112,9 +118,15 @@ def gated_bptt(
       segment, plan: as in `full_bptt`.
 
     Raises:
-      ValueError: gates of the wrong length or batch shape; what `full_bptt` raises.
+      ValueError: gates of the wrong length or batch shape; what `full_bptt` raises; `coverage` without a key
+        where gates_fn draws from it.
     """
     plan = plan_of(segment, plan)
+
+    def draw(key: chex.PRNGKey | None, num_steps: int) -> tuple[chex.PRNGKey | None, Any]:
+        """The key that the next update draws from, and the gates of this one."""
+        key, fresh = (None, None) if key is None else jax.random.split(key)
+        return key, gates_fn(fresh, num_steps)
 
     def check_gates(params: Params, carry: Carry, batch: Batch, sizes: tuple[int, tuple], gates: Any) -> None:
         num_steps, batch_shape = sizes
@@ -129,14 +141,27 @@ def gated_bptt(
 
     def update(params: Params, state: KeyState, batch: Batch):
         sizes = validation.check_problem(step, loss, params, state.carry, batch)
-        key, fresh = (None, None) if state.key is None else jax.random.split(state.key)
-        gates = gates_fn(fresh, sizes[0])
+        key, gates = draw(state.key, sizes[0])
         check_gates(params, state.carry, batch, sizes, gates)
         gates, start = jnp.asarray(gates), entered(state.carry, params)
         sums, carry, cotangents = planned_sums(step, loss, params, start.carry, batch, gates, sizes[1], plan)
         return estimate_of(sums, start, cotangents, gates=gates), KeyState(carry, key)
 
-    return Estimator(init, update)
+    def coverage(num_steps: int, key=None) -> jax.Array:
+        validation.check_positive_integer("num_steps", num_steps)
+        try:
+            _, gates = draw(key, num_steps)
+        except Exception as error:  # whatever a function makes of a key that is not there
+            if key is not None:
+                raise
+            raise ValueError(
+                f"coverage needs a key, got key=None, with which gates_fn raised {error!r}; pass the key of a draw, "
+                "or, if you know the mean over all draws, make it the estimator's: estimator._replace(coverage=...)"
+            ) from error
+        validation.check_gates(gates, num_steps, np.shape(gates)[1:], None)
+        return truncation.coverage(jnp.asarray(gates))
+
+    return Estimator(init, update, coverage)
 
 
 def randomized_bptt(
@@ -179,15 +204,24 @@ def randomized_bptt(
             f"randomized_bptt needs one of keep_prob, mean_length and length_probs, got "
             f"{', '.join(f'{name}={value!r}' for name, value in options.items())}; pass exactly one of them"
         )
-    schedule_fn, check = {
-        "keep_prob": (truncation.randomized, partial(validation.check_probability, "keep_prob")),
-        "mean_length": (truncation.artbp, validation.check_mean_length),
-        "length_probs": (truncation.random_lengths, partial(truncation.check_length_probs, num_steps=None)),
+    schedule_fn, mean_fn, check = {
+        "keep_prob": (
+            truncation.randomized,
+            truncation.randomized_coverage,
+            partial(validation.check_probability, "keep_prob"),
+        ),
+        "mean_length": (truncation.artbp, truncation.artbp_coverage, validation.check_mean_length),
+        "length_probs": (
+            truncation.random_lengths,
+            truncation.random_lengths_coverage,
+            partial(truncation.check_length_probs, num_steps=None),
+        ),
     }[given[0]]
-    check(options[given[0]])
+    value = options[given[0]]
+    check(value)
 
     def gates_fn(key, num_steps):
-        return schedule_fn(key, num_steps, options[given[0]], reweight=reweight)
+        return schedule_fn(key, num_steps, value, reweight=reweight)
 
     gated = gated_bptt(step, loss, gates_fn=gates_fn, segment=segment, plan=plan)
 
@@ -196,7 +230,11 @@ def randomized_bptt(
             raise ValueError("randomized_bptt needs a key, got key=None; pass init(..., key=jax.random.key(seed))")
         return gated.init(params, carry, batch, key)
 
-    return Estimator(init, gated.update)
+    def coverage(num_steps: int, key=None) -> jax.Array:
+        assert gated.coverage is not None
+        return mean_fn(num_steps, value, reweight=reweight) if key is None else gated.coverage(num_steps, key)
+
+    return Estimator(init, gated.update, coverage)
 
 
 def truncated_bptt(
@@ -278,4 +316,8 @@ def truncated_bptt(
         estimate = estimate_of(streamed.sums, start, streamed.cotangents, **info)
         return estimate, WindowState(streamed.carry, streamed.history, phase)
 
-    return Estimator(init, update)
+    def coverage(num_steps: int, key=None) -> jax.Array:
+        del key
+        return truncation.window_coverage(num_steps, window, stride)
+
+    return Estimator(init, update, coverage)

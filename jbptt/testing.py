@@ -4,8 +4,7 @@ Run them in float64 (`jax_enable_x64`) on small problems: time and memory grow w
 """
 
 import math
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -16,10 +15,14 @@ from jax import lax
 from jax.scipy import stats
 from jax.tree_util import keystr, tree_leaves_with_path
 
+from jbptt import validation
 from jbptt.arrays import real_vector
 from jbptt.brute_force import brute_force_gradient as brute_force_gradient
 from jbptt.brute_force import frozen_loss as frozen_loss
 from jbptt.norms import norm
+from jbptt.probes import assert_coverage as assert_coverage
+from jbptt.probes import declared_coverage
+from jbptt.probes import measured_coverage as measured_coverage
 from jbptt.types import Batch, Carry, Estimator, Loss, Params, Step
 
 
@@ -62,7 +65,7 @@ def check_truncated_gradient(
     carry: Carry,
     batch: Batch,
     *,
-    coverage: Any,
+    coverage: Any = None,
     key: chex.PRNGKey | None = None,
     num_directions: int = 4,
     rtol: float | None = None,
@@ -75,7 +78,8 @@ def check_truncated_gradient(
 
     Args:
       estimator: any whose coverage is made of cuts.
-      step, loss, params, carry, batch, coverage: as in `frozen_loss`.
+      step, loss, params, carry, batch: as in `frozen_loss`.
+      coverage: as there; None: what the estimator declares.
       key: for the directions and the estimator; None: `jax.random.key(0)`.
       num_directions: how many; an error e of the gradient shows as about ‖e‖ / √P along each, P the number of
         parameters, and is caught from `rtol · ‖gradient‖` on, both in those units.
@@ -83,8 +87,11 @@ def check_truncated_gradient(
 
     Raises:
       AssertionError: a slope differs, or is not finite.
+      ValueError: coverage=None and an estimator that declares none; what `frozen_loss` raises.
     """
     key = jax.random.key(0) if key is None else key
+    if coverage is None:
+        coverage = declared_coverage(estimator, validation.count_steps(batch._asdict()), key)
     function = jax.jit(frozen_loss(step, loss, params, carry, batch, coverage=coverage))
     grads = estimator.update(params, estimator.init(params, carry, batch, key=key), batch)[0].grads
     width = _precision(params) ** (1 / 3)
@@ -232,77 +239,3 @@ def _name_entry(tree: Params, position: int) -> str:
                 return f"{part}params{keystr(path)}{index}"
             position -= np.size(leaf)
     raise IndexError(position)
-
-
-def measured_coverage(
-    make_estimator: Callable[[Step, Loss], Estimator],
-    num_steps: int,
-    *,
-    key: chex.PRNGKey | None = None,
-    split: Sequence[int] | None = None,
-    batch_shape: tuple[int, ...] = (),
-) -> jax.Array:
-    """C[t, i] as an estimator really weighs each pair, `[T, T]` or `[T, T, *batch]`.
-
-        h_{t+1} = h_t + a_t,   ℓ_t = h_{t+1}:   every G[t, i] = ∂ℓ_t/∂a_i = 1 for i ≤ t
-
-    so the estimated gradient in a_i, with all weight on loss t, is the pair's weight itself. One probe
-    for each loss; all share the key and thus the draw.
-
-    Args:
-      make_estimator: `(step, loss) -> Estimator`, say `partial(truncated_bptt, window=4)`.
-      num_steps: T.
-      key: for estimators that draw.
-      split: lengths of successive updates that add up to T, the state handed on; None: one update.
-      batch_shape: of the loss.
-    """
-
-    def step(params, h, x):
-        h = h + x @ params
-        return h, h
-
-    split = [num_steps] if split is None else list(split)
-    if sum(split) != num_steps:
-        raise ValueError(f"split must add up to num_steps = {num_steps}, got {split}")
-    estimator = make_estimator(step, lambda y, target: y)
-    params, carry, xs = jnp.zeros(num_steps), jnp.zeros(batch_shape), jnp.eye(num_steps)
-    edges = np.cumsum([0, *split])
-
-    def row(weights):
-        total, state = jnp.zeros(num_steps), None
-        for start, stop in pairwise(edges):
-            batch = Batch(xs[start:stop], None, None, weights[start:stop])
-            state = estimator.init(params, carry, batch, key=key) if state is None else state
-            estimate, state = estimator.update(params, state, batch)
-            total = total + estimate.grad_sum
-        return total
-
-    size = num_steps * int(np.prod(batch_shape))
-    rows = jax.jit(jax.vmap(row))(jnp.eye(size).reshape(size, num_steps, *batch_shape))
-    return jnp.moveaxis(rows.reshape(num_steps, *batch_shape, num_steps), -1, 1)
-
-
-def assert_coverage(
-    make_estimator: Callable[[Step, Loss], Estimator],
-    coverage: Any,
-    *,
-    key: chex.PRNGKey | None = None,
-    split: Sequence[int] | None = None,
-    atol: float = 1e-5,
-) -> None:
-    """Holds the declared coverage matrix against `measured_coverage`; pairs i > t must be 0.
-
-    Raises:
-      AssertionError: names the pair.
-    """
-    declared = np.asarray(coverage)
-    found = np.asarray(
-        measured_coverage(make_estimator, len(declared), key=key, split=split, batch_shape=declared.shape[2:])
-    )
-    wrong = np.argwhere(~(np.abs(found - declared) <= atol * np.maximum(1, np.abs(declared))))
-    if len(wrong):
-        t, i, *_ = where = tuple(map(int, wrong[0]))
-        raise AssertionError(
-            f"coverage differs in {len(wrong)} of {declared.size} entries: the loss at step t={t} reaches source "
-            f"i={i} with weight {found[where]:.6g}, declared is {declared[where]:.6g}"
-        )

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
+from jax.scipy.linalg import solve_triangular
 
 from jbptt import validation
 
@@ -56,6 +57,13 @@ def randomized(key: jax.Array, num_steps: int, keep_prob: jax.typing.ArrayLike, 
     Raises:
       ValueError: keep_prob outside (0, 1], or of another length than T.
     """
+    keep_prob = _keep_prob_by_step(num_steps, keep_prob)
+    kept = jax.random.bernoulli(key, keep_prob)
+    return jnp.where(kept, 1 / keep_prob if reweight else 1.0, 0.0)
+
+
+def _keep_prob_by_step(num_steps, keep_prob):
+    """`[T]` or `[T, *batch]`, checked."""
     validation.check_positive_integer("num_steps", num_steps)
     validation.check_probability("keep_prob", keep_prob)
     shape = jnp.shape(keep_prob) or (num_steps,)
@@ -63,9 +71,7 @@ def randomized(key: jax.Array, num_steps: int, keep_prob: jax.typing.ArrayLike, 
         raise ValueError(
             f"keep_prob has shape {shape}, wanted a scalar, [T] = ({num_steps},) or [T, *batch]: time is the first axis"
         )
-    keep_prob = jnp.asarray(keep_prob, float)
-    kept = jax.random.bernoulli(key, keep_prob, shape)
-    return jnp.where(kept, 1 / keep_prob if reweight else 1.0, 0.0)
+    return jnp.broadcast_to(jnp.asarray(keep_prob, float), shape)
 
 
 def artbp(
@@ -88,14 +94,14 @@ def artbp(
     Raises:
       ValueError: mean_length ≤ 1 or alpha ≤ 2.
     """
+    return _renewal_gates(key, num_steps, _artbp_hazard(num_steps, mean_length, alpha), reweight)
+
+
+def _artbp_hazard(num_steps, mean_length, alpha):
     validation.check_positive_integer("num_steps", num_steps)
     validation.check_mean_length(mean_length)
     validation.check_above("alpha", alpha, 2, "the mean length is infinite at alpha <= 2")
-
-    def hazard(delta):
-        return (alpha - 1) / ((alpha - 2) * mean_length + delta.astype(float))
-
-    return _renewal_gates(key, num_steps, hazard, reweight)
+    return lambda delta: (alpha - 1) / ((alpha - 2) * mean_length + delta.astype(float))
 
 
 def check_length_probs(value: Any, num_steps: int | None) -> None:
@@ -139,6 +145,10 @@ def random_lengths(key: jax.Array, num_steps: int, length_probs: jax.Array, *, r
       ValueError: entries below 0 or not finite, a sum above 1; with weights, lengths that all end before T:
         pairs further apart would never be seen, and no weight makes up for that.
     """
+    return _renewal_gates(key, num_steps, _length_hazard(num_steps, length_probs, reweight), reweight)
+
+
+def _length_hazard(num_steps, length_probs, reweight):
     validation.check_positive_integer("num_steps", num_steps)
     check_length_probs(length_probs, num_steps if reweight else None)
     # On the host where they are known: in float32 what is left of 1 has few digits.
@@ -148,7 +158,7 @@ def random_lengths(key: jax.Array, num_steps: int, length_probs: jax.Array, *, r
     # Past a length that no window exceeds nothing is ever reached: any hazard will do there.
     hazards = xp.where(probs > 0, probs / xp.where(before > 0, before, 1), 0.0)
     hazards = jnp.append(jnp.clip(hazards, 0, 1), 0.0)
-    return _renewal_gates(key, num_steps, lambda delta: hazards[jnp.minimum(delta, len(hazards)) - 1], reweight)
+    return lambda delta: hazards[jnp.minimum(delta, len(hazards)) - 1]
 
 
 def _renewal_gates(key, num_steps, hazard_fn, reweight):
@@ -188,6 +198,12 @@ def coverage(gates: jax.Array) -> jax.Array:
     return lax.scan(body, jnp.zeros_like(gates), (jnp.arange(len(gates)), gates))[1]
 
 
+def full_coverage(num_steps: int) -> jax.Array:
+    """Every pair once, `[T, T]`: ones for i ≤ t. Raises ValueError for num_steps < 1 or not an integer."""
+    validation.check_positive_integer("num_steps", num_steps)
+    return jnp.tri(num_steps, dtype=float)
+
+
 def window_coverage(num_steps: int, window: int, stride: int) -> jax.Array:
     """What `truncated_bptt` covers, `[T, T]`: `C[t, i] = 1` where `(t // s + 1)·s − window ≤ i ≤ t`.
 
@@ -198,3 +214,45 @@ def window_coverage(num_steps: int, window: int, stride: int) -> jax.Array:
     window, stride = validation.check_window(window, stride)
     t, i = jnp.arange(num_steps)[:, None], jnp.arange(num_steps)[None, :]
     return jnp.where(((t // stride + 1) * stride - window <= i) & (i <= t), 1.0, 0.0)
+
+
+def randomized_coverage(num_steps: int, keep_prob: jax.typing.ArrayLike, *, reweight: bool = True) -> jax.Array:
+    """What `randomized` covers on average: every pair once, unweighted `E C[t, i] = Π_{j=i+1..t} π_j`.
+
+    Arguments, shapes and errors as there.
+    """
+    keep_prob = _keep_prob_by_step(num_steps, keep_prob)
+    return coverage(jnp.ones_like(keep_prob) if reweight else keep_prob)
+
+
+def artbp_coverage(
+    num_steps: int, mean_length: jax.typing.ArrayLike, *, alpha: float = 4.0, reweight: bool = True
+) -> jax.Array:
+    """What `artbp` covers on average, `[T, T]`: every pair once, unweighted `E C[t, i]` = P(no cut between).
+
+    Arguments and errors as there.
+    """
+    hazard_fn = _artbp_hazard(num_steps, mean_length, alpha)
+    return full_coverage(num_steps) if reweight else _renewal_coverage(num_steps, hazard_fn)
+
+
+def random_lengths_coverage(num_steps: int, length_probs: jax.Array, *, reweight: bool = True) -> jax.Array:
+    """What `random_lengths` covers on average, `[T, T]`: every pair once, unweighted `E C[t, i]` = P(no cut between).
+
+    Arguments and errors as there.
+    """
+    hazard_fn = _length_hazard(num_steps, length_probs, reweight)
+    return full_coverage(num_steps) if reweight else _renewal_coverage(num_steps, hazard_fn)
+
+
+def _renewal_coverage(num_steps, hazard_fn):
+    """P(no cut in i+1 … t): a window that begins at some a ≤ i, with probability u_a, lasts beyond step t.
+
+    E C[t, i] = Σ_{a≤i} u_a S(t − a),   S(n) = Π_{δ≤n} (1 − c(δ)),   u from Σ_{a≤t} u_a S(t − a) = 1: some window
+    holds step t.
+    """
+    survival = jnp.cumprod(jnp.append(1.0, 1 - hazard_fn(jnp.arange(1, num_steps))))
+    lags = jnp.arange(num_steps)[:, None] - jnp.arange(num_steps)
+    lasting = jnp.where(lags >= 0, survival[jnp.maximum(lags, 0)], 0)
+    beginning = solve_triangular(lasting, jnp.ones(num_steps), lower=True)
+    return jnp.tril(jnp.cumsum(lasting * beginning, axis=1))

@@ -108,7 +108,15 @@ class Estimate:
 
 
 class Estimator(NamedTuple):
-    """One way of estimating the gradient: two pure functions.
+    """One way of estimating the gradient: two pure functions, and what they estimate.
+
+        E ĝ = Σ_t Σ_{i≤t} C[t, i] · G[t, i],    G[t, i] the part of loss t's gradient that enters at step i
+
+    >>> from jbptt import truncated_bptt
+    >>> print(truncated_bptt(None, None, window=2, stride=1).coverage(3))  # neither step nor loss matters
+    [[1. 0. 0.]
+     [1. 1. 0.]
+     [0. 1. 1.]]
 
     Attributes:
       init: `(params, carry, batch, key=None) -> state`. Of `batch` (arrays or
@@ -117,7 +125,13 @@ class Estimator(NamedTuple):
         `.carry`, the live carry (before the first update the function, if it was one).
       update: `(params, state, batch) -> (Estimate, state)`; jit-, vmap- and scan-able. T may differ
         between calls (one compilation per T).
+      coverage: `(num_steps, key=None) -> C`, `[T, T]` (`[T, T, *batch]` where examples have gates of
+        their own): how much of loss t's gradient by source i one update of T = num_steps steps counts,
+        0 for i > t. Of the first update after `init`; later ones that stream also count pairs with
+        steps of earlier updates. Where the estimator draws: of the draw that this update makes after
+        `init(..., key=key)`, and without a key the mean over all draws. Memory O(T²). None: not declared.
     """
 
     init: Callable[..., Any]
     update: Callable[[Params, Any, Batch], tuple[Estimate, Any]]
+    coverage: Callable[..., jax.Array] | None = None

@@ -55,6 +55,7 @@ CORE = [
     "cotangents",
     "clipping",
     "brute_force",
+    "probes",
     "testing",
 ]
 FLOORS = ["core", "interop", "analysis", "experiments", "report"]  # interop: a wing of the core, a room a library
@@ -155,7 +156,8 @@ def test_public_names_exist_and_are_used_as_exported():
         if isinstance(node, ast.ImportFrom) and node.module.startswith("jbptt")
         for alias in node.names
     }
-    modules = {name for name, home in told.items() if f"{home}.{name}".lstrip(".") in MODULES or name == "interop"}
+    rooms = {*MODULES, "experiments", "interop"}
+    modules = {name for name, home in told.items() if f"{home}.{name}".lstrip(".") in rooms}
     assert {name: told[name] for name in told if name not in modules} == jbptt._HOMES
     for name in told:
         value = getattr(jbptt, name)
@@ -167,6 +169,21 @@ def test_public_names_exist_and_are_used_as_exported():
     assert jbptt.__version__ == importlib.metadata.version("jbptt")
     with pytest.raises(AttributeError, match="no attribute 'full_bttp'"):
         _ = jbptt.full_bttp
+
+
+def test_the_room_of_experiments_opens_when_asked():
+    """`jbptt.experiments.compare_remedies`, as an attribute alone; whoever trains does not load it."""
+    result = in_a_fresh_process(
+        "import sys, jbptt\njbptt.train; assert 'jbptt.experiments.remedies' not in sys.modules\n"
+        "assert dir(jbptt.experiments) == ['Remedies', 'compare_remedies']\n"
+        "jbptt.experiments.compare_remedies, jbptt.experiments.Remedies\n"
+        "from jbptt.experiments import *; compare_remedies, Remedies\n"
+        "assert not {'Remedies', 'compare_remedies'} & {*dir(jbptt)}, 'an alias at the top'\n"
+        "try: jbptt.experiments.compare_remedy\n"
+        "except AttributeError as error: assert 'no attribute' in str(error)\n"
+        "else: raise SystemExit('found')"
+    )
+    assert result.returncode == 0, result.stderr
 
 
 def test_what_was_not_imported_is_no_attribute():

@@ -37,6 +37,8 @@ def test_tables_and_files(task, tmp_path, monkeypatch, capsys):
         assert numbers["names"] == names and numbers["command"].startswith("jbptt compare --task=copy")
         assert numbers["variance"][:5] == [0] * 5 and numbers["relative_bias"][0] < 1e-6
         assert all(np.shape(numbers[field]) == (9,) for field in ("cosine", "norm_ratio", "seconds", "temporary_bytes"))
+        full, blocks, *_, adaptive = shares = numbers["coverage"]  # shares of the pairs i ≤ t
+        assert len(shares) == 9 and full == 1 and 0 < blocks < adaptive <= shares[4]  # sliding 4
         assert numbers["settings"]["window"] == [2, 4] and np.shape(numbers["alignment"]) == (9, 9)
         assert "relative to the norm" in (tmp_path / "found" / "comparison.svg").read_text()
     else:

@@ -9,7 +9,7 @@ import problems
 import pytest
 from problems import assert_close
 
-from jbptt import Cost, compare, full_bptt, gated_bptt, randomized_bptt, truncated_bptt, truncation
+from jbptt import Batch, Cost, compare, full_bptt, gated_bptt, randomized_bptt, truncated_bptt, truncation
 
 NUM_STEPS, NUM_SAMPLES = 6, 40
 STEP, LOSS, PARAMS, CARRY, BATCH = problems.make("gru", NUM_STEPS)
@@ -58,6 +58,28 @@ def test_moments_are_those_of_the_samples():
         np.testing.assert_allclose(found().alignment[i], cosines, rtol=1e-12)
 
 
+def share(estimator_of):
+    """What `compare` says of one estimator, for a sum over 6 steps and two examples."""
+    step, loss = lambda w, h, x: (w * h + x, w * h + x), lambda y, target: y
+    given = 0.5, jnp.zeros(2), Batch(jnp.ones((NUM_STEPS, 2)))
+    return float(compare({"": estimator_of(step, loss)}, *given, reference=1.0, key=KEY, num_samples=2).coverage[0])
+
+
+def test_share_of_the_pairs_that_each_counts(monkeypatch):
+    """On average: 1 for an unbiased one, 9 of 21 pairs for blocks of 2, and 0.6 to the lag for random cuts."""
+    biased = sum((NUM_STEPS - lag) * 0.6**lag for lag in range(NUM_STEPS)) / 21
+    np.testing.assert_allclose(found().coverage, [1, 9 / 21, 1, biased], rtol=1e-12)
+    gates = np.random.default_rng(0).random((NUM_STEPS, 2))
+    by_example = functools.partial(gated_bptt, gates_fn=lambda key, num_steps: gates)
+    of_examples = np.mean(np.sum(truncation.coverage(gates), (0, 1))) / 21
+    np.testing.assert_allclose(share(by_example), of_examples, rtol=1e-12)
+    drawing = functools.partial(gated_bptt, gates_fn=lambda key, n: truncation.randomized(key, n, 0.5))
+    silent = lambda *functions: full_bptt(*functions)._replace(coverage=None)
+    assert np.isnan(share(drawing)) and np.isnan(share(silent))
+    monkeypatch.setattr("jbptt.analysis.comparison.MOST_STEPS", NUM_STEPS - 1)  # no matrix of long batches
+    assert np.isnan(share(by_example))
+
+
 def test_what_draws_nothing_has_no_variance():
     np.testing.assert_array_equal(found().variance[:2], 0)
     assert found().relative_bias[1] > 0.05 and found().variance[2] > 0.05
@@ -72,7 +94,7 @@ def test_an_estimator_that_draws_nothing_runs_once():
 
     once = gated_bptt(STEP, LOSS, gates_fn=lambda key, num_steps: gates_fn(None, num_steps))
     often = gated_bptt(STEP, LOSS, gates_fn=gates_fn)
-    for estimator, wanted in ((once, 1), (often, 3)):
+    for estimator, wanted in ((once, 1 + 1), (often, 3 + 1)):  # and once for its coverage
         calls.clear()
         one = {"this": estimator}
         exact = jax.tree.map(jnp.ones_like, PARAMS)
@@ -135,6 +157,7 @@ def test_table_and_dataset():
     assert float(data.relative_bias.sel(estimator="blocks")) == float(found().relative_bias[1])
     assert float(data.alignment.sel(estimator="biased", other="blocks")) == float(found().alignment[3, 1])
     assert data.attrs["num_samples"] == NUM_SAMPLES
+    assert float(data.coverage.sel(estimator="blocks")) == float(found().coverage[1])
 
 
 def test_costs_as_a_dataset():

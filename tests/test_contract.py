@@ -85,8 +85,7 @@ def test_gradient_is_the_covered_sum_and_the_mean_is_over_steps(name):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("num_steps", [1, 7])
 def test_declared_coverage_is_what_probes_measure(name, num_steps):
-    entry = ESTIMATORS[name]
-    testing.assert_coverage(entry.make, entry.coverage(num_steps, KEY), key=KEY)
+    testing.assert_coverage(ESTIMATORS[name].make, num_steps=num_steps, key=KEY)
 
 
 @pytest.mark.parametrize("name", usual(NAMES, STREAMING))
@@ -94,7 +93,7 @@ def test_declared_coverage_is_what_probes_measure(name, num_steps):
     "split", [(1,) * 7, (4, 1, 2), *(pytest.param(split, marks=pytest.mark.full) for split in ((2, 5), (3, 3, 1)))]
 )
 def test_coverage_of_a_stream_does_not_see_the_updates(name, split):
-    testing.assert_coverage(ESTIMATORS[name].make, ESTIMATORS[name].coverage(7, KEY), split=split)
+    testing.assert_coverage(ESTIMATORS[name].make, num_steps=7, split=split)
 
 
 @pytest.mark.parametrize("name", usual(NAMES, STREAMING))

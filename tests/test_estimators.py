@@ -10,7 +10,7 @@ import pytest
 from contract import ESTIMATORS
 from problems import assert_close, cut
 
-from jbptt import Batch, full_bptt, gated_bptt, randomized_bptt, truncated_bptt, truncation
+from jbptt import Batch, Estimator, adaptive_bptt, full_bptt, gated_bptt, randomized_bptt, truncated_bptt, truncation
 
 NUM_STEPS = 6
 
@@ -25,6 +25,46 @@ def test_init_reads_shapes_of_keys():
     one, state = update(0.5, state, pieces[0])
     two, _ = update(0.5, state, pieces[1])
     assert_close((one + two).grad_sum, problems.one_update(estimator, 0.5, jnp.zeros(()), batch).grad_sum)
+
+
+def banded(window):
+    """Each loss and the window − 1 steps before it."""
+    lags = np.arange(NUM_STEPS)[:, None] - np.arange(NUM_STEPS)
+    return ((lags >= 0) & (lags < window)).astype(float)
+
+
+CHUNKS = np.arange(NUM_STEPS) // 2
+DECLARED = {
+    "full": (full_bptt, np.tri(NUM_STEPS)),
+    "full, in segments": (functools.partial(full_bptt, segment=2), np.tri(NUM_STEPS)),
+    "blocks": (functools.partial(truncated_bptt, window=2), np.tri(NUM_STEPS) * (CHUNKS[:, None] == CHUNKS)),
+    "strides": (  # the two losses of a chunk go back to where the chunk before begins
+        functools.partial(truncated_bptt, window=4, stride=2),
+        np.tri(NUM_STEPS) * (CHUNKS[:, None] - CHUNKS <= 1),
+    ),
+    "sliding": (functools.partial(truncated_bptt, window=3, stride=1), banded(3)),
+    "longer than the sequence": (functools.partial(truncated_bptt, window=9, stride=1), np.tri(NUM_STEPS)),
+    "adaptive": (functools.partial(adaptive_bptt, tolerance=0.2, max_window=4), banded(4)),
+}
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_declared_coverage(name):
+    """In closed form; what the estimators really cover is measured under contract. A key changes nothing."""
+    make, wanted = DECLARED[name]
+    estimator = make(None, None)
+    for key in (None, jax.random.key(0)):
+        declared = jnp.asarray(estimator.coverage(NUM_STEPS, key))
+        assert declared.dtype == float
+        np.testing.assert_array_equal(declared, wanted)
+    for wrong in (0, 2.5):
+        with pytest.raises(ValueError, match="num_steps must be an integer >= 1"):
+            estimator.coverage(wrong)
+
+
+def test_an_estimator_may_declare_nothing():
+    init, update, _ = full_bptt(None, None)
+    assert Estimator(init, update).coverage is None
 
 
 class Counter:

@@ -11,7 +11,7 @@ from problems import assert_close, make, one_update
 import jbptt
 from jbptt import Plan, choose_plan, full_bptt
 from jbptt.analysis import planning
-from jbptt.analysis.comparison import Cost
+from jbptt.analysis.costs import Cost
 from jbptt.executables import WeakCache
 
 T = 12

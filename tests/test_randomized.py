@@ -84,6 +84,80 @@ def test_the_mean_over_every_schedule_is_the_full_gradient(kind):
         assert_close(mean(gated_gradients(gates != 0)), exact(), rtol=1e-2)
 
 
+OPTIONS = {
+    "constant": {"keep_prob": 0.6},
+    "by step": {"keep_prob": KEEP_PROBS},
+    "artbp": {"mean_length": MEAN_LENGTH},
+    "lengths": {"length_probs": LENGTH_PROBS},
+}
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_declared_without_a_key_is_the_mean_over_every_schedule(kind):
+    gates, probabilities = map(np.array, zip(*SCHEDULES[kind](), strict=True))
+    for reweight, drawn in ((True, gates), (False, gates != 0)):
+        declared = randomized_bptt(STEP, LOSS, **OPTIONS[kind], reweight=reweight).coverage(NUM_STEPS)
+        covered = np.einsum("s,sti->ti", probabilities, jax.vmap(truncation.coverage)(drawn))
+        assert_close(declared, covered)
+        assert np.allclose(declared, np.tri(NUM_STEPS)) == reweight
+
+
+def test_declared_of_examples_that_draw_apart():
+    """`[T, T, *batch]`: each example as if it were alone."""
+    for reweight in (True, False):
+        of = lambda keep_prob, weighted=reweight: randomized_bptt(STEP, LOSS, keep_prob=keep_prob, reweight=weighted)
+        alone = [of(KEEP_PROBS_BY_EXAMPLE[:, b]).coverage(NUM_STEPS) for b in range(EXAMPLES)]
+        assert_close(of(KEEP_PROBS_BY_EXAMPLE).coverage(NUM_STEPS), np.stack(alone, axis=2))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"keep_prob": KEEP_PROBS_BY_EXAMPLE},
+        {"keep_prob": 0.6, "reweight": False},
+        {"mean_length": MEAN_LENGTH},
+        {"length_probs": LENGTH_PROBS},
+    ],
+)
+def test_declared_with_a_key_is_the_draw_of_the_first_update(options):
+    """Eight keys, eager and side by side; what the second update draws is another matrix."""
+    estimator = randomized_bptt(STEP, LOSS, **options)
+
+    def run(key):
+        first, state = estimator.update(PARAMS, estimator.init(PARAMS, CARRY, BATCH, key), BATCH)
+        second, _ = estimator.update(PARAMS, state, BATCH)
+        covered = [truncation.coverage(estimate.info["gates"]) for estimate in (first, second)]
+        return estimator.coverage(NUM_STEPS, key), *covered
+
+    keys = jax.random.split(jax.random.key(3), 8)
+    declared, first, second = jax.jit(jax.vmap(run))(keys)
+    problems.assert_same_bits(declared, first)
+    problems.assert_same_bits(estimator.coverage(NUM_STEPS, keys[0]), first[0])
+    assert np.any(np.asarray(declared) != np.asarray(second))
+
+
+def test_coverage_of_gates_of_ones_own():
+    """Gates that draw have no mean that anybody knows; others need no key."""
+    fixed = gated_bptt(STEP, LOSS, gates_fn=lambda key, num_steps: np.arange(num_steps) % 3 != 0)
+    blocks = np.arange(NUM_STEPS) // 3
+    assert_close(fixed.coverage(NUM_STEPS), np.tri(NUM_STEPS) * (blocks[:, None] == blocks))
+    drawing = gated_bptt(STEP, LOSS, gates_fn=lambda key, num_steps: truncation.randomized(key, num_steps, 0.5))
+    key = jax.random.key(1)
+    assert_close(drawing.coverage(NUM_STEPS, key), randomized_bptt(STEP, LOSS, keep_prob=0.5).coverage(NUM_STEPS, key))
+    with pytest.raises(ValueError, match=r"coverage needs a key, got key=None.*_replace"):
+        drawing.coverage(NUM_STEPS)
+    known = drawing._replace(coverage=lambda num_steps, key=None: np.tri(num_steps))
+    assert_close(known.coverage(NUM_STEPS), np.tri(NUM_STEPS))
+    with pytest.raises(ValueError, match=r"gates disagree on T or the batch: got \(4,\)"):
+        gated_bptt(STEP, LOSS, gates_fn=lambda key, num_steps: np.ones(4)).coverage(NUM_STEPS, key)
+    with pytest.raises(RuntimeError, match="of its own"):  # with a key, what gates_fn raises is the user's to see
+        gated_bptt(STEP, LOSS, gates_fn=broken).coverage(NUM_STEPS, key)
+
+
+def broken(key, num_steps):
+    raise RuntimeError("of its own")
+
+
 def quantile(num_comparisons, false_alarm=FALSE_ALARM):
     """What the largest of so many |z| exceeds with this probability at most (normal tails, union bound)."""
     return -NormalDist().inv_cdf(false_alarm / (2 * num_comparisons))

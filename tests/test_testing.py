@@ -51,6 +51,10 @@ def off_by(estimator, factor):
     return Estimator(estimator.init, update)
 
 
+def declaring(estimator, coverage):
+    return estimator._replace(coverage=lambda num_steps, key=None: coverage)
+
+
 @pytest.mark.parametrize("coverage", [None, WINDOWS, "per example"], ids=["full", "windows", "per example"])
 def test_brute_force_gradient_agrees_with_the_python_loops(problem, coverage):
     problem = ragged(problem)
@@ -81,7 +85,7 @@ def test_brute_force_gradient_of_nothing_is_zero_and_bad_coverage_is_refused(pro
 def test_truncated_gradients_are_those_of_the_frozen_loss(problem):
     problem = ragged(problem)
     estimator = truncated_bptt(problem.step, problem.loss, window=3, stride=2)
-    check_truncated_gradient(estimator, *problem, coverage=WINDOWS)
+    check_truncated_gradient(estimator, *problem)  # of the coverage that it declares
     grads = one_update(estimator, *problem[2:]).grads
     function = jax.jit(frozen_loss(*problem, coverage=WINDOWS))
     assert_close(jax.grad(function)(problem.params), grads)
@@ -93,6 +97,7 @@ def test_a_wrong_truncated_gradient_is_caught(problem):
     for wrong, coverage in (
         (off_by(estimator, 1 + 1e-4), WINDOWS),
         (estimator, truncation.window_coverage(T, 3, 3)),
+        (declaring(estimator, truncation.window_coverage(T, 3, 3)), None),
         (full_bptt(problem.step, problem.loss), WINDOWS),
     ):
         with pytest.raises(AssertionError, match="not that of the truncated function"):
@@ -249,7 +254,7 @@ def test_deviations_are_standard_normal_where_nothing_is_biased():
 @pytest.mark.parametrize("split", [None, [T], [1, 2, 4], [3, 3, 1]])
 def test_coverage_as_declared(split):
     assert_coverage(partial(truncated_bptt, window=3, stride=2), WINDOWS, split=split)
-    assert_coverage(partial(truncated_bptt, window=5), truncation.window_coverage(T, 5, 5), split=split)
+    assert_coverage(partial(truncated_bptt, window=5), num_steps=T, split=split)
 
 
 def test_coverage_of_gates_per_example_and_of_a_draw():
@@ -259,16 +264,32 @@ def test_coverage_of_gates_per_example_and_of_a_draw():
     key = jax.random.key(4)
     drawn = truncation.randomized(jax.random.split(key)[1], T, 0.5)
     assert_coverage(partial(randomized_bptt, keep_prob=0.5), truncation.coverage(drawn), key=key)
+    assert_coverage(make, num_steps=T)
+    assert_coverage(partial(randomized_bptt, keep_prob=np.full((T, 2), 0.5)), num_steps=T, key=key)
 
 
 def test_wrong_coverage_names_the_pair():
     with pytest.raises(AssertionError, match="loss at step t=2 reaches source i=0 with weight 1, declared is 0"):
         assert_coverage(full_bptt, truncation.window_coverage(4, 2, 1), atol=1e-9)
+    with pytest.raises(AssertionError, match="loss at step t=1 reaches source i=0 with weight 1, declared is 0"):
+        assert_coverage(lambda *args: declaring(full_bptt(*args), np.eye(4)), num_steps=4)
     with pytest.raises(AssertionError):  # what reaches forward in time is found too
         leak = lambda step, loss: truncated_bptt(lambda p, h, x: step(p, h + p[-1], x), loss, window=2)
         assert_coverage(leak, truncation.window_coverage(4, 2, 2))
     with pytest.raises(ValueError, match="split must add up"):
         measured_coverage(full_bptt, 4, split=[1, 2])
+    for given in ({}, {"coverage": np.eye(4), "num_steps": 4}):
+        with pytest.raises(ValueError, match="needs one of coverage and num_steps"):
+            assert_coverage(full_bptt, **given)
+
+
+def test_what_declares_nothing_is_not_checked_against_it(problem):
+    silent = lambda *functions: full_bptt(*functions)._replace(coverage=None)
+    with pytest.raises(ValueError, match="coverage must be given, got None"):
+        assert_coverage(silent, num_steps=T)
+    with pytest.raises(ValueError, match="coverage must be given, got None"):
+        check_truncated_gradient(silent(problem.step, problem.loss), *problem)
+    assert_coverage(silent, np.tri(T))
 
 
 def test_a_problem_with_integer_and_key_carry_leaves():

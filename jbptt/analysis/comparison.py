@@ -1,10 +1,8 @@
-"""Estimators side by side: how far each is from the exact gradient, and what it costs on this machine."""
+"""Estimators side by side: how far each is from the exact gradient."""
 
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +10,17 @@ import numpy as np
 from jax.core import Tracer
 
 from jbptt import validation
+from jbptt.analysis.costs import check_estimators
 from jbptt.engine import dependences
-from jbptt.executables import compiled, run
+from jbptt.executables import run
 from jbptt.norms import compared_with, in_units_of, norm
-from jbptt.types import Batch, Carry, Estimate, Estimator, Params
+from jbptt.types import Batch, Carry, Estimator, Params
 
 PER_ESTIMATOR = ("relative_bias", "relative_bias_error", "variance", "cosine", "norm_ratio")
 """The fields of a `Comparison` that hold one number for each estimator."""
+
+MOST_STEPS = 4096
+"""Of a batch whose coverage is looked at: the matrix takes T² numbers."""
 
 
 @jax.tree_util.register_dataclass
@@ -39,6 +41,9 @@ class Comparison:
       alignment: `[E, E]`, cosine between the mean estimates of every pair.
       names: the estimators, in order.
       num_samples: of estimators that draw; the others are run once.
+      coverage: what each declares to count, the mean of `E C[t, i]` over the pairs i ≤ t: 1 for one without bias,
+        whose `relative_bias` is chance. NaN where nothing is declared, or no mean over draws, and for more
+        than 4096 steps, whose matrix would be large.
     """
 
     relative_bias: jax.Array
@@ -49,6 +54,7 @@ class Comparison:
     alignment: jax.Array
     names: tuple[str, ...] = field(metadata={"static": True})
     num_samples: int = field(metadata={"static": True})
+    coverage: jax.Array | None = None
 
     @property
     def relative_std(self) -> jax.Array:
@@ -79,6 +85,8 @@ class Comparison:
         import xarray
 
         variables: dict[str, Any] = {name: ("estimator", np.asarray(getattr(self, name))) for name in PER_ESTIMATOR}
+        if self.coverage is not None:
+            variables["coverage"] = ("estimator", np.asarray(self.coverage))
         variables["alignment"] = (("estimator", "other"), np.asarray(self.alignment))
         names = list(self.names)
         coordinates = {"estimator": names, "other": names}
@@ -123,17 +131,19 @@ def compare(
     for estimator in used:  # as they are given: a program sees neither float64 nor what is no array
         jax.eval_shape(lambda key, e=estimator: e.init(params, carry, batch, key=key), key)
     gradient = None if isinstance(reference, Estimator) else reference
-    functions = tuple(function for estimator in used for function in (estimator.init, estimator.update))
+    functions = tuple(function for e in used for function in (e.init, e.update, e.coverage or _undeclared))
     if callable(carry):
         functions, carry = (*functions, carry), None  # a program may keep arrays, but no function, alive
     return run(_compare, functions, (tuple(estimators), num_samples), params, carry, batch, gradient, key)
 
 
 def _compare(*given) -> Comparison:
-    """`compare` of two functions for each estimator and for the reference without a gradient; then a start, if any."""
+    """`compare` of the functions of each estimator and of a reference without a gradient; then a start, if any."""
     *functions, names, num_samples, params, carry, batch, gradient, key = given
-    carry = functions.pop() if len(functions) % 2 else carry
-    estimators = [Estimator(*pair) for pair in zip(functions[::2], functions[1::2], strict=True)]
+    num_functions = len(Estimator._fields)
+    carry = functions.pop() if len(functions) % num_functions else carry
+    parts = (functions[n::num_functions] for n in range(num_functions))
+    estimators = [Estimator(*functions) for functions in zip(*parts, strict=True)]
     exact = _exact_gradient(estimators.pop(), params, carry, batch, key) if gradient is None else gradient
     in_units, compare_fn = in_units_of(exact), compared_with(exact)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_samples))
@@ -146,13 +156,26 @@ def _compare(*given) -> Comparison:
         rows.append(row)
     bias, error, variance, cosine, ratio = (jnp.stack(column) for column in zip(*rows, strict=True))
     alignment = jnp.stack([jnp.stack([compared_with(a)(b)[1] for b in means]) for a in means])
-    return Comparison(bias, error, variance, cosine, ratio, alignment, names, num_samples)
+    num_steps = validation.count_steps(batch._asdict())
+    covered = jnp.stack([_covered(estimator, num_steps) for estimator in estimators])
+    return Comparison(bias, error, variance, cosine, ratio, alignment, names, num_samples, covered)
 
 
-def check_estimators(estimators: Any) -> None:
-    """A ValueError unless there is one at least."""
-    if not estimators:
-        raise ValueError("estimators must not be empty, got {}; pass {name: estimator}")
+def _undeclared(num_steps: int, key: jax.Array | None = None) -> jax.Array:
+    """The coverage of an estimator that declares none; a function, since programs are found by functions."""
+    del key
+    return jnp.full((num_steps, num_steps), jnp.nan)
+
+
+def _covered(estimator: Estimator, num_steps: int) -> jax.Array:
+    """The mean weight of a pair, and of all draws; NaN where it is not known."""
+    if estimator.coverage is None or num_steps > MOST_STEPS:
+        return jnp.array(jnp.nan)
+    try:
+        weights = jnp.asarray(estimator.coverage(num_steps), float)
+    except ValueError:  # it draws, and knows no mean over its draws
+        return jnp.array(jnp.nan)
+    return jnp.mean(jnp.sum(weights, (0, 1))) / (num_steps * (num_steps + 1) / 2)
 
 
 def _sampler(estimator: Estimator, params: Params, carry: Carry, batch: Batch) -> Callable:
@@ -221,104 +244,3 @@ def _moments(sample, keys, exact, in_units, compare_fn):
     absent = norm(exact) == 0
     bias, variance, ratio = (jnp.where(absent & (v != 0), jnp.inf, v) for v in (bias, variance, ratio / count))
     return mean, bias, jnp.sqrt(variance / count), variance, cosine / count, ratio
-
-
-class Cost(NamedTuple):
-    """Time and memory of one update of each estimator.
-
-    Attributes:
-      names: the estimators, in order.
-      seconds: `[estimator, repeat]`, wall time of one compiled update.
-      temporary_bytes: `[estimator]`, what the compiled update needs beside its arguments and results
-        (XLA's `memory_analysis`), exact and free of timing noise; NaN where the backend does not tell.
-    """
-
-    names: tuple[str, ...]
-    seconds: np.ndarray
-    temporary_bytes: np.ndarray
-
-    @property
-    def median_seconds(self) -> np.ndarray:
-        """`[estimator]`, the median over repeats."""
-        return np.median(self.seconds, axis=1)
-
-    @property
-    def spread_seconds(self) -> np.ndarray:
-        """`[estimator]`, half the interquartile range over repeats."""
-        low, high = np.quantile(self.seconds, [0.25, 0.75], axis=1)
-        return (high - low) / 2
-
-    def to_xarray(self) -> Any:
-        """An `xarray.Dataset` over `estimator` and `repeat`; needs xarray."""
-        import xarray
-
-        variables = {
-            "seconds": (("estimator", "repeat"), self.seconds),
-            "temporary_bytes": ("estimator", self.temporary_bytes),
-        }
-        return xarray.Dataset(variables, {"estimator": list(self.names)})
-
-    def __str__(self) -> str:
-        rows = zip(self.names, self.median_seconds, self.spread_seconds, self.temporary_bytes, strict=True)
-        width = max(len(name) for name in self.names)
-        return "\n".join(
-            f"{name:<{width}}  {1e3 * t:9.2f} ms ± {1e3 * s:.2f}  {size / 2**20:9.2f} MiB" for name, t, s, size in rows
-        )
-
-
-def measure_cost(
-    estimators: dict[str, Estimator],
-    params: Params,
-    carry: Carry,
-    batch: Batch,
-    *,
-    num_repeats: int = 5,
-    key: jax.Array | None = None,
-) -> Cost:
-    """Compiles one update of each estimator and measures its time and temporary memory, on the host.
-
-    The estimators take turns within each repeat, so that a machine that slows down slows all of them;
-    compilation and a first run are left out.
-
-    Args:
-      estimators: by name.
-      params: the parameters.
-      carry: the initial carry, or a function of the parameters that gives it.
-      batch: arrays.
-      num_repeats: timed updates of each, ≥ 1.
-      key: for estimators that draw; None: `jax.random.key(0)`.
-
-    Raises:
-      ValueError: num_repeats < 1, or no estimators; what the estimators raise.
-    """
-    num_repeats = validation.check_positive_integer("num_repeats", num_repeats)
-    check_estimators(estimators)
-    key = jax.random.key(0) if key is None else key
-    states = {name: e.init(params, carry, batch, key=key) for name, e in estimators.items()}
-    lowered = [  # here, not in the pool: JAX's configuration contexts belong to a thread
-        compiled(_estimate, (e.update,)).lower(params, states[name], batch) for name, e in estimators.items()
-    ]
-    with ThreadPoolExecutor() as pool:
-        updates = dict(zip(estimators, pool.map(lambda program: program.compile(), lowered), strict=True))
-    seconds = np.zeros((len(updates), num_repeats + 1))
-    for repeat in range(num_repeats + 1):
-        for i, (name, update) in enumerate(updates.items()):
-            start = time.perf_counter()
-            jax.block_until_ready(update(params, states[name], batch))
-            seconds[i, repeat] = time.perf_counter() - start
-    analyses = [update.memory_analysis() for update in updates.values()]  # None on some backends
-    sizes = [np.nan if memory is None else memory.temp_size_in_bytes for memory in analyses]
-    return Cost(tuple(updates), seconds[:, 1:], np.array(sizes))
-
-
-def _estimate(update, params, state, batch) -> Estimate:
-    return update(params, state, batch)[0]
-
-
-def fresh_blocks(estimator: Estimator, window: int) -> Estimator:
-    """Block truncation told to expect whole windows: for one update alone no history is kept."""
-
-    def init(params, carry, batch, key=None):
-        return estimator.init(params, carry, jax.tree.map(lambda a: a[:window], batch), key=key)
-
-    return Estimator(init, estimator.update)

@@ -13,7 +13,7 @@ from jax.flatten_util import ravel_pytree
 from jbptt import truncation, validation
 from jbptt.analysis.advice import TOLERANCES
 from jbptt.analysis.blocks import candidate_windows, choose_blocks, gradients_in_turn
-from jbptt.analysis.comparison import fresh_blocks, measure_cost
+from jbptt.analysis.costs import fresh_blocks, measure_cost
 from jbptt.analysis.evidence import (
     curvature_along,
     fit_decay,

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from jbptt.analysis.advice import Advice, advise
-from jbptt.analysis.comparison import Cost
+from jbptt.analysis.costs import Cost
 from jbptt.analysis.lags import LagProfile, TruncationCurve
 from jbptt.analysis.nonfinite import NonFinite
 from jbptt.analysis.page import write_page

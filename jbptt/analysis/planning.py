@@ -9,7 +9,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jbptt import validation
-from jbptt.analysis.comparison import Cost, measure_cost
+from jbptt.analysis.costs import Cost, measure_cost
 from jbptt.division import check_division
 from jbptt.estimators import full_bptt
 from jbptt.executables import WeakCache

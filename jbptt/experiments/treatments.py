@@ -243,7 +243,7 @@ def estimator_of(
         )
         return replace(estimate, grad_sum=grads), state
 
-    return Estimator(plain.init, update)
+    return plain._replace(update=update)
 
 
 def optimizer_of(treatment: Treatment) -> optax.GradientTransformation:

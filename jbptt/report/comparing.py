@@ -10,9 +10,10 @@ from typing import Any, Literal
 import jax
 import optax
 
-from jbptt import cells, clipping, validation
+from jbptt import cells, clipping, truncation, validation
 from jbptt.adaptive import adaptive_bptt
-from jbptt.analysis.comparison import PER_ESTIMATOR, Comparison, Cost, compare, fresh_blocks, measure_cost
+from jbptt.analysis.comparison import PER_ESTIMATOR, Comparison, compare
+from jbptt.analysis.costs import Cost, fresh_blocks, measure_cost
 from jbptt.cells import Cell
 from jbptt.estimators import full_bptt, randomized_bptt, truncated_bptt
 from jbptt.experiments import tasks
@@ -147,7 +148,11 @@ def warmed(estimator: Estimator, params: Params, carry: Carry, batches: Batch) -
         fresh = estimator.init(params, carry, batch, key=key)
         return state._replace(carry=fresh.carry, history=fresh.history)
 
-    return Estimator(init, estimator.update)
+    def coverage(num_steps: int, key=None) -> jax.Array:
+        del key
+        return truncation.window_coverage(num_steps, int(state.window), 1)
+
+    return Estimator(init, estimator.update, coverage)
 
 
 def run_comparison(settings: Settings, say: Callable[[str], None]) -> tuple[Comparison, Cost]:
@@ -180,7 +185,7 @@ def to_json(settings: Settings, found: Comparison, cost: Cost, command: str) -> 
     """Every number, as JSON; what is not finite becomes null."""
     from jbptt.report.study import to_json as plain
 
-    data: dict[str, Any] = {name: getattr(found, name) for name in (*PER_ESTIMATOR, "alignment")}
+    data: dict[str, Any] = {name: getattr(found, name) for name in (*PER_ESTIMATOR, "coverage", "alignment")}
     data |= {"names": found.names, "num_samples": found.num_samples, "settings": asdict(settings), "command": command}
     data |= {"seconds": cost.median_seconds, "seconds_spread": cost.spread_seconds}
     data |= {"temporary_bytes": cost.temporary_bytes}

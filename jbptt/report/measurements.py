@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from jbptt import cells, clipping
-from jbptt.analysis.comparison import fresh_blocks, measure_cost
+from jbptt.analysis.costs import fresh_blocks, measure_cost
 from jbptt.analysis.diagnosis import TOLERANCES, Diagnosis, diagnose, fit_decay
 from jbptt.analysis.findings import VERDICTS
 from jbptt.analysis.lags import lag_profile

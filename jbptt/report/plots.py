@@ -237,7 +237,7 @@ def plot_remedies(remedies: Any, *, measure: str = "loss", ax: Any = None, theme
     Means over the seeds that stayed finite.
 
     Args:
-      remedies: what `compare_remedies` returns.
+      remedies: what `experiments.compare_remedies` returns.
       measure: one of `REMEDY_MEASURES`: adjoint_ratio, exponent, gradient_error, loss.
       ax: the axes to draw on.
       theme: colours.

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jbptt.analysis.comparison import PER_ESTIMATOR, compare, fresh_blocks, measure_cost
+from jbptt.analysis.comparison import PER_ESTIMATOR, compare
+from jbptt.analysis.costs import fresh_blocks, measure_cost
 from jbptt.analysis.lags import LagProfile
 from jbptt.analysis.schedules import optimize_schedule
 from jbptt.estimators import full_bptt, randomized_bptt, truncated_bptt

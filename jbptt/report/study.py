@@ -11,9 +11,11 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from jbptt import __version__, truncation, validation
+from jbptt import __version__, validation
+from jbptt.estimators import full_bptt, randomized_bptt, truncated_bptt
 from jbptt.experiments import tasks
 from jbptt.plans import Plan
+from jbptt.probes import declared_coverage
 from jbptt.report import anatomy, randomness
 from jbptt.report.learning import learn
 from jbptt.report.measurements import (
@@ -28,6 +30,7 @@ from jbptt.report.measurements import (
     train_fully,
     windows,
 )
+from jbptt.types import Step
 
 SCHEMA_VERSION = 1
 CellName = Literal["rnn", "gru", "lstm"]
@@ -141,7 +144,7 @@ def run_study(settings: Settings, text: str, progress: Callable[[str, float], No
         "plan": str(Plan()),
         "settings": {**asdict(settings), "text": None if settings.text is None else str(settings.text)},
         "text": _describe_text(settings, text, task),
-        "coverage": _coverage(text, settings),
+        "coverage": _coverage(text, trained[last].model.cell.step, settings),
         "reach": {"lags": list(range(len(curves[0]["norms"]))), "curves": curves},
         "windows": {"models": measured},
         "learning": taught[0][0],
@@ -179,22 +182,18 @@ def _describe_text(settings: Settings, text: str, task: tasks.Text) -> dict[str,
     }
 
 
-def _coverage(text: str, settings: Settings) -> dict[str, Any]:
+def _coverage(text: str, step: Step, settings: Settings) -> dict[str, Any]:
     """The first characters, cut into blocks of six, and as often on average at random."""
     characters, window = text[:24], 6
     keep_prob = 1 - 1 / window
-
-    @jax.jit
-    def draw(key):
-        gates = {
-            "full": truncation.full(len(characters)),
-            "fixed": truncation.fixed(len(characters), window),
-            "randomized": truncation.randomized(key, len(characters), keep_prob),
-        }
-        return {name: truncation.coverage(gate) for name, gate in gates.items()}
-
-    drawn = draw(jax.random.key(settings.seed))
-    matrices = {name: np.asarray(drawn[name]) for name in ("full", "fixed", "randomized")}  # jit sorts the names
+    model = step, tasks.cross_entropy
+    estimators = {
+        "full": full_bptt(*model),
+        "fixed": truncated_bptt(*model, window=window),
+        "randomized": randomized_bptt(*model, keep_prob=keep_prob),
+    }
+    key = jax.random.key(settings.seed)
+    matrices = {name: np.asarray(declared_coverage(e, len(characters), key)) for name, e in estimators.items()}
     return {
         "characters": characters,
         "window": window,

@@ -367,6 +367,7 @@ ANALYSES = (
     # comparison and schedules
     Mutant("comparison_spread_of_the_population", COMPARISON, "squares / (count - 1)", "squares / count"),
     Mutant("comparison_error_of_one_sample", COMPARISON, "jnp.sqrt(variance / count)", "jnp.sqrt(variance)"),
+    Mutant("comparison_counts_the_future", COMPARISON, "(num_steps * (num_steps + 1) / 2)", "num_steps**2"),
     Mutant("comparison_draws_one_key", COMPARISON, "jax.random.fold_in(key, i)", "jax.random.fold_in(key, 0 * i)"),
     Mutant(
         "comparison_squares_around_the_old_mean",

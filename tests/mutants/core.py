@@ -250,8 +250,8 @@ CORE = (
     Mutant(
         "randomized_draws_once_for_all_steps",
         TRUNCATION,
-        "kept = jax.random.bernoulli(key, keep_prob, shape)",
-        "kept = jnp.broadcast_to(jax.random.bernoulli(key, keep_prob.mean()), shape)",
+        "kept = jax.random.bernoulli(key, keep_prob)",
+        "kept = jnp.broadcast_to(jax.random.bernoulli(key, keep_prob.mean()), keep_prob.shape)",
     ),
     Mutant(
         "artbp_hazard_one_step_on",
@@ -271,8 +271,8 @@ CORE = (
     Mutant(
         "examples_share_their_draws",
         TRUNCATION,
-        "kept = jax.random.bernoulli(key, keep_prob, shape)",
-        "kept = jax.random.bernoulli(key, keep_prob[..., :1] if keep_prob.ndim > 1 else keep_prob, shape)",
+        "kept = jax.random.bernoulli(key, keep_prob)",
+        "kept = jax.random.bernoulli(key, keep_prob[..., :1] if keep_prob.ndim > 1 else keep_prob, keep_prob.shape)",
     ),
     Mutant(
         "coverage_counts_the_source_gate",
@@ -281,6 +281,24 @@ CORE = (
         "row = jnp.where(steps == t, gate, row)",
     ),
     Mutant("window_coverage_one_short", TRUNCATION, "* stride - window <= i)", "* stride - window < i)"),
+    Mutant(
+        "mean_coverage_forgets_where_windows_begin",
+        TRUNCATION,
+        "jnp.cumsum(lasting * beginning, axis=1)",
+        "jnp.cumsum(lasting, axis=1)",
+    ),
+    Mutant(
+        "mean_coverage_one_step_short",
+        TRUNCATION,
+        "1 - hazard_fn(jnp.arange(1, num_steps))",
+        "1 - hazard_fn(jnp.arange(2, num_steps + 1))",
+    ),
+    Mutant(
+        "mean_coverage_weighs_what_has_no_weights",
+        TRUNCATION,
+        "coverage(jnp.ones_like(keep_prob) if reweight else keep_prob)",
+        "coverage(jnp.ones_like(keep_prob))",
+    ),
     # adjoint: the engine
     Mutant(
         "sums_in_the_narrow_dtype",
@@ -582,8 +600,17 @@ CORE = (
     Mutant(
         "key_reused_by_every_update",
         ESTIMATORS,
-        "KeyState(carry, key)\n\n    return Estimator(init, update)",
-        "KeyState(carry, state.key)\n\n    return Estimator(init, update)",
+        "gates=gates), KeyState(carry, key)",
+        "gates=gates), KeyState(carry, state.key)",
+    ),
+    Mutant(
+        "coverage_of_another_draw", ESTIMATORS, "_, gates = draw(key, num_steps)", "gates = gates_fn(key, num_steps)"
+    ),
+    Mutant(
+        "coverage_of_one_draw_for_the_mean",
+        ESTIMATORS,
+        "if key is None else gated.coverage(num_steps, key)",
+        "if key is None else mean_fn(num_steps, value, reweight=reweight)",
     ),
     Mutant(
         "gates_never_reach_the_engine",

@@ -1,0 +1,119 @@
+"""What an update of each estimator costs on this machine, in time and in memory."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jbptt import validation
+from jbptt.executables import compiled
+from jbptt.types import Batch, Carry, Estimate, Estimator, Params
+
+
+class Cost(NamedTuple):
+    """Time and memory of one update of each estimator.
+
+    Attributes:
+      names: the estimators, in order.
+      seconds: `[estimator, repeat]`, wall time of one compiled update.
+      temporary_bytes: `[estimator]`, what the compiled update needs beside its arguments and results
+        (XLA's `memory_analysis`), exact and free of timing noise; NaN where the backend does not tell.
+    """
+
+    names: tuple[str, ...]
+    seconds: np.ndarray
+    temporary_bytes: np.ndarray
+
+    @property
+    def median_seconds(self) -> np.ndarray:
+        """`[estimator]`, the median over repeats."""
+        return np.median(self.seconds, axis=1)
+
+    @property
+    def spread_seconds(self) -> np.ndarray:
+        """`[estimator]`, half the interquartile range over repeats."""
+        low, high = np.quantile(self.seconds, [0.25, 0.75], axis=1)
+        return (high - low) / 2
+
+    def to_xarray(self) -> Any:
+        """An `xarray.Dataset` over `estimator` and `repeat`; needs xarray."""
+        import xarray
+
+        variables = {
+            "seconds": (("estimator", "repeat"), self.seconds),
+            "temporary_bytes": ("estimator", self.temporary_bytes),
+        }
+        return xarray.Dataset(variables, {"estimator": list(self.names)})
+
+    def __str__(self) -> str:
+        rows = zip(self.names, self.median_seconds, self.spread_seconds, self.temporary_bytes, strict=True)
+        width = max(len(name) for name in self.names)
+        return "\n".join(
+            f"{name:<{width}}  {1e3 * t:9.2f} ms ± {1e3 * s:.2f}  {size / 2**20:9.2f} MiB" for name, t, s, size in rows
+        )
+
+
+def check_estimators(estimators: Any) -> None:
+    """A ValueError unless there is one at least."""
+    if not estimators:
+        raise ValueError("estimators must not be empty, got {}; pass {name: estimator}")
+
+
+def measure_cost(
+    estimators: dict[str, Estimator],
+    params: Params,
+    carry: Carry,
+    batch: Batch,
+    *,
+    num_repeats: int = 5,
+    key: jax.Array | None = None,
+) -> Cost:
+    """Compiles one update of each estimator and measures its time and temporary memory, on the host.
+
+    The estimators take turns within each repeat, so that a machine that slows down slows all of them;
+    compilation and a first run are left out.
+
+    Args:
+      estimators: by name.
+      params: the parameters.
+      carry: the initial carry, or a function of the parameters that gives it.
+      batch: arrays.
+      num_repeats: timed updates of each, ≥ 1.
+      key: for estimators that draw; None: `jax.random.key(0)`.
+
+    Raises:
+      ValueError: num_repeats < 1, or no estimators; what the estimators raise.
+    """
+    num_repeats = validation.check_positive_integer("num_repeats", num_repeats)
+    check_estimators(estimators)
+    key = jax.random.key(0) if key is None else key
+    states = {name: e.init(params, carry, batch, key=key) for name, e in estimators.items()}
+    lowered = [  # here, not in the pool: JAX's configuration contexts belong to a thread
+        compiled(_estimate, (e.update,)).lower(params, states[name], batch) for name, e in estimators.items()
+    ]
+    with ThreadPoolExecutor() as pool:
+        updates = dict(zip(estimators, pool.map(lambda program: program.compile(), lowered), strict=True))
+    seconds = np.zeros((len(updates), num_repeats + 1))
+    for repeat in range(num_repeats + 1):
+        for i, (name, update) in enumerate(updates.items()):
+            start = time.perf_counter()
+            jax.block_until_ready(update(params, states[name], batch))
+            seconds[i, repeat] = time.perf_counter() - start
+    analyses = [update.memory_analysis() for update in updates.values()]  # None on some backends
+    sizes = [np.nan if memory is None else memory.temp_size_in_bytes for memory in analyses]
+    return Cost(tuple(updates), seconds[:, 1:], np.array(sizes))
+
+
+def _estimate(update, params, state, batch) -> Estimate:
+    return update(params, state, batch)[0]
+
+
+def fresh_blocks(estimator: Estimator, window: int) -> Estimator:
+    """Block truncation told to expect whole windows: for one update alone no history is kept."""
+
+    def init(params, carry, batch, key=None):
+        return estimator.init(params, carry, jax.tree.map(lambda a: a[:window], batch), key=key)
+
+    return estimator._replace(init=init)
