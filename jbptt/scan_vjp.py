@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,17 +21,19 @@ from jbptt.types import Carry, Params, PyTree
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Moving:
-    """Of the floating leaves of what f closes over, the first carry and the inputs: what is known while tracing.
+    """What is known while tracing of the floating leaves of what f closes over, of the first carry and of the inputs.
 
     Attributes:
-      types: of each: shape, dtype and placement.
-      perturbed: whether a gradient in it is asked for.
-      carry: which of them are the carry's.
+      types: of each leaf its shape, dtype and placement.
+      perturbed: of each leaf, whether its gradient is asked for.
+      carry: the slice of them that is the carry's.
+      last: of the floating leaves of the last carry, shape, dtype and placement.
     """
 
     types: tuple[Any, ...]
     perturbed: tuple[bool, ...]
     carry: slice
+    last: tuple[Any, ...] = ()
 
     @property
     def of_consts(self) -> tuple[bool, ...]:
@@ -40,7 +42,7 @@ class Moving:
 
     @property
     def of_inputs(self) -> tuple[bool, ...]:
-        """And in the inputs."""
+        """Where a gradient is asked for in the inputs."""
         return self.perturbed[self.carry.stop :]
 
     def gradients(self, carry_bar: list, grads: list, inputs_bar: list) -> list:
@@ -51,21 +53,18 @@ class Moving:
 
 
 class _Cotangents(NamedTuple):
-    """Cotangents of a tree's floating leaves, and whether a loss reads them at all; what none reads is zeros."""
+    """Cotangents of a tree's floating leaves, and whether a loss reads them at all."""
 
     arrays: list
     read: tuple[bool, ...]
 
 
-def _cotangents_of(tree: PyTree) -> _Cotangents:
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(_type_of(leaf).dtype, jnp.inexact)]
+def _cotangents_of(tree: PyTree, zeros: Callable) -> _Cotangents:
+    """`zeros` makes what stands for those that no loss reads, of their number among the floating leaves."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     read = tuple(not isinstance(leaf, SymbolicZero) for leaf in leaves)
-    arrays = [leaf if is_read else lax.full_like(_type_of(leaf), 0) for leaf, is_read in zip(leaves, read, strict=True)]
+    arrays = [leaf if is_read else zeros(i) for i, (leaf, is_read) in enumerate(zip(leaves, read, strict=True))]
     return _Cotangents(arrays, read)
-
-
-def _type_of(leaf: Any) -> Any:
-    return leaf.aval if isinstance(leaf, SymbolicZero) else jax.typeof(leaf)
 
 
 def _as_gradient(cotangent: jax.Array, of: Any) -> jax.Array:
@@ -81,7 +80,7 @@ class Recurrence:
       step: `(consts, carry, (x, mask)) -> (carry, y)`.
       num_steps: T.
       reverse: whether time runs from the last step to the first.
-      segment: steps kept at a time.
+      segment: steps kept at a time, at most num_steps.
     """
 
     step: Callable
@@ -117,21 +116,24 @@ class Recurrence:
         return jax.tree.map(join, pieces, last)
 
     def through(self, consts: list, init: Carry, inputs: PyTree) -> tuple[tuple[Carry, PyTree], tuple]:
-        """The last carry and the ys; and the carries that enter the segments before the last, and the last."""
+        """The last carry and the ys; then the carries that enter the segments.
+
+        Of those before the last segment in time, `[num_whole, ...]`, and of that one.
+        """
         step = partial(self.step, consts)
+        ragged = self.num_last != self.segment
+        offset = self.num_last if ragged and self.reverse else 0  # backwards in time the ragged segment lies in front
 
         def body(carry, i):
             piece = steps_from(inputs, i * self.segment + offset, self.segment)
             after, ys = lax.scan(step, carry, piece, self.segment, self.reverse)
             return after, (carry, ys)
 
-        if self.num_last == self.segment:  # no copy to join the ys
-            offset = 0
+        if not ragged:  # one scan over all segments, so that no copy joins the ys
             carry, (starts, ys) = lax.scan(body, init, jnp.arange(self.num_whole + 1), reverse=self.reverse)
             ys = jax.tree.map(lambda a: a.reshape((self.num_steps, *a.shape[2:])), ys)
             at, rest = (0, slice(1, None)) if self.reverse else (-1, slice(-1))
             return (carry, ys), tuple(jax.tree.map(lambda a, part=part: a[part], starts) for part in (rest, at))
-        offset = self.num_last if self.reverse else 0
         before_last, (starts, pieces) = lax.scan(body, init, jnp.arange(self.num_whole), reverse=self.reverse)
         carry, last = lax.scan(step, before_last, self.last(inputs), self.num_last, self.reverse)
         return (carry, self.joined(pieces, last)), (starts, before_last)
@@ -176,11 +178,14 @@ class Recurrence:
             floating, still, gates = jax.tree.map(lambda leaf: leaf.value, (floating, still, gates))
             moving = Moving(tuple(map(jax.typeof, floating)), perturbed, of_carry)
             results, kept = self.keep(moving, *given(floating, still))
+            last = jax.eval_shape(lambda leaves: leaves, inexact_leaves(results[0]))
+            moving = replace(moving, last=tuple(last))
             return results, (moving, floating, still, gates, kept)
 
         def backward(residual, cotangents):
             moving, floating, still, gates, kept = residual
-            carry_bar, ys_bar = map(_cotangents_of, cotangents)
+            carry_bar = _cotangents_of(cotangents[0], lambda i: lax.full_like(moving.last[i], 0))
+            ys_bar = _cotangents_of(cotangents[1], lambda i: None)
             try:
                 consts, init, inputs = given(floating, still)
                 found = self.back(moving, consts, init, inputs, gates, kept, carry_bar, ys_bar)
@@ -190,10 +195,12 @@ class Recurrence:
 
             def plainly(floating):
                 consts, init, inputs = given(floating, still)
-                return self.floating_results(consts, init, inputs, gates)
+                carry, ys = self.floating_results(consts, init, inputs, gates)
+                return chosen(carry, carry_bar.read), chosen(ys, ys_bar.read)
 
             _, pull = jax.vjp(plainly, floating)
-            return *pull((carry_bar.arrays, ys_bar.arrays)), None, None
+            bars = chosen(carry_bar.arrays, carry_bar.read), chosen(ys_bar.arrays, ys_bar.read)
+            return *pull(bars), None, None
 
         values.defvjp(forward, backward, symbolic_zeros=True)
         return values([leaf for leaf in leaves if is_inexact(leaf)], still, gates)
@@ -209,7 +216,7 @@ class Recurrence:
         return inexact_leaves(carry), inexact_leaves(ys)
 
     def keep(self, moving: Moving, consts: list, init: Carry, inputs: PyTree) -> tuple[tuple[Carry, PyTree], Any]:
-        """The results, and what the way back needs of the way forward: loops and stacks, or carries at the segments."""
+        """The results; and for the way back loops and stacks of a single segment, else the carries at the segments."""
         if self.num_whole == 0:
             with contextlib.suppress(Exception):  # the way back meets it again, and says so
                 loops = self.loops(moving, consts, init, inputs)
@@ -229,10 +236,10 @@ class Recurrence:
         ys_bar: _Cotangents,
     ) -> tuple[list, Params, list]:
         """Cotangents of the first carry, of the parameters and of the inputs."""
-        loops, stacks = kept
-        if not isinstance(loops, engine.fast.Loops):  # several segments; or one where this fails again, and says why
+        if not isinstance(kept[0], engine.fast.Loops):  # several segments; or one where the cut failed, and will again
             loops = self.loops(moving, consts, init, inputs).narrowed(carry_bar.read, ys_bar.read)
             return self.back_by_segments(loops, kept, inputs, carry_bar, ys_bar, gates)
+        loops, stacks = kept
         loops = loops.narrowed(carry_bar.read, ys_bar.read)
         return loops.backward(stacks, carry_bar.arrays, ys_bar.arrays, gates, None)
 

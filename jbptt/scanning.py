@@ -27,11 +27,13 @@ def scan(
 ) -> tuple[Carry, PyTree]:
     """`lax.scan` with a faster backward pass that keeps less, for any recurrence and any loss.
 
-        carry, y_t = f(carry, x_t),     λ_t = (∂y_t/∂h_t)ᵀ ȳ_t + gates[t+1] · J_{t+1}ᵀ λ_{t+1}
+        h_t, y_t = f(h_{t-1}, x_t),     λ_{t-1} = gates[t] · (J_tᵀ λ_t + (∂y_t/∂h_{t-1})ᵀ ȳ_t),     J_t = ∂h_t/∂h_{t-1}
 
     The values are `lax.scan`'s. Reverse mode cuts the program of one step and its derivative into a forward and a
     backward loop that keep between them only what is dear to compute, and forms the gradients of weights after the
     loop, in float32 at least. Gradients flow into whatever `f` closes over, into `init` and into `xs`.
+
+    A callback in `f` is called again where a segment is computed again.
 
     Reverse mode of any order, and forward over reverse, work; under jit, vmap, scan, shard_map and checkpoint too.
     Plain forward mode (`jax.jvp`, `jacfwd`) raises JAX's TypeError: use `lax.scan`, or `unroll`, for it.
@@ -64,8 +66,10 @@ def scan(
     """
     if segment is not None:
         segment = validation.check_positive_integer("segment", segment)
-    if length == 0 or any(jnp.shape(leaf)[:1] == (0,) for leaf in jax.tree.leaves(xs)):
-        return lax.scan(f, init, xs, length, reverse)
+    lengths = [] if length is None else [length]
+    lengths += [n for leaf in jax.tree.leaves((xs, gates, mask)) for n in jnp.shape(leaf)[:1]]
+    if not lengths or set(lengths) == {0} or not all(isinstance(n, int) for n in lengths):
+        return lax.scan(f, init, xs, length, reverse)  # nothing to do, an error, or a symbolic T
     num_steps = validation.count_steps({"xs": xs, "gates": gates, "mask": mask}, length)
     init, xs, gates, mask = jax.tree.map(jnp.asarray, (init, xs, gates, mask))
     if engine.fast is None:
@@ -81,7 +85,7 @@ def scan(
                 "them out, or put the array into the carry"
             )
         return lax.scan(f, init, xs, length, reverse)
-    recurrence = Recurrence(held(step), num_steps, reverse, segment or num_steps)
+    recurrence = Recurrence(held(step), num_steps, reverse, min(segment or num_steps, num_steps))
     carry, ys = recurrence.run(consts, init, (xs, mask), gates)
     return carry, ys if mask is None else jax.vmap(zero_masked)(mask, ys)
 
@@ -111,7 +115,9 @@ def _traced(f: Callable, init: Carry, xs: PyTree, length: int | None, reverse: b
     def types(tree):
         return jax.tree.map(lambda a: (jnp.shape(a), a.dtype, getattr(a, "weak_type", False)), tree)
 
-    step, consts, (after, _) = trace(init)
+    step, consts, result = trace(init)
+    is_pair = isinstance(result, tuple | list) and len(result) == 2
+    after = result[0] if is_pair else None
     if jax.tree.structure(after) != jax.tree.structure(init) or types(after) != types(init):
         # JAX says what is wrong, or to what a weakly typed carry is promoted.
         after, _ = jax.eval_shape(partial(lax.scan, f, length=length, reverse=reverse), init, xs)

@@ -322,6 +322,8 @@ def on_two_devices():
         found = jax.jit(lambda *problem: {name: road(*problem) for name, road in some.items()})(*problem)
         assert_close(jax.device_get(found), expected)
         one_by_one = analyses(step, loss)
+        flow, one_by_itself = jax.jit(one_by_one["gradient_flow"]), (params, carry, batch)
+        assert_close(jax.device_get(flow(*problem)), flow(*one_by_itself))
         del one_by_one["lyapunov_spectrum"], one_by_one["jacobian_products"]  # of one example
         for road in (*(every if FULL else some).values(), *one_by_one.values()):
             jax.eval_shape(road, *problem)

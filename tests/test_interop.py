@@ -198,7 +198,7 @@ def test_every_estimator_covers_the_pairs_it_declares(name, estimator):
     coverage = ESTIMATORS[estimator].coverage(NUM_STEPS, KEY)
     assert_close(estimate.grads, brute_force(name)(params, carry, batch, coverage=coverage))
     carries = state.carry, last_carry(name)
-    assert_close(*(jax.tree.map(lambda a: a if jbptt.types.is_inexact(a) else None, tree) for tree in carries))
+    assert_close(*(jax.tree.map(lambda a: a if jbptt.arrays.is_inexact(a) else None, tree) for tree in carries))
 
 
 @pytest.mark.parametrize("name", NAMES)

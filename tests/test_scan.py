@@ -327,5 +327,72 @@ def test_in_a_shard_map(check_vma, segment):
     assert_same(gradient(partial(scan, segment=segment)), gradient(lax.scan))
 
 
+@pytest.mark.parametrize("segment", [None, 2])
+@pytest.mark.parametrize("reads", ["the carry", "one of the ys", "one leaf of the carry"])
+def test_unread_leaves_where_devices_differ(reads, segment):
+    """What stands for a cotangent that is zero is placed as the others are: no plain engine, no TypeError."""
+    from jax.sharding import AxisType, NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    def loss(scanned, w, h, xs):
+        def f(carry, x):
+            return (jnp.tanh(carry[0] @ w + x), carry[1] * carry[0] + x), (jnp.sin(carry[0]), carry[1])
+
+        carry, ys = scanned(f, (h, h), xs)
+        return {"the carry": carry[0] + carry[1], "one of the ys": ys[0], "one leaf of the carry": carry[0]}[
+            reads
+        ].sum()
+
+    given = ARGUMENTS["w"], ARGUMENTS["h0"], draw(6, T, B, H)
+    specs = P(), P("batch"), P(None, "batch")
+    wanted = jax.grad(partial(loss, lax.scan), argnums=(0, 1, 2))(*given)
+
+    def gradient(*given):
+        return jax.grad(partial(loss, partial(scan, segment=segment)), argnums=(0, 1, 2))(*given)
+
+    mesh = jax.make_mesh((1,), ("batch",), axis_types=(AxisType.Auto,))
+    assert_same(jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=specs, out_specs=specs))(*given), wanted)
+    with jax.set_mesh(jax.make_mesh((1,), ("batch",), axis_types=(AxisType.Explicit,))) as explicit:
+        placed = [
+            jax.device_put(a, NamedSharding(jax.sharding.get_mesh(), s)) for a, s in zip(given, specs, strict=True)
+        ]
+        del explicit
+        assert_same(jax.device_get(jax.jit(gradient)(*placed)), jax.device_get(wanted))
+
+
+def test_nothing_leaks_where_jax_traces_for_itself():
+    def last(w):
+        return scan(lambda c, x: (c * w + x, c), 0.0, jnp.ones(3))[0]
+
+    with jax.checking_leaks():
+        for function in (jax.checkpoint(last), jax.jit(last), lambda w: lax.cond(w > 0, last, lambda w: w, w)):
+            assert_same(jax.grad(function)(2.0), 5.0)  # w² + w + 1
+
+
+def test_any_number_of_examples():
+    """A symbolic batch is cut like any other; a symbolic T is left to lax.scan."""
+
+    def gradient(w, h, xs):
+        return jax.grad(lambda w: jnp.sum(scan(lambda c, x: (jnp.tanh(c @ w + x), c), h, xs)[0]))(w)
+
+    shapes = jax.export.symbolic_args_specs(
+        (ARGUMENTS["w"], ARGUMENTS["h0"], draw(6, T, B, H)), ("4,4", "b,4", "7,b,4")
+    )
+    exported = jax.export.export(jax.jit(gradient))(*shapes)
+    given = ARGUMENTS["w"], ARGUMENTS["h0"], draw(6, T, B, H)
+    assert_same(exported.call(*given), gradient(*given))
+    shapes = jax.export.symbolic_args_specs(given, ("4,4", "b,4", "t,b,4"))
+    assert_same(jax.export.export(jax.jit(gradient))(*shapes).call(*given), gradient(*given))
+
+
+def test_slips_are_answered():
+    with pytest.raises(TypeError, match="scan body output must be a pair"):
+        scan(lambda c, x: c, jnp.ones(2), jnp.ones(3))
+    with pytest.raises(ValueError, match="length"):
+        scan(lambda c, x: (c, x), jnp.ones(2))
+    with pytest.raises(ValueError, match="disagree on T"):
+        scan(lambda c, x: (c, x), jnp.ones(2), jnp.ones((0, 2)), gates=jnp.ones(3))
+
+
 def test_it_is_public():
     assert jbptt.scan is scan

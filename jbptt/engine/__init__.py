@@ -8,6 +8,21 @@ once.
     segment_vjp(step, …)                    many steps one after another, and the way back through them
     pullback(step, …), parallel_pullback    one step, or many side by side
     paths, dependences, same_under_vmap, …  questions to a program, answered without running it
+
+How the fast one goes back through a segment of S steps:
+
+    split_step      `weight_products`   traces the step, finds its products with weights, runs once what depends on
+                                        the parameters alone. Gives a `SplitStep`.
+    cut             `cutting`           traces what is left and its pullback as one program, and divides its equations
+                                        between two loops. Gives `Loops`.
+    Loops.forward   `forward_backward`  a scan, which leaves what is kept of every step as `Stacks`, `[S, ...]`.
+    Loops.backward  `forward_backward`  a scan in reverse, which emits z̄_t of every product z_t = a_t W. After each
+                                        chunk of steps `add_products` adds Σ_t a_tᵀ z̄_t to W̄.
+
+Words: a name is a variable of a program (a jaxpr), an atom a variable or a literal. `x_bar` is the cotangent of x. A
+step receives a carry and emits the next one. `live` says which leaves a loss reads. `others` is what the loop uses of
+the parameters outside products and lookups. `known` is what has the same value in every step. `wide` is float32 at
+least.
 """
 
 import warnings
@@ -24,10 +39,11 @@ from jbptt.engine.dependence import Paths, chosen, dependences, paths
 from jbptt.engine.facts import calls, draws, same_under_vmap
 from jbptt.types import Carry, Params, PyTree, Step
 
+import_error: Exception | None = None
 try:
     from jbptt.engine import fast
 except ImportError as error:  # jax.extend has moved
-    fast, reason = None, error
+    fast, import_error = None, error
 
 __all__ = [
     "Paths",
@@ -62,7 +78,7 @@ def _fast_or_plain(name: str) -> Callable:
     @wraps(plainly)
     def run(*arguments):
         if fast is None:
-            say_that_the_plain_one_runs(reason)
+            say_that_the_plain_one_runs(import_error)
             return plainly(*arguments)
         try:
             results, back = getattr(fast, name)(*arguments)

@@ -17,7 +17,7 @@ from jbptt.engine.stacks import Layout, Stacks
 from jbptt.engine.weight_products import SplitStep
 from jbptt.types import Carry, Params, PyTree
 
-CHUNK_BYTES = 2**19  # of cotangents: what is used while it is in the cache, in memory that is touched once
+CHUNK_BYTES = 2**19  # of products' cotangents in a chunk: they are used while still in the cache
 
 
 def num_bytes(v: Any) -> int:
@@ -38,7 +38,7 @@ def needed(equations: list[JaxprEqn], results: list[Any]) -> list[JaxprEqn]:
 class Names(NamedTuple):
     """The variables of one step and its pullback by what they are: lists over leaves, bars over inexact leaves."""
 
-    others: list[Var]  # what comes from the parameters and is differentiated in the loop
+    others: list[Var]  # see `OfParams.others`
     carry: list[Var]
     inputs: list[Var]
     bars: list[Var]  # cotangents of the carry emitted, then of the outputs
@@ -57,15 +57,29 @@ class Names(NamedTuple):
         return [atom for atom in found if atom is not None]
 
 
-def _chunk(num_steps: int, bytes_per_step: int) -> int:
-    """How many steps go back before their cotangents are used: a divisor of all steps, or all of them."""
+def reached_from(sources: list[Var], equations: list[JaxprEqn]) -> set[Var]:
+    """`sources`, and all that is computed from them."""
+    reached = set(sources)
+    for equation in equations:
+        if reached.intersection(names_of(equation.invars)):
+            reached.update(equation.outvars)
+    return reached
+
+
+def _chunk_length(num_steps: int, bytes_per_step: int) -> int:
+    """How many steps go back before their cotangents are used: the largest divisor of all steps that fits.
+
+    All of them where that is less than half of what fits: a prime number of steps would give chunks of one.
+    """
+    if not isinstance(bytes_per_step, int):  # of a symbolic number of examples
+        return num_steps
     largest = max(1, min(num_steps, CHUNK_BYTES // max(bytes_per_step, 1)))
     fitting = max(n for n in range(1, largest + 1) if num_steps % n == 0)
     return fitting if 2 * fitting >= largest else num_steps
 
 
-def _with_rows_first(equations: list[JaxprEqn], known: dict[Var, Any]) -> Callable:
-    """Turns matrices around once, before the loop, whose second axis a product would contract in every step."""
+def _transposed_once(equations: list[JaxprEqn], known: dict[Var, Any]) -> Callable:
+    """Evaluates products `a · Wᵀ` with a matrix that is the same in all steps, with Wᵀ formed once, before the loop."""
     turned = {}
     for equation in equations:
         if equation.primitive is lax.dot_general_p and not any(equation.params["dimension_numbers"][1]):
@@ -86,7 +100,7 @@ def _with_rows_first(equations: list[JaxprEqn], known: dict[Var, Any]) -> Callab
 
 @dataclass(frozen=True, eq=False)
 class LoopsProgram:
-    """The program of both loops; it holds no array, so that a cotangent function can keep it.
+    """The program of both loops; it holds no array, so that it can be static data of a pytree.
 
     Attributes:
       jaxpr: one step and its pullback.
@@ -95,9 +109,11 @@ class LoopsProgram:
       ahead: the equations of the forward loop.
       back: those of the backward loop, what is computed again first.
       kept: what the forward loop stacks.
-      entering: carries that the backward loop needs, one step behind those emitted.
+      lagged: carries received that are not kept: they are read off the stack of the carry emitted, one step behind.
       outputs: the structure of a step's outputs.
       live: which leaves have cotangents.
+      moving_inputs: the inputs whose cotangents are asked for.
+      zero: cotangents that are zero, since no loss reads what they belong to.
     """
 
     jaxpr: Jaxpr
@@ -106,9 +122,11 @@ class LoopsProgram:
     ahead: list[JaxprEqn]
     back: list[JaxprEqn]
     kept: list[Var]
-    entering: list[Var]
+    lagged: list[Var]
     outputs: Any
     live: Paths
+    moving_inputs: list[Var]
+    zero: frozenset[Var] = frozenset()
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["split", "known"], meta_fields=["program"])
@@ -135,14 +153,14 @@ class Loops:
 
         inputs = jax.tree.leaves(inputs)
         after, found = lax.scan(body, first, inputs, length=num_steps, reverse=reverse)
-        behind = [
+        lagged = [
             ((name, emitted), leaf)
             for name, leaf, emitted in zip(names.carry, first, names.after, strict=True)
-            if name in program.entering
+            if name in program.lagged
         ]
         of = [*names.inputs, *program.kept]
-        layout = Layout(num_steps, program.known, of, [pair for pair, _ in behind], reverse)
-        stacks = Stacks(layout, self.known, [*inputs, *found], [leaf for _, leaf in behind])
+        layout = Layout(num_steps, program.known, of, [pair for pair, _ in lagged], reverse)
+        stacks = Stacks(layout, self.known, [*inputs, *found], [leaf for _, leaf in lagged])
         outputs = [stacks.whole(v) for v in names.outputs]
         return structure.unflatten(after), program.outputs.unflatten(outputs), stacks
 
@@ -151,7 +169,7 @@ class Loops:
     ) -> tuple[list, Params, list]:
         """The cotangents of the first carry, from those of the last and of the outputs; `total` plus the gradient.
 
-            λ_t = gates[t] · (J_tᵀ λ_{t+1} + (∂y_t/∂h_t)ᵀ ȳ_t)
+                λ_{t-1} = gates[t] · (J_tᵀ λ_t + (∂y_t/∂h_{t-1})ᵀ ȳ_t),     J_t = ∂h_t/∂h_{t-1}
 
         And the cotangents of the inputs that were asked for, `[S, ...]`. The gate is part of what is computed here,
         not of the program of the step: differentiating the result gives the derivative of these numbers, gates
@@ -161,12 +179,21 @@ class Loops:
         known = dict(zip(program.known, self.known, strict=True))
         num_steps, reverse = stacks.layout.num_steps, stacks.layout.reverse
         used = names_of([*(v for equation in program.back for v in equation.invars), *names.results])
-        saved = [name for name in used if name in stacks.of or name in stacks.behind]
+        saved = [name for name in used if name in stacks.of or name in stacks.lagged]
         products_bar = [v for v in names.products_bar if v is not None]
-        emitted = [v for v in names_of(products_bar) if v not in saved and v not in known]
-        multiply = _with_rows_first(program.back, known)
-        length = _chunk(num_steps, sum(map(num_bytes, emitted)))
+        # Of the products' cotangents those that this loop must emit; the rest are kept already, or always the same.
+        stacked_bars = [v for v in names_of(products_bar) if v not in saved and v not in known]
+        multiply = _transposed_once(program.back, known)
+        zero = [v for v in names.results if not isinstance(v, Literal) and v in program.zero]
+        length = _chunk_length(num_steps, sum(map(num_bytes, stacked_bars)))
         outputs_bar = chosen(outputs_bar, live.outputs)
+
+        def run(equation, values):
+            missing = [v for v in names_of(equation.invars) if v in program.zero]
+            if missing and equation.primitive.name == "add_any":
+                return [read(values, v) for v in equation.invars if v not in missing]
+            values.update({v: jnp.zeros(v.aval.shape, v.aval.dtype) for v in missing})
+            return multiply(equation, values)
 
         def body(state, t):
             cotangents_t, sums = state
@@ -174,94 +201,92 @@ class Loops:
             outputs_bar_t = [lax.dynamic_index_in_dim(bar, t, keepdims=False) for bar in outputs_bar]
             bars = [*chosen(cotangents_t, live.carries), *outputs_bar_t]
             values.update(zip(names.bars, bars, strict=True))
-            values = evaluate(program.jaxpr, program.back, values, multiply)
-            sums = [one + read(values, v) for one, v in zip(sums, names.others_bar, strict=True)]
-            cotangents_t = [read(values, v) for v in names.carry_bar]
+            values = evaluate(program.jaxpr, program.back, values, run)
+            pairs = zip(sums, names.others_bar, strict=True)
+            sums = [one if v in zero else one + read(values, v) for one, v in pairs]
+            pairs = zip(cotangents_t, names.carry_bar, strict=True)
+            cotangents_t = [jnp.zeros_like(c) if v in zero else read(values, v) for c, v in pairs]
             if gates is not None:
                 gate = lax.dynamic_index_in_dim(gates, t, keepdims=False)
                 cotangents_t = [times_gate(c, gate) for c in cotangents_t]
-            inputs_bar_t = [jnp.asarray(read(values, v)) for v in names.inputs_bar]
-            return (cotangents_t, sums), ([values[v] for v in emitted], inputs_bar_t)
+            pairs = zip(program.moving_inputs, names.inputs_bar, strict=True)
+            inputs_bar_t = [jnp.zeros_like(stacks.at(x, t)) if v in zero else read(values, v) for x, v in pairs]
+            inputs_bar_t = list(map(jnp.asarray, inputs_bar_t))
+            return (cotangents_t, sums), ([values[v] for v in stacked_bars], inputs_bar_t)
 
+        grads, homes = self.split.first_sums(total), self.split.program.homes
+
+        # One chunk: back through its steps; then their cotangents meet the operands while they are in the cache.
         def chunk(state, grads, start):
-            (cotangents, sums), (found, inputs_bar) = lax.scan(
+            (cotangents, sums), (bars_of_chunk, inputs_bar) = lax.scan(
                 body, state, start + jnp.arange(length), reverse=not reverse
             )
-            layout = Layout(length, program.known, emitted, [], reverse)
-            bars = Stacks(layout, self.known, found, [])
+            layout = Layout(length, program.known, stacked_bars, [], reverse)
+            bars = Stacks(layout, self.known, bars_of_chunk, [])
             operands = [stacks.piece(v, start, length) for v in names.operands]
             products_bar = [
-                None if v is None else bars.whole(v) if v in emitted else stacks.piece(v, start, length)
+                None if v is None else bars.whole(v) if v in stacked_bars else stacks.piece(v, start, length)
                 for v in names.products_bar
             ]
             grads = self.split.add_products(grads, operands, products_bar)
             return (cotangents, sums), [grads[home] for home in homes], inputs_bar
 
         state = cotangents, [jnp.zeros_like(value) for value in self.split.others]
-        grads, homes = self.split.first_sums(total), self.split.program.homes
         if length == num_steps:
-            state, found, inputs_bar = chunk(state, grads, 0)
+            state, weight_sums, inputs_bar = chunk(state, grads, 0)
         else:
 
             def add(running, start):
-                state, found = running
-                state, found, inputs_bar = chunk(state, dict(zip(homes, found, strict=True)), start)
-                return (state, found), inputs_bar
+                state, weight_sums = running
+                state, weight_sums, inputs_bar = chunk(state, dict(zip(homes, weight_sums, strict=True)), start)
+                return (state, weight_sums), inputs_bar
 
+            # Several chunks: the weights' sums go from chunk to chunk.
             # The sum is placed (and varies over devices) as what is added to it, not as the zeros that it begins with.
             added = jax.eval_shape(lambda state: chunk(state, grads, 0)[1], state)
             first = [grads[home] + lax.full_like(shape, 0) for home, shape in zip(homes, added, strict=True)]
             starts = jnp.arange(0, num_steps, length)
-            (state, found), pieces = lax.scan(add, (state, first), starts, reverse=not reverse)
+            (state, weight_sums), pieces = lax.scan(add, (state, first), starts, reverse=not reverse)
             inputs_bar = [bar.reshape((num_steps, *bar.shape[2:])) for bar in pieces]
         cotangents, sums = state
-        grads = {**grads, **dict(zip(homes, found, strict=True))}
+        grads = {**grads, **dict(zip(homes, weight_sums, strict=True))}
         return cotangents, self.split.gradient(grads, sums), inputs_bar
 
     def narrowed(self, carries: tuple[bool, ...], outputs: tuple[bool, ...]) -> "Loops":
-        """The loops for a loss that reads less than was thought: of the last carry and of the outputs, these leaves.
+        """The loops for a loss that reads only these leaves of the last carry and of the outputs.
 
-        An equation of the backward loop is linear in cotangents: where all that it is given are zero, so is all
-        that it gives, and it is left out. (To run it on zeros is not the same: 0·inf is NaN.)
+        A pullback is linear: an equation whose cotangents are all zero gives zeros, and is left out. (To run it on
+        zeros is not the same: 0·inf is NaN.) A carry leaf that is not read at the end may be read by a later step, so
+        `carries` grows until it no longer changes.
         """
         program, names, live = self.program, self.program.names, self.program.live
         num_carries = sum(live.carries)
         bars = dict(zip(names.bars[:num_carries], chosen(list(range(len(carries))), live.carries), strict=True))
         read_outputs = chosen(list(outputs), live.outputs)
-        late = late_of(program.back, names.bars)
+        of_bars = reached_from(names.bars, program.back)
         while True:
             reads = [carries[i] for i in bars.values()] + read_outputs
             nonzero = {name for name, is_read in zip(names.bars, reads, strict=True) if is_read}
             back = []
             for equation in program.back:
-                cotangents = late.intersection(names_of(equation.invars))
+                cotangents = of_bars.intersection(names_of(equation.invars))
                 if not cotangents or cotangents & nonzero:
                     back.append(equation)
-                    nonzero.update(v for v in equation.outvars if v in late)
+                    nonzero.update(v for v in equation.outvars if v in of_bars)
             flows = [not isinstance(v, Literal) and v in nonzero for v in names.carry_bar]
             grown = tuple(a or b for a, b in zip(carries, flows, strict=True))
             if grown == carries:
                 break
             carries = grown
-        zero = late - nonzero
-        products_bar = [None if isinstance(v, Var) and v in zero else v for v in names.products_bar]
-        fewer = names._replace(bars=[v for v in names.bars if v in nonzero], products_bar=products_bar)
+        zero = frozenset(of_bars - nonzero)
+        fewer = names._replace(
+            bars=[v for v in names.bars if v in nonzero],
+            products_bar=[None if isinstance(v, Var) and v in zero else v for v in names.products_bar],
+        )
         back = needed(back, fewer.results)
-        used = names_of([*(v for equation in back for v in equation.invars), *fewer.results])
-        zeros = [v for v in used if v in zero]
         live = live._replace(
             carries=tuple(a and b for a, b in zip(live.carries, carries, strict=True)),
             outputs=tuple(a and b for a, b in zip(live.outputs, outputs, strict=True)),
         )
-        known = [*self.known, *(jnp.zeros(v.aval.shape, v.aval.dtype) for v in zeros)]
-        program = replace(program, names=fewer, known=[*program.known, *zeros], back=back, live=live)
-        return Loops(program, self.split, known)
-
-
-def late_of(equations: list[JaxprEqn], bars: list[Var]) -> set[Var]:
-    """The cotangents, and what is computed from them."""
-    late = set(bars)
-    for equation in equations:
-        if late.intersection(names_of(equation.invars)):
-            late.update(equation.outvars)
-    return late
+        program = replace(program, names=fewer, back=back, live=live, zero=zero)
+        return Loops(program, self.split, self.known)

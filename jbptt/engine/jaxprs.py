@@ -65,28 +65,30 @@ def inlined(function: Callable, *arguments: Any) -> tuple[ClosedJaxpr, PyTree]:
 
 
 def moved_wide(equation: JaxprEqn, values: Values, wide: Values) -> list | None:
-    """Moves and repeats in float32 what `wide` has so; no value changes, and its cotangents add up in float32.
+    """Results of a move or a broadcast of half-precision numbers whose float32 originals `wide` holds; else None.
 
-    Results that stand for something wide are added to `wide`: moved numbers, and numbers that are cast to less.
+    The transpose of a broadcast is a sum over the examples, which in half precision loses digits. So the original is
+    moved or broadcast, and cast afterwards: the values are the same, and the transpose adds up in float32. `wide`
+    grows by the results of moves, and by what is cast to fewer bytes.
     """
     operands = [read(values, atom) for atom in equation.invars]
     results: list[Any] = [v.aval for v in equation.outvars]
-    name, known = equation.primitive.name, [not isinstance(v, Literal) and v in wide for v in equation.invars]
-    if name == "convert_element_type" and known[0] and is_narrower(results[0].dtype, operands[0].dtype):
+    name, is_wide = equation.primitive.name, [not isinstance(v, Literal) and v in wide for v in equation.invars]
+    if name == "convert_element_type" and is_wide[0] and is_narrower(results[0].dtype, operands[0].dtype):
         wide[equation.outvars[0]] = widened(operands[0])
         return None
-    if name in MOVES and known[0]:
+    if name in MOVES and is_wide[0]:
         moved: Any = equation.primitive.bind(wide[equation.invars[0]], *operands[1:], **equation.params)
         moved = moved if equation.primitive.multiple_results else [moved]
         wide.update(zip(equation.outvars, moved, strict=True))
         return [array.astype(result.dtype) for array, result in zip(moved, results, strict=True)]
-    if name in REPEATS and any(known):
+    if name in REPEATS and any(is_wide):
         shape = jnp.broadcast_shapes(*map(jnp.shape, operands))
         repeated = [
             jnp.broadcast_to(wide[atom], shape).astype(array.dtype)
-            if is_known and array.shape != shape and is_narrower(array.dtype, wide[atom].dtype)
+            if repeats_wide and array.shape != shape and is_narrower(array.dtype, wide[atom].dtype)
             else array
-            for is_known, atom, array in zip(known, equation.invars, operands, strict=True)
+            for repeats_wide, atom, array in zip(is_wide, equation.invars, operands, strict=True)
         ]
         if any(new is not old for new, old in zip(repeated, operands, strict=True)):
             return [equation.primitive.bind(*repeated, **equation.params)]
@@ -101,9 +103,9 @@ def is_narrower(dtype: Any, other: Any) -> bool:
 def closed_over(function: Callable, *arguments: Any) -> tuple[Callable, list, PyTree]:
     """`(consts, *arguments)` instead of a function that closes over them, the consts, and the result's shapes."""
     closed, result = jax.make_jaxpr(function, return_shape=True)(*arguments)
-    structure = jax.tree.structure(result)
+    jaxpr, structure = closed.jaxpr, jax.tree.structure(result)  # no tracer among them
 
     def run(consts, *arguments):
-        return structure.unflatten(jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, consts))(*jax.tree.leaves(arguments)))
+        return structure.unflatten(jaxpr_as_fun(ClosedJaxpr(jaxpr, consts))(*jax.tree.leaves(arguments)))
 
     return run, closed.consts, result

@@ -27,8 +27,8 @@ def pullback(step: Step, params: Params, carry: Carry, inputs: PyTree, live: Pat
 
     def run(params, leaves):
         after, outputs = step(params, rebuild(leaves), inputs)
-        read = chosen(split_inexact(after)[0], live.carries), chosen(split_inexact(outputs)[0], live.outputs)
-        return read, (after, outputs)
+        of_loss = chosen(split_inexact(after)[0], live.carries), chosen(split_inexact(outputs)[0], live.outputs)
+        return of_loss, (after, outputs)
 
     _, pull, results = jax.vjp(run, params, leaves, has_aux=True)
 
@@ -45,7 +45,9 @@ def segment_vjp(
 ) -> tuple[tuple[Carry, PyTree], Callable]:
     """The carry after `num_steps` steps and their outputs `[S, ...]`, and the way back through them.
 
-        λ_t = gates[t] · (J_tᵀ λ_{t+1} + (∂y_t/∂h_t)ᵀ ȳ_t)
+        λ_{t-1} = gates[t] · (J_tᵀ λ_t + (∂y_t/∂h_{t-1})ᵀ ȳ_t),     J_t = ∂h_t/∂h_{t-1}
+
+    h_t is the carry that step t emits, λ_t its cotangent from all later steps.
 
     The way back takes (λ after the last step, ȳ, gates or None, a running total of the gradient or None) and gives λ
     before the first step and the total plus the gradient. λ and ȳ are lists over inexact leaves.

@@ -19,7 +19,7 @@ class Layout:
     num_steps: int
     known: list[Var]
     of: list[Var]
-    behind: list[tuple[Var, Var]]  # a carry that enters, and the one that is emitted, one step ahead of it
+    lagged: list[tuple[Var, Var]]  # a carry received, and the carry emitted that is the same one, a step before
     reverse: bool
 
 
@@ -32,7 +32,7 @@ class Stacks:
       layout: what the arrays are.
       arrays: the same in all steps.
       stacked: one for each step, `[S, ...]`, in the order of the inputs.
-      first: of those that are one step behind another, the value in the first step.
+      first: of each lagged carry its value in the step that comes first in time.
     """
 
     layout: Layout
@@ -51,9 +51,9 @@ class Stacks:
         return dict(zip(self.layout.of, self.stacked, strict=True))
 
     @property
-    def behind(self) -> dict[Var, tuple[Any, Var]]:
+    def lagged(self) -> dict[Var, tuple[Any, Var]]:
         """By variable: its first value, and the variable that it follows by a step."""
-        return {name: (first, other) for (name, other), first in zip(self.layout.behind, self.first, strict=True)}
+        return {name: (first, other) for (name, other), first in zip(self.layout.lagged, self.first, strict=True)}
 
     def whole(self, atom: Any) -> jax.Array:
         """All steps; what they share is repeated."""
@@ -64,8 +64,8 @@ class Stacks:
 
     def at(self, name: Var, t: jax.Array) -> Any:
         """Step t."""
-        if name in self.behind:
-            first, followed = self.behind[name]
+        if name in self.lagged:
+            first, followed = self.lagged[name]
             last = self.layout.num_steps - 1
             before, begins = (t + 1, t == last) if self.layout.reverse else (t - 1, t == 0)
             earlier = lax.dynamic_index_in_dim(self.of[followed], jnp.clip(before, 0, last), keepdims=False)
@@ -76,8 +76,8 @@ class Stacks:
         """Steps start … start + length − 1."""
         if isinstance(atom, Literal) or atom in self.layout.known:
             return self.whole(atom)[:length]
-        if atom in self.behind:
-            followed = self.of[self.behind[atom][1]]
+        if atom in self.lagged:
+            followed = self.of[self.lagged[atom][1]]
             if self.layout.reverse:
                 rest = lax.dynamic_slice_in_dim(followed, start + 1, length - 1)
                 return jnp.concatenate([rest, self.at(atom, jnp.asarray(start + length - 1))[None]])

@@ -33,7 +33,7 @@ from jbptt.types import Carry, Params, PyTree, Step
 
 @jax.custom_vjp
 def tap(product: jax.Array, zero: jax.Array) -> jax.Array:
-    """`product`; its cotangent is that of `zero` as well."""
+    """`product`; its cotangent is also given to `zero`, where z̄ is read. `product + zero` would cost an addition."""
     del zero
     return product
 
@@ -45,9 +45,10 @@ class OfParams(NamedTuple):
     """What a step takes from its parameters alone, as names in its program or as values.
 
     Attributes:
-      weights: of the products: constants inside the loop.
-      others: all else that depends on the parameters, differentiated where it is used.
-      constants: what has no derivative.
+      weights: the sides of products and the tables of lookups: constants of the loop, whose gradients follow it.
+      others: what the loop uses of the parameters in any other way (a bias, a factor): differentiated inside the
+        loop, its cotangents added up there in float32. A weight that is also used otherwise is in both lists.
+      constants: what has no derivative: integers, keys, arrays that the step closes over.
     """
 
     weights: list[Any]
@@ -57,7 +58,7 @@ class OfParams(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class SplitProgram:
-    """A step's program, split; it holds no array, so that a cotangent function can keep it.
+    """A step's program, split; it holds no array, so that it can be static data of a pytree.
 
     Attributes:
       jaxpr: the whole program, of parameters, carry and x.
@@ -87,11 +88,14 @@ class SplitProgram:
 
     @property
     def homes(self) -> list[Any]:
-        """Where the gradients of the products' weights are added."""
+        """Where the gradients of the products' weights are added up; see `home`."""
         return list(dict.fromkeys(self.home(product.weight) for product in self.products))
 
     def home(self, name: Any) -> Any:
-        """A cast is the identity but for rounding, which the sum is spared."""
+        """Where the gradient of `name` is added up: the parameter that it is a cast of, or itself.
+
+        A cast is the identity but for rounding, which the sum is spared.
+        """
         return self.cast_from.get(name, name)
 
     def before_the_loop(self, consts: list, leaves: list, wide: Sequence = ()) -> Values:
@@ -149,7 +153,7 @@ class SplitStep:
         return inside, results
 
     def zeros(self, carry: Carry, x: PyTree) -> list[jax.Array]:
-        """One for each product, of its shape and placed as it is."""
+        """One array of zeros for each product, of its shape and placed as it is: the second argument of `tap`."""
         shapes = jax.eval_shape(lambda: self._run(self.others, carry, x, None)[1])  # no effect takes place
         return [lax.full_like(shape, 0) for shape in shapes]
 
@@ -184,8 +188,8 @@ class SplitStep:
             pairs = zip(of_inputs, input_leaves, strict=True)
             inputs = rebuild_inputs([next(moving) if moves else leaf for moves, leaf in pairs])
             after, (outputs, operands) = self.step(others, rebuild(leaves), (inputs, zeros))
-            read = chosen(split_inexact(after)[0], live.carries), chosen(split_inexact(outputs)[0], live.outputs)
-            return read, (after, outputs, operands)
+            of_loss = chosen(split_inexact(after)[0], live.carries), chosen(split_inexact(outputs)[0], live.outputs)
+            return of_loss, (after, outputs, operands)
 
         moving = chosen(input_leaves, of_inputs)
         _, pull, results = jax.vjp(run, others, zeros, leaves, moving, has_aux=True)
@@ -245,10 +249,11 @@ class SplitStep:
 
 
 def _worth_hoisting(equations: list[JaxprEqn], weights: set[Var]) -> tuple[list[JaxprEqn], list[JaxprEqn]]:
-    """Those that lead to a weight or to something dear; the others cost nothing where they stand.
+    """Divides equations on parameters alone: those to run once, before the loop, and those that stay in it.
 
-    A bias that is only moved or repeated is so a parameter itself, whose gradient adds up in float32. In half
-    precision that takes all but moves and casts out of the loop: what comes of them adds up in float32.
+    Run once: what leads to a weight, and what is not cheap. The rest costs next to nothing inside the loop, and there
+    the loop differentiates the parameter itself: a bias that is only broadcast keeps its sum in float32 (`moved_wide`).
+    Arithmetic in half precision is run once too, even if cheap, so that what comes of it adds up in float32.
     """
 
     def costs(equation):
@@ -271,6 +276,7 @@ def split_step(step: Step, params: Params, carry: Carry, x: PyTree) -> SplitStep
     closed, result = inlined(step, params, carry, x)
     jaxpr = closed.jaxpr
     own = jaxpr.invars[: len(jax.tree.leaves(params))]
+    # fixed: variables that depend on parameters and constants alone; learned: those of them that depend on a parameter.
     fixed, learned, alone, late = {*jaxpr.constvars, *own}, {*own}, [], []
     for equation in jaxpr.eqns:
         names = {v for v in equation.invars if not isinstance(v, Literal)}

@@ -309,7 +309,7 @@ CORE = (
     Mutant(
         "weight_gradient_adds_up_narrow",
         JAXPRS,
-        "    if name in REPEATS and any(known):",
+        "    if name in REPEATS and any(is_wide):",
         "    if False:",
     ),
     Mutant(
