@@ -45,8 +45,8 @@ CORE = (
     Mutant(
         "cotangents_of_inputs_are_gated",
         FORWARD_BACKWARD,
-        "inputs_bar_t = [jnp.asarray(read(values, v)) for v in names.inputs_bar]",
-        "inputs_bar_t = [(1 if gates is None else gate.mean()) * read(values, v) for v in names.inputs_bar]",
+        "inputs_bar_t = list(map(jnp.asarray, inputs_bar_t))",
+        "inputs_bar_t = [(1 if gates is None else gate.mean()) * bar for bar in inputs_bar_t]",
     ),
     Mutant(
         "what_no_loss_reads_has_zeros",
@@ -388,7 +388,9 @@ CORE = (
         "start + jnp.arange(length), reverse=not reverse",
         "start + jnp.arange(length), reverse=reverse",
     ),
-    Mutant("sums_of_the_last_step", FORWARD_BACKWARD, "[one + read(values, v) for", "[read(values, v) for"),
+    Mutant(
+        "sums_of_the_last_step", FORWARD_BACKWARD, "else one + read(values, v) for one", "else read(values, v) for one"
+    ),
     Mutant(
         "weights_turned_and_not_turned",
         FORWARD_BACKWARD,
