@@ -204,7 +204,7 @@ def test_estimates_add():
     step, loss, params, carry, batch = embedded_problem()
     weights = jnp.asarray(np.random.default_rng(11).random((NUM_STEPS, EXAMPLES)))
     batch = batch._replace(weights=weights)
-    init, update = full_bptt(step, loss)
+    init, update, _ = full_bptt(step, loss)
     halves = [cut(batch, 0, 3), cut(batch, 3, 6)]
     state = init(params, carry, halves[0])
     a, state = jax.jit(update)(params, state, halves[0])

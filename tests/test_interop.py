@@ -1,6 +1,7 @@
 """Models of other libraries: their own recurrences, the contract, the analyses, randomness, the way back."""
 
 import functools
+import os
 from typing import Any, NamedTuple
 
 import jax
@@ -172,6 +173,7 @@ def brute_force(name):
 
 # In the usual run one estimator of each way in which the engine goes through the carry: all on one model, three on
 # the others. With `JBPTT_FULL=1` every estimator and every analysis on every model and every cell.
+FULL = os.environ.get("JBPTT_FULL") == "1"
 WAYS = ["full", "segments", "ragged blocks", "strides", "parallel strides", "adaptive", "randomized"]
 NAMES = usual(["nnx"], [*MODELS, *CELLS])
 
@@ -235,14 +237,15 @@ def test_every_analysis_runs(name):
             "alignment": jbptt.adjoint_alignment(*args, max_lag=2).misalignment,
             "compared": jbptt.compare(estimators, *args[2:], reference="full", key=KEY, num_samples=2),
             "found": jbptt.find_nonfinite(*args).found,
-            "diagnosis": jbptt.diagnose(*args, measure=False),
+            "diagnosis": jbptt.diagnose(*args, measure=False) if FULL else None,  # elsewhere by docs/interop.md
         }
 
     found = run(params, carry, batch)
     assert_close(found["curve"].relative_error[1], found["compared"].relative_bias[1], rtol=1e-10)
     assert len(jax.tree.leaves(found["profile"].grad_norms)) == len(jax.tree.leaves(params))
     assert finite([found[key] for key in ("profile", "flow", "sources", "cotangents", "alignment")])
-    assert not found["found"] and "Gradient over 5 steps" in str(found["diagnosis"])
+    assert not found["found"]
+    assert not FULL or "Gradient over 5 steps" in str(found["diagnosis"])
 
 
 @pytest.mark.parametrize("name", NAMES)

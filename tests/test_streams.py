@@ -43,7 +43,7 @@ def test_splits_do_not_matter(window, stride):
     step, loss, params, carry, batch = masked_problem("gru+reset" if window == 5 else "tanh+readout")
     pairs, losses, last = brute_force.pair_gradients(step, loss, params, carry, batch, (EXAMPLES,))
     grad = brute_force.covered(pairs, truncation.window_coverage(NUM_STEPS, window, stride), params)
-    init, update = truncated_bptt(step, loss, window=window, stride=stride)
+    init, update, _ = truncated_bptt(step, loss, window=window, stride=stride)
     update = jax.jit(update)
     for split in SPLITS:
         total, live = stream(update, init, params, carry, batch, split)
@@ -56,7 +56,7 @@ def test_splits_do_not_matter(window, stride):
 def test_every_cut_in_two_gives_the_whole():
     """T = 11 in blocks of 4, ragged wherever the cut falls."""
     step, loss, params, carry, batch = masked_problem("tanh")
-    init, update = truncated_bptt(step, loss, window=4)
+    init, update, _ = truncated_bptt(step, loss, window=4)
     update = jax.jit(update)
     whole, last = stream(update, init, params, carry, batch, (NUM_STEPS,))
     for first in range(1, NUM_STEPS):
@@ -66,14 +66,14 @@ def test_every_cut_in_two_gives_the_whole():
 
 def test_reach_grows_with_the_stream_up_to_the_window():
     step, loss, params, carry, batch = masked_problem("tanh+readout")
-    init, update = truncated_bptt(step, loss, window=7, stride=2)
+    init, update, _ = truncated_bptt(step, loss, window=7, stride=2)
     state, reached = init(params, carry, cut(batch, 0, 3)), []
     for start in (0, 3, 6):
         estimate, state = update(params, state, cut(batch, start, start + 3))
         reached.append(int(estimate.info["reach"]))
     assert reached == [3, 6, 7]
     # In blocks a loss sees no step before its own block, however much history there is.
-    init, update = truncated_bptt(step, loss, window=4)
+    init, update, _ = truncated_bptt(step, loss, window=4)
     state, reached = init(params, carry, cut(batch, 0, 3)), []
     for start, stop in ((0, 3), (3, 4), (4, 5)):
         estimate, state = update(params, state, cut(batch, start, stop))
@@ -86,7 +86,7 @@ def test_full_and_gated_estimators_cut_at_the_edge_of_an_update(make):
     step, loss, params, carry, batch = masked_problem("lstm")
     pairs, losses, last = brute_force.pair_gradients(step, loss, params, carry, batch, (EXAMPLES,))
     update_of = np.repeat(np.arange(3), (4, 4, 3))
-    init, update = make(step, loss)
+    init, update, _ = make(step, loss)
     total, live = stream(jax.jit(update), init, params, carry, batch, (4, 4, 3))
     assert_close(total.grad_sum, brute_force.covered(pairs, update_of[:, None] == update_of, params))
     assert_close(total.loss_sum, losses.sum())
