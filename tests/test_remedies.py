@@ -172,6 +172,7 @@ def plain_training(name, params, batches, key, fresh_gates=True):
     return params
 
 
+@pytest.mark.full
 def test_flossing_leads_the_vanishing_patient_towards_zero():
     """Its leading exponent, in every run, against the run without a remedy."""
     exponent = np.abs(moderate()[1].after.exponent[PATIENTS.index("vanishing")])

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from problems import usual
 
 import jbptt
 from jbptt import scan, unroll
 from jbptt.arrays import align_leading
 
 T, B, H, D = 7, 3, 4, 2
-SEGMENTS = [None, 1, 3, 7]
+SEGMENTS = usual([None, 3], [None, 1, 3, 7])
 KEYS = jax.random.split(jax.random.key(7), 8)
 
 
