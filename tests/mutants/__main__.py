@@ -49,7 +49,7 @@ CLOSEST = {
     "jbptt/engine/jaxprs.py": ("test_weights", "test_by_hand"),
     "jbptt/engine/weight_products.py": ("test_weights", "test_by_hand"),
     "jbptt/engine/weight_uses.py": ("test_weights", "test_lookups"),
-    "jbptt/engine/forward_backward.py": ("test_weights", "test_by_hand"),
+    "jbptt/engine/forward_backward.py": ("test_weights", "test_by_hand", "test_scan"),
     "jbptt/division.py": ("test_configurations",),
     "jbptt/analysis/planning.py": ("test_plans",),
     "jbptt/arrays.py": ("test_batches", "test_unroll", "test_by_hand"),
