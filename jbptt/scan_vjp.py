@@ -24,13 +24,13 @@ class Moving:
     """What is known while tracing of the floating leaves of what f closes over, of the first carry and of the inputs.
 
     Attributes:
-      types: of each leaf its shape, dtype and placement.
+      dtypes: of each leaf.
       perturbed: of each leaf, whether its gradient is asked for.
       carry: the slice of them that is the carry's.
       last: of the floating leaves of the last carry, shape, dtype and placement.
     """
 
-    types: tuple[Any, ...]
+    dtypes: tuple[Any, ...]
     perturbed: tuple[bool, ...]
     carry: slice
     last: tuple[Any, ...] = ()
@@ -48,8 +48,8 @@ class Moving:
     def gradients(self, carry_bar: list, grads: list, inputs_bar: list) -> list:
         """One for each leaf, in its dtype; None where none is asked for."""
         found = iter([*grads, *chosen(carry_bar, self.perturbed[self.carry]), *inputs_bar])
-        pairs = zip(self.perturbed, self.types, strict=True)
-        return [_as_gradient(next(found), leaf) if is_asked else None for is_asked, leaf in pairs]
+        pairs = zip(self.perturbed, self.dtypes, strict=True)
+        return [next(found).astype(dtype) if is_asked else None for is_asked, dtype in pairs]
 
 
 class _Cotangents(NamedTuple):
@@ -65,11 +65,6 @@ def _cotangents_of(tree: PyTree, zeros: Callable) -> _Cotangents:
     read = tuple(not isinstance(leaf, SymbolicZero) for leaf in leaves)
     arrays = [leaf if is_read else zeros(i) for i, (leaf, is_read) in enumerate(zip(leaves, read, strict=True))]
     return _Cotangents(arrays, read)
-
-
-def _as_gradient(cotangent: jax.Array, of: Any) -> jax.Array:
-    """In the leaf's dtype."""
-    return cotangent.astype(of.dtype)
 
 
 @dataclass(frozen=True)
@@ -176,7 +171,7 @@ class Recurrence:
         def forward(floating, still, gates):
             perturbed = tuple(leaf.perturbed for leaf in floating)
             floating, still, gates = jax.tree.map(lambda leaf: leaf.value, (floating, still, gates))
-            moving = Moving(tuple(map(jax.typeof, floating)), perturbed, of_carry)
+            moving = Moving(tuple(leaf.dtype for leaf in floating), perturbed, of_carry)
             results, kept = self.keep(moving, *given(floating, still))
             last = jax.eval_shape(lambda leaves: leaves, inexact_leaves(results[0]))
             moving = replace(moving, last=tuple(last))

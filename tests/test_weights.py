@@ -394,3 +394,29 @@ def test_constants_of_a_step_reach_a_custom_derivative():
     for make in (full_bptt, partial(truncated_bptt, window=NUM_STEPS, stride=1)):
         assert_close(one_update(make(step, squared_error), W_H, ZEROS, batch).grads, jax.grad(mean_loss)(W_H))
     lag_profile(step, squared_error, W_H, ZEROS, batch, max_lag=2)
+
+
+def test_a_derivative_that_knows_no_vmap():
+    """Steps go back one after another where only the rule calls the host; an error of the rule's own comes through."""
+
+    def sine(rule):
+        function = jax.custom_vjp(jnp.sin)
+        function.defvjp(lambda a: (jnp.sin(a), a), lambda a, bar: (rule(a, bar),))
+        return function
+
+    def on_the_host(a, bar):
+        return jax.pure_callback(lambda a, bar: np.cos(a) * bar, jax.ShapeDtypeStruct(a.shape, a.dtype), a, bar)
+
+    def fails(a, bar):
+        raise ValueError("mine")
+
+    batch = Batch(draw(NUM_STEPS, EXAMPLES, HIDDEN), draw(NUM_STEPS, EXAMPLES, HIDDEN))
+
+    def gradient(sin):
+        estimator = truncated_bptt(lambda w, h, x: (sin(h @ w + x),) * 2, loss, window=3, stride=1)
+        carry = jnp.zeros((EXAMPLES, HIDDEN))
+        return jax.jit(estimator.update)(W_H, estimator.init(W_H, carry, batch), batch)[0].grads
+
+    assert_close(gradient(sine(on_the_host)), gradient(jnp.sin))
+    with pytest.raises(ValueError, match="mine"):
+        gradient(sine(fails))

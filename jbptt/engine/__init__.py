@@ -124,8 +124,9 @@ def parallel_pullback(
     def all_or_one(carry_bar, outputs_bar, total):
         try:
             return back(carry_bar, outputs_bar, total)
-        except (NotImplementedError, TypeError, ValueError):
-            # JAX has the derivative of every step, but not that of their vmap (products with sparse weights).
+        except (NotImplementedError, ValueError):
+            # JAX has the derivative of every step, but not that of their vmap: a ValueError for products with sparse
+            # weights, NotImplementedError for a callback in a rule. Any other error comes again from the steps alone.
             start = jax.tree.map(lambda a: jnp.zeros_like(widened(a)), params) if total is None else total
             return one_by_one(carry_bar, outputs_bar, start)
 

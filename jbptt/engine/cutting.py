@@ -1,9 +1,10 @@
 """The two loops of a segment, cut out of the program of one step and its derivative.
 
 A step and its pullback are traced as one program. What does not depend on the cotangents belongs to the forward loop,
-the rest to the backward loop; between them a cut decides what is kept of every step. Kept is what costs more than to
-read it back: products, transcendental functions, whatever is not known to be cheap. Sums, products of numbers, choices
-and changes of shape that ask for one more array at most are computed again. What is kept is kept once: the carry that
+the rest to the backward loop; between them a cut decides what is kept of every step. What would cost more
+to compute again than to read back is kept: matrix products, transcendental functions, whatever is not known to be
+cheap. Elementwise sums and products, `where` and changes of shape are computed again if that needs at most one array
+more, and no larger one. What is kept is kept once: the carry that
 a step emits is the one that the next receives, an output that is a carry is no second array, and what the weights need
 is formed after the loops (`weight_products`).
 
@@ -99,6 +100,7 @@ def cut(
     kept = [v for v in names_of([*names.outputs, *names.operands]) if v not in everywhere and v not in names.carry]
     wanted = [v for v in names_of([*(v for e in backward for v in e.invars), *results]) if v not in of_bars]
     again = _again(forward, wanted, {*everywhere, *names.carry, *emitted}, kept)
+    # Carries count as free so far, received or emitted. Those that are used are kept now, each once.
     used = names_of(
         [*wanted, *names.outputs, *names.operands, *(v for e in forward if id(e) in again for v in e.invars)]
     )
