@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jbptt import cells, clipping, experiments, interop, testing, truncation
     from jbptt.adaptive import adaptive_bptt
-    from jbptt.analysis import powers
     from jbptt.analysis.alignment import AdjointAlignment, adjoint_alignment
     from jbptt.analysis.comparison import Comparison, compare
     from jbptt.analysis.costs import Cost, measure_cost
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     from jbptt.analysis.gating import GatePaths, gate_paths
     from jbptt.analysis.jacobians import step_jacobians
     from jbptt.analysis.lags import LagProfile, TruncationCurve, lag_profile, truncation_curve
+    from jbptt.analysis.linalg import powers
     from jbptt.analysis.lyapunov import LyapunovSpectrum, lyapunov_spectrum
     from jbptt.analysis.nonfinite import NonFinite, find_nonfinite
     from jbptt.analysis.planning import choose_plan
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 # A name is imported when it is first asked for, so that a program waits for what it uses alone. What type checkers
 # read above says the same as these two and `__all__`, which a test holds.
-_MODULES = {"powers": "analysis.powers", "tasks": "experiments.tasks", "plots": "report.plots"}
+_MODULES = {"powers": "analysis.linalg.powers", "tasks": "experiments.tasks", "plots": "report.plots"}
 _HOMES = {
     name: home
     for home, names in {

@@ -113,7 +113,7 @@ def test_the_map_for_contributors_shows_every_room():
     """In CONTRIBUTING.md, one row for each floor; the core's in its order."""
     rows = re.findall(r"^\| (\w+) \| (`.*) \|$", PAGE.read_text(), re.MULTILINE)
     shown = {name: re.findall(r"`([\w.]+)`", rooms) for name, rooms in rows}
-    wanted = {name: sorted(room.split(".")[1] for room in MODULES if room.startswith(f"{name}.")) for name in FLOORS}
+    wanted = {name: sorted(room[len(name) + 1 :] for room in MODULES if room.startswith(f"{name}.")) for name in FLOORS}
     assert shown.pop("core") == CORE
     assert {name: sorted(rooms) for name, rooms in shown.items()} == {name: wanted[name] for name in FLOORS[1:]}
 
@@ -124,6 +124,14 @@ def test_imports_go_downward(name):
         assert floor(other) <= floor(name), f"{name} imports {other}, which is upstairs"
         if floor(name) == floor(other) == 0:
             assert CORE.index(other) < CORE.index(name), f"{name} imports {other}, which is a later room"
+
+
+def test_linear_algebra_knows_nothing_of_gradients():
+    """The wing `analysis.linalg` stands on the core and on itself."""
+    wing = [name for name in MODULES if name.startswith("analysis.linalg.")]
+    assert len(wing) >= 3
+    for name in wing:
+        assert {other for other in neighbours(name) if floor(other) > 0} <= {*wing}, name
 
 
 def test_no_circles():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jbptt import Batch, adjoints, cells
-from jbptt.analysis import powers
+from jbptt.analysis.linalg import powers
 
 OPTIMIZED = True
 

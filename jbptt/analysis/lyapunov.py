@@ -14,8 +14,8 @@ import numpy as np
 from jax import lax
 
 from jbptt import slips, validation
-from jbptt.analysis.graded import times_power
 from jbptt.analysis.jacobians import check_differentiable, flat_carry, push_tangents
+from jbptt.analysis.linalg.scaled_svd import times_power
 from jbptt.arrays import split_time, steps_from, widened_dtype
 from jbptt.executables import run
 from jbptt.norms import max_or_nan, norm

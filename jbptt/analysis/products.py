@@ -11,8 +11,8 @@ import numpy as np
 from jax.core import Tracer
 
 from jbptt import validation
-from jbptt.analysis.graded import Graded, from_rows, log_singular_values, push
 from jbptt.analysis.jacobians import check_system, flat_carry, step_jacobian
+from jbptt.analysis.linalg.scaled_svd import Graded, from_rows, log_singular_values, push
 from jbptt.arrays import widened
 from jbptt.cells import split_readout
 from jbptt.executables import run

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbptt import clipping
-from jbptt.analysis import powers
 from jbptt.analysis.flow import gradient_flow
 from jbptt.analysis.lags import lag_profile
+from jbptt.analysis.linalg import powers
 from jbptt.analysis.lyapunov import lyapunov_spectrum
 from jbptt.analysis.products import jacobian_products
 from jbptt.arrays import weighted_mean

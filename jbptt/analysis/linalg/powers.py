@@ -18,7 +18,7 @@ from jax import lax
 from jax.core import Tracer
 
 from jbptt import slips, validation
-from jbptt.analysis.dominance import CASES, classify, decompose, normalised
+from jbptt.analysis.linalg.dominant_eigenvector import CASES, classify, decompose, normalised
 from jbptt.arrays import widened_dtype
 from jbptt.norms import max_or_nan, norm, unit
 

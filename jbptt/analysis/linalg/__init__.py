@@ -1,0 +1,1 @@
+"""Matrices: singular values over many orders of magnitude, dominant eigenvectors, powers."""
