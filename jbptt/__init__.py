@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from jbptt.analysis.diagnosis import diagnose
     from jbptt.analysis.findings import Diagnosis
     from jbptt.analysis.flow import Adjoints, GradientSources, adjoints, gradient_flow, gradient_sources
-    from jbptt.analysis.gating import GatePaths, gate_paths
+    from jbptt.analysis.gate_jacobians import GatePaths, gate_paths
+    from jbptt.analysis.jacobian_spans import JacobianProducts, jacobian_products
     from jbptt.analysis.jacobians import step_jacobians
     from jbptt.analysis.lags import LagProfile, TruncationCurve, lag_profile, truncation_curve
     from jbptt.analysis.linalg import powers
     from jbptt.analysis.lyapunov import LyapunovSpectrum, lyapunov_spectrum
     from jbptt.analysis.nonfinite import NonFinite, find_nonfinite
-    from jbptt.analysis.planning import choose_plan
-    from jbptt.analysis.products import JacobianProducts, jacobian_products
-    from jbptt.analysis.schedules import Schedule, optimize_schedule
+    from jbptt.analysis.plan_search import choose_plan
+    from jbptt.analysis.window_lengths import Schedule, optimize_schedule
     from jbptt.estimators import full_bptt, gated_bptt, randomized_bptt, truncated_bptt
     from jbptt.experiments import tasks
     from jbptt.experiments.training import History, train
@@ -45,14 +45,14 @@ _HOMES = {
         "analysis.diagnosis": "diagnose",
         "analysis.findings": "Diagnosis",
         "analysis.flow": "Adjoints GradientSources adjoints gradient_flow gradient_sources",
-        "analysis.gating": "GatePaths gate_paths",
+        "analysis.gate_jacobians": "GatePaths gate_paths",
         "analysis.jacobians": "step_jacobians",
         "analysis.lags": "LagProfile TruncationCurve lag_profile truncation_curve",
         "analysis.lyapunov": "LyapunovSpectrum lyapunov_spectrum",
         "analysis.nonfinite": "NonFinite find_nonfinite",
-        "analysis.planning": "choose_plan",
-        "analysis.products": "JacobianProducts jacobian_products",
-        "analysis.schedules": "Schedule optimize_schedule",
+        "analysis.plan_search": "choose_plan",
+        "analysis.jacobian_spans": "JacobianProducts jacobian_products",
+        "analysis.window_lengths": "Schedule optimize_schedule",
         "estimators": "full_bptt gated_bptt randomized_bptt truncated_bptt",
         "experiments.training": "History train",
         "plans": "Plan",

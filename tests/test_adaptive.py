@@ -11,7 +11,17 @@ import pytest
 from oracles import brute_force
 from problems import EXAMPLES, assert_close, cut
 
-from jbptt import Batch, adaptive_bptt, cells, decay, full_bptt, lag_profile, randomized_bptt, train, truncated_bptt
+from jbptt import (
+    Batch,
+    adaptive_bptt,
+    bias_bound,
+    cells,
+    full_bptt,
+    lag_profile,
+    randomized_bptt,
+    train,
+    truncated_bptt,
+)
 
 MAX_WINDOW, TOLERANCE = 12, 0.2
 
@@ -71,7 +81,7 @@ def test_window_is_the_first_whose_bound_keeps_the_tolerance():
     (estimate,), state, _ = updates_of(problem, (MAX_WINDOW,))
     norms, grads, weights = state.means
     kept = np.linalg.norm(np.concatenate([np.ravel(g) for g in jax.tree.leaves(estimate.grads)]))
-    bounds = decay.bound_bias(
+    bounds = bias_bound.bound_bias(
         norms / weights, grads / weights, jnp.full(MAX_WINDOW, kept), num_lags=jnp.array(MAX_WINDOW), tolerances=(1.0,)
     ).bias_bound
     assert int(state.window) == 1 + np.flatnonzero(np.asarray(bounds) <= TOLERANCE)[0]

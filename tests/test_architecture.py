@@ -50,7 +50,7 @@ CORE = [
     "windows",
     "streams",
     "estimators",
-    "decay",
+    "bias_bound",
     "adaptive",
     "cotangents",
     "clipping",

@@ -9,7 +9,7 @@ import numpy as np
 import problems
 import pytest
 
-from jbptt import Batch, decay
+from jbptt import Batch, bias_bound
 from jbptt.analysis import diagnosis, evidence, stuck
 from jbptt.analysis.blocks import candidate_windows, choose_blocks
 from jbptt.analysis.lags import linearise
@@ -157,8 +157,8 @@ def test_the_rate_of_the_tail():
         changes = [np.log(norms[k + span] / norms[k]) / span for k in range(start, n - span)]
         wanted = max(slope + 2 * np.sqrt(covariance[0, 0]), *changes)
         padded = jnp.append(norms, jnp.array([7.0, 0.0]))  # past the last pair nothing is read
-        np.testing.assert_allclose(jax.jit(decay.tail_rate)(padded, n), wanted, rtol=1e-9)
-    run = jax.jit(decay.tail_rate)
+        np.testing.assert_allclose(jax.jit(bias_bound.tail_rate)(padded, n), wanted, rtol=1e-9)
+    run = jax.jit(bias_bound.tail_rate)
     two = 0.2 ** np.arange(32) + 1e-4 * 0.95 ** np.arange(32)  # the slow part shows itself late
     assert run(two, 32) >= np.log(0.95) - 1e-3 > evidence.fit_decay(two).rate
     assert run(0.5 ** np.arange(32.0), 7) == jnp.inf == run(np.ones(32), 32), "too few lags, and no decay"
@@ -169,7 +169,7 @@ def test_bound_against_long_sums():
     num_lags, far = 30, 4000
     rng = np.random.default_rng(4)
     phi = 0.8 ** np.arange(num_lags) * np.exp(0.02 * rng.normal(size=num_lags))
-    beta = np.exp(float(decay.tail_rate(jnp.array(phi), num_lags)))
+    beta = np.exp(float(bias_bound.tail_rate(jnp.array(phi), num_lags)))
     last = max(phi[k] * beta ** (num_lags - 1 - k) for k in range((num_lags - 1) // 2, num_lags))
     grads = np.append(1.0, 0.3 * phi[: num_lags - 1] * rng.random(num_lags - 1))
     kept = np.linspace(0.5, 0.6, num_lags)
@@ -179,7 +179,7 @@ def test_bound_against_long_sums():
     long_kept = np.append(kept, np.full(199 - num_lags, kept[-1]))
     wanted = np.where(error < long_kept, error / np.where(error < long_kept, long_kept - error, 1), np.inf)
     levels = (0.1, 0.01, 1e-6)
-    run = jax.jit(decay.bound_bias, static_argnames="tolerances")
+    run = jax.jit(bias_bound.bound_bias, static_argnames="tolerances")
     found = run(phi, grads, kept, num_lags=num_lags, tolerances=levels)
     np.testing.assert_allclose(found.bias_bound, wanted[:num_lags], rtol=1e-9)
     assert np.isinf(found.bias_bound[0])
@@ -232,7 +232,7 @@ def test_the_bound_holds_beyond_what_was_measured(number):
 
     profile, curve, kept = look(params, carry, batch)
     error = np.asarray(curve.relative_error)
-    run = jax.jit(decay.bound_bias, static_argnames="tolerances")
+    run = jax.jit(bias_bound.bound_bias, static_argnames="tolerances")
     for n in (2, 4, 8, 12, 16, 32):
         found = run(*(a[:n] for a in profile), kept[:n], num_lags=n, tolerances=(0.1, 0.01))
         assert np.all(np.asarray(found.bias_bound) >= error[:n])

@@ -13,10 +13,10 @@ from problems import EXAMPLES, HIDDEN, INPUT, assert_close
 
 from jbptt import Batch, cells
 from jbptt.analysis.alignment import adjoint_alignment
-from jbptt.analysis.gating import gate_paths
+from jbptt.analysis.gate_jacobians import gate_paths
+from jbptt.analysis.jacobian_spans import jacobian_products
 from jbptt.analysis.jacobians import step_jacobians
 from jbptt.analysis.linalg.scaled_svd import from_rows, log_singular_values
-from jbptt.analysis.products import jacobian_products
 
 OPTIMIZED = True
 

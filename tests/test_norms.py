@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jbptt import Batch, clipping, diagnose, lyapunov_spectrum, powers
-from jbptt.decay import bound_bias
+from jbptt.bias_bound import bound_bias
 from jbptt.norms import clip_to_norm, compared_with, in_units_of, max_or_nan, norm, scaled_norm
 
 SIZES = 1, 63, 64, 4095, 4096, 70_000

@@ -10,7 +10,7 @@ from problems import assert_close, make, one_update
 
 import jbptt
 from jbptt import Plan, choose_plan, full_bptt
-from jbptt.analysis import planning
+from jbptt.analysis import plan_search
 from jbptt.analysis.costs import Cost
 from jbptt.executables import WeakCache
 
@@ -64,8 +64,8 @@ def measured(monkeypatch, seconds, sizes):
     def found(estimators, *_, **__):
         return Cost(tuple(estimators), *(np.array([of[n] for n in estimators]) for of in (seconds, sizes)))
 
-    monkeypatch.setattr(planning, "_CHOICES", WeakCache())
-    monkeypatch.setattr(planning, "measure_cost", found)
+    monkeypatch.setattr(plan_search, "_CHOICES", WeakCache())
+    monkeypatch.setattr(plan_search, "measure_cost", found)
 
 
 def test_the_choice_is_the_fastest_within_the_budget(monkeypatch):
@@ -116,7 +116,7 @@ def test_a_step_that_cannot_be_hashed_is_measured_anew():
 def test_candidates(num_steps, segments):
     """None is all of T up to 512 steps, and 64 at 520."""
     problem = make("tanh", num_steps)
-    found = planning.candidate_plans(problem.step, problem.loss, *problem[2:])
+    found = plan_search.candidate_plans(problem.step, problem.loss, *problem[2:])
     assert [plan.segment for plan in found if plan.num_shards == 1] == segments
 
 

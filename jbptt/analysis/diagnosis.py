@@ -34,7 +34,7 @@ from jbptt.analysis.lags import (
 from jbptt.analysis.nonfinite import nonfinite_of
 from jbptt.analysis.stuck import share_stuck, stays_zero
 from jbptt.arrays import align_leading, weighted_mean
-from jbptt.decay import bound_bias
+from jbptt.bias_bound import bound_bias
 from jbptt.estimators import full_bptt, truncated_bptt
 from jbptt.executables import WeakCache, is_traced, run
 from jbptt.losses import batch_steps

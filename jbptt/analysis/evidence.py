@@ -12,8 +12,8 @@ from jax import lax
 from jbptt.analysis.advice import CHANGE
 from jbptt.analysis.lags import Linearised
 from jbptt.arrays import align_leading, split_inexact
+from jbptt.bias_bound import slope_of
 from jbptt.cells import split_readout
-from jbptt.decay import slope_of
 from jbptt.losses import batch_steps
 from jbptt.norms import norm, scaled_norm, unit
 from jbptt.recurrence import held, trajectory

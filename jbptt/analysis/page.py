@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from jbptt.analysis.advice import TOLERANCES
-from jbptt.decay import TAIL_LAGS
+from jbptt.bias_bound import TAIL_LAGS
 
 NO_PATH = (
     "  no gradient path: every gradient is exactly zero; the loss ignores y or has no weight, all",

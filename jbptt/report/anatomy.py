@@ -9,10 +9,10 @@ import numpy as np
 
 from jbptt import clipping
 from jbptt.analysis.flow import gradient_flow
+from jbptt.analysis.jacobian_spans import jacobian_products
 from jbptt.analysis.lags import lag_profile
 from jbptt.analysis.linalg import powers
 from jbptt.analysis.lyapunov import lyapunov_spectrum
-from jbptt.analysis.products import jacobian_products
 from jbptt.arrays import weighted_mean
 from jbptt.experiments import tasks
 from jbptt.experiments.remedies import Remedies, compare_remedies

@@ -181,7 +181,7 @@ def run_diagnosis(model: str, *, plans: bool = False, **options: Any) -> int:
     Raises: UsageError, for whatever the user can put right.
     """
     from jbptt.analysis.diagnosis import diagnose
-    from jbptt.analysis.planning import choose_plan
+    from jbptt.analysis.plan_search import choose_plan
     from jbptt.report.user_models import describe, is_own, load_problem
 
     try:

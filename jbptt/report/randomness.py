@@ -11,7 +11,7 @@ import numpy as np
 from jbptt.analysis.comparison import PER_ESTIMATOR, compare
 from jbptt.analysis.costs import fresh_blocks, measure_cost
 from jbptt.analysis.lags import LagProfile
-from jbptt.analysis.schedules import optimize_schedule
+from jbptt.analysis.window_lengths import optimize_schedule
 from jbptt.estimators import full_bptt, randomized_bptt, truncated_bptt
 from jbptt.experiments import tasks
 from jbptt.report.axes import numbers

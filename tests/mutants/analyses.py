@@ -8,21 +8,21 @@ ADVICE = "jbptt/analysis/advice.py"
 ALIGNMENT = "jbptt/analysis/alignment.py"
 BLOCKS = "jbptt/analysis/blocks.py"
 COMPARISON = "jbptt/analysis/comparison.py"
-SCHEDULES = "jbptt/analysis/schedules.py"
-DECAY = "jbptt/decay.py"
+WINDOW_LENGTHS = "jbptt/analysis/window_lengths.py"
+BIAS_BOUND = "jbptt/bias_bound.py"
 DIAGNOSIS = "jbptt/analysis/diagnosis.py"
-DOMINANCE = "jbptt/analysis/linalg/dominant_eigenvector.py"
+DOMINANT = "jbptt/analysis/linalg/dominant_eigenvector.py"
 EVIDENCE = "jbptt/analysis/evidence.py"
 FLOW = "jbptt/analysis/flow.py"
-GATING = "jbptt/analysis/gating.py"
-GRADED = "jbptt/analysis/linalg/scaled_svd.py"
+GATE_JACOBIANS = "jbptt/analysis/gate_jacobians.py"
+SCALED_SVD = "jbptt/analysis/linalg/scaled_svd.py"
 JACOBIANS = "jbptt/analysis/jacobians.py"
 LAGS = "jbptt/analysis/lags.py"
 LYAPUNOV = "jbptt/analysis/lyapunov.py"
 NONFINITE = "jbptt/analysis/nonfinite.py"
 CULPRITS = "jbptt/analysis/culprits.py"
 POWERS = "jbptt/analysis/linalg/powers.py"
-PRODUCTS = "jbptt/analysis/products.py"
+JACOBIAN_SPANS = "jbptt/analysis/jacobian_spans.py"
 STUCK = "jbptt/analysis/stuck.py"
 
 ANALYSES = (
@@ -149,7 +149,7 @@ ANALYSES = (
     ),
     Mutant(
         "product_hides_a_jacobian_that_is_not_finite",
-        GRADED,
+        SCALED_SVD,
         "Graded(jnp.where(finite, rows, jnp.nan), exponents)",
         "Graded(rows, exponents)",
     ),
@@ -157,32 +157,32 @@ ANALYSES = (
     # graded matrices and products
     Mutant(
         "singular_values_in_bits",
-        GRADED,
+        SCALED_SVD,
         "matrix.exponents.astype(lengths.dtype) * math.log(2) + jnp.log(lengths)",
         "matrix.exponents.astype(lengths.dtype) + jnp.log2(lengths)",
     ),
-    Mutant("qr_of_small_rows_first", GRADED, "jnp.argsort(-heights)", "jnp.argsort(heights)"),
+    Mutant("qr_of_small_rows_first", SCALED_SVD, "jnp.argsort(-heights)", "jnp.argsort(heights)"),
     Mutant(
         "graded_exponents_on_the_wrong_axis",
-        GRADED,
+        SCALED_SVD,
         "exponent + matrix.exponents)",
         "exponent + matrix.exponents[:, None])",
     ),
     Mutant(
         "push_forgets_the_first_basis",
-        GRADED,
+        SCALED_SVD,
         "return matrix_product(basis, q), Graded(",
         "return q, Graded(",
     ),
     Mutant(
         "product_multiplied_from_the_right",  # the product of the transposes has the singular values of that
-        PRODUCTS,
+        JACOBIAN_SPANS,
         "push(jacobian, frame, matrix)",
         "push(jacobian.T, frame, matrix)",
     ),
     Mutant(
         "product_of_one_factor_fewer",
-        PRODUCTS,
+        JACOBIAN_SPANS,
         "        frame, matrix = push(jacobian, frame, matrix)\n"
         "        kept = jax.tree.map(lambda all, new: all.at[jnp.asarray(slots)[k]].set("
         'new, mode="drop"), kept, matrix)\n',
@@ -192,27 +192,27 @@ ANALYSES = (
     ),
     Mutant(
         "products_sorted_by_span",
-        PRODUCTS,
+        JACOBIAN_SPANS,
         "jax.vmap(log_singular_values)(kept)[inverse]",
         "jax.vmap(log_singular_values)(kept)[np.sort(inverse)]",
     ),
     Mutant(
         "condition_of_a_zero_product_is_nan",
-        PRODUCTS,
+        JACOBIAN_SPANS,
         "return jnp.where(singular, jnp.inf, self.log_norms - jnp.where(singular, 0, smallest))",
         "return self.log_norms - smallest",
     ),
     # gate paths
-    Mutant("gru_paths_past_the_reset_gate", GATING, 'bias = "b_h" if kind == "gru" else "b"', 'bias = "b"'),
+    Mutant("gru_paths_past_the_reset_gate", GATE_JACOBIANS, 'bias = "b_h" if kind == "gru" else "b"', 'bias = "b"'),
     Mutant(
         "straight_path_through_the_gates_too",
-        GATING,
+        GATE_JACOBIANS,
         "-jnp.ones((1, len(names) - 1))",
         "jnp.zeros((1, len(names) - 1))",
     ),
     Mutant(
         "gate_shares_over_time",
-        GATING,
+        GATE_JACOBIANS,
         "jnp.sum(norms, axis=1, keepdims=True)",
         "jnp.sum(norms, axis=0, keepdims=True)",
     ),
@@ -263,17 +263,17 @@ ANALYSES = (
         "(q @ turn, (inner - turn) @ r)",
     ),
     # powers of a matrix
-    Mutant("defective_only_where_the_largest_is", DOMINANCE, "defective = jnp.any(split)", "defective = split[0]"),
-    Mutant("rounding_of_powers_grows_with_n", DOMINANCE, "20 * math.sqrt(size) * eps", "100 * size * eps"),
+    Mutant("defective_only_where_the_largest_is", DOMINANT, "defective = jnp.any(split)", "defective = split[0]"),
+    Mutant("rounding_of_powers_grows_with_n", DOMINANT, "20 * math.sqrt(size) * eps", "100 * size * eps"),
     Mutant(
         "doubts_of_the_whole_matrix",
-        DOMINANCE,
+        DOMINANT,
         "jnp.sum(jnp.abs(spectrum.left).T * reached, axis=0)",
         "norm(matrix) / spectrum.sharpness",
     ),
     Mutant(
         "left_eigenvectors_are_the_right_ones",
-        DOMINANCE,
+        DOMINANT,
         "left = vectors.T if symmetric else jnp.linalg.inv(vectors)",
         "left = vectors.T",
     ),
@@ -287,7 +287,7 @@ ANALYSES = (
     # evidence and advice
     Mutant(
         "slope_error_of_one_parameter",
-        DECAY,
+        BIAS_BOUND,
         "jnp.maximum(count - 2, 1) * spread",
         "jnp.maximum(count - 1, 1) * spread",
     ),
@@ -299,14 +299,14 @@ ANALYSES = (
     ),
     Mutant(
         "bound_by_the_first_lags",
-        DECAY,
+        BIAS_BOUND,
         "rate = tail_rate(norms, num_lags)",
         "rate = jnp.log(norms[1] / norms[0])",
     ),
     Mutant("jump_counts_as_decay", EVIDENCE, "(num_lags > 2), 1, 0)", "(num_lags > 2), 0, 0)"),
     Mutant("full_bptt_is_a_window_like_others", BLOCKS, ", jnp.inf).at[:, -1].set(jnp.inf)", ", jnp.inf)"),
     Mutant("what_is_zero_is_dead", STUCK, "(a == 0) & (b == 0) for", "(a == a) | (b == 0) for"),
-    Mutant("bound_sum_one_lag_short", DECAY, "lag >= lag[:, None], phi", "lag > lag[:, None], phi"),
+    Mutant("bound_sum_one_lag_short", BIAS_BOUND, "lag >= lag[:, None], phi", "lag > lag[:, None], phi"),
     Mutant(
         "curvature_along_no_unit_vector",
         EVIDENCE,
@@ -364,7 +364,7 @@ ANALYSES = (
         "known.update(zip(equation.outvars[:1], _through(equation, given), strict=False))",
     ),
     Mutant("path_to_every_parameter", DEPENDENCE, '"" if any(params_read)', '"" if all(params_read)'),
-    # comparison and schedules
+    # comparison and window lengths
     Mutant("comparison_spread_of_the_population", COMPARISON, "squares / (count - 1)", "squares / count"),
     Mutant("comparison_error_of_one_sample", COMPARISON, "jnp.sqrt(variance / count)", "jnp.sqrt(variance)"),
     Mutant("comparison_counts_the_future", COMPARISON, "(num_steps * (num_steps + 1) / 2)", "num_steps**2"),
@@ -376,8 +376,11 @@ ANALYSES = (
         "after = before",
     ),
     Mutant(
-        "schedule_counts_windows_one_step_late", SCHEDULES, "num_steps - 1 - k - a, 0)]", "num_steps - 2 - k - a, 0)]"
+        "schedule_counts_windows_one_step_late",
+        WINDOW_LENGTHS,
+        "num_steps - 1 - k - a, 0)]",
+        "num_steps - 2 - k - a, 0)]",
     ),
-    Mutant("schedule_weight_instead_of_its_square", SCHEDULES, "2 * log_survival[a] -", "log_survival[a] -"),
-    Mutant("schedule_scale_without_derivative", SCHEDULES, "root - excess(root) / slope", "root"),
+    Mutant("schedule_weight_instead_of_its_square", WINDOW_LENGTHS, "2 * log_survival[a] -", "log_survival[a] -"),
+    Mutant("schedule_scale_without_derivative", WINDOW_LENGTHS, "root - excess(root) / slope", "root"),
 )

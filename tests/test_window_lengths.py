@@ -9,7 +9,7 @@ import problems
 import pytest
 
 from jbptt import Batch, LagProfile, full_bptt, lag_profile, optimize_schedule, plots, randomized_bptt, truncation
-from jbptt.analysis import schedules
+from jbptt.analysis import window_lengths
 
 
 def profile(norms):
@@ -66,7 +66,9 @@ def test_nothing_near_the_optimum_is_better():
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
         logits = jnp.log(jnp.expm1(-jnp.diff(jnp.log(1 - jnp.cumsum(jnp.asarray(found.length_probs))), prepend=0.0)))
-        at = lambda logits: float(schedules.variance(jnp.asarray(norms) ** 2, schedules.log_survival(logits, 0.0, 5.0)))
+        at = lambda logits: float(
+            window_lengths.variance(jnp.asarray(norms) ** 2, window_lengths.log_survival(logits, 0.0, 5.0))
+        )
         np.testing.assert_allclose(at(logits), found.predicted_variance, rtol=1e-9)
         for _ in range(20):
             assert at(logits + 0.05 * rng.normal(size=15)) >= found.predicted_variance * (1 - 1e-7)
