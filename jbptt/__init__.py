@@ -1,7 +1,8 @@
 """How far back does the gradient of your recurrent model reach, and what does each truncation cost?"""
 
-import importlib
 from typing import TYPE_CHECKING, Any
+
+from jbptt import lazy
 
 if TYPE_CHECKING:
     from jbptt import cells, clipping, experiments, interop, testing, truncation
@@ -32,12 +33,10 @@ if TYPE_CHECKING:
 
     __version__: str
 
-# A name is imported when it is first asked for, so that a program waits for what it uses alone. What type checkers
-# read above says the same as these two and `__all__`, which a test holds.
-_MODULES = {"powers": "analysis.linalg.powers", "tasks": "experiments.tasks", "plots": "report.plots"}
-_HOMES = {
-    name: home
-    for home, names in {
+# What type checkers read above says the same as this, which a test holds.
+_get, __dir__, __all__ = lazy.attach(
+    __name__,
+    homes={
         "adaptive": "adaptive_bptt",
         "analysis.alignment": "AdjointAlignment adjoint_alignment",
         "analysis.comparison": "Comparison compare",
@@ -46,12 +45,12 @@ _HOMES = {
         "analysis.findings": "Diagnosis",
         "analysis.flow": "Adjoints GradientSources adjoints gradient_flow gradient_sources",
         "analysis.gate_jacobians": "GatePaths gate_paths",
+        "analysis.jacobian_spans": "JacobianProducts jacobian_products",
         "analysis.jacobians": "step_jacobians",
         "analysis.lags": "LagProfile TruncationCurve lag_profile truncation_curve",
         "analysis.lyapunov": "LyapunovSpectrum lyapunov_spectrum",
         "analysis.nonfinite": "NonFinite find_nonfinite",
         "analysis.plan_search": "choose_plan",
-        "analysis.jacobian_spans": "JacobianProducts jacobian_products",
         "analysis.window_lengths": "Schedule optimize_schedule",
         "estimators": "full_bptt gated_bptt randomized_bptt truncated_bptt",
         "experiments.training": "History train",
@@ -59,30 +58,26 @@ _HOMES = {
         "recurrence": "unroll",
         "scanning": "scan",
         "types": "Batch Carry Estimate Estimator Loss Params Step",
-    }.items()
-    for name in names.split()
-}
-
-
-_ROOMS = {"cells", "clipping", "experiments", "interop", "testing", "truncation"}
-__all__ = sorted({*_ROOMS, *_MODULES, *_HOMES})
+    },
+    modules={
+        "cells": "cells",
+        "clipping": "clipping",
+        "experiments": "experiments",
+        "interop": "interop",
+        "plots": "report.plots",
+        "powers": "analysis.linalg.powers",
+        "tasks": "experiments.tasks",
+        "testing": "testing",
+        "truncation": "truncation",
+    },
+)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        value = getattr(importlib.import_module(f"jbptt.{_HOMES[name]}"), name)
-    elif name in __all__:
-        value = importlib.import_module(f"jbptt.{_MODULES.get(name, name)}")
-    elif name == "__version__":
-        value = _version()
-    else:
-        raise AttributeError(f"module 'jbptt' has no attribute {name!r}")
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+    if name == "__version__":
+        globals()[name] = _version()
+        return globals()[name]
+    return _get(name)
 
 
 def _version() -> str:

@@ -60,10 +60,10 @@ def adaptive_bptt(step: Step, loss: Loss, *, tolerance: float, max_window: int, 
     with φ_j the adjoint's norm at lag j and an exponential tail beyond the lags measured. The last loss of every
     update, and of every max_window steps within it, is a probe (of the examples in which it has weight and a slope at
     all: an ignored target says nothing): it goes back max_window − 1 steps and updates running means of φ_j and of what
-    the lags add to the gradient, from which the *next* update's window follows (`bias_bound.bound_bias`). The first
-    update, which knows nothing, takes max_window. Where no window up to max_window keeps the bound, as with a
-    gradient that does not decay, max_window is taken, and `info["bias_bound"]` says what is left of the
-    promise: inf, if nothing. Nothing is promised by fewer than 8 lags, nor by a zero that fewer than 3 probes met (a reset, perhaps).
+    the lags add to the gradient, from which the *next* update's window follows (`bound_bias`). The first update,
+    which knows nothing, takes max_window. Where no window up to max_window keeps the bound, as with a gradient that
+    does not decay, max_window is taken, and `info["bias_bound"]` says what is left of the promise: inf, if nothing.
+    Nothing is promised by fewer than 8 lags, nor by a zero that fewer than 3 probes met (a reset, perhaps).
 
     Coverage is that of a first update, max_window; a later one's is that of its `info["window"]`,
     `truncation.window_coverage(T, window, 1)`.

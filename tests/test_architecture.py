@@ -18,6 +18,7 @@ import jbptt
 ROOT = Path(jbptt.__file__).parent  # what is tested may be an installed copy, without the pages beside it
 PAGE = Path(__file__).parent.parent / "CONTRIBUTING.md"
 CORE = [
+    "lazy",
     "arrays",
     "types",
     "norms",
@@ -52,7 +53,8 @@ CORE = [
     "estimators",
     "bias_bound",
     "adaptive",
-    "cotangents",
+    "clipping.cotangents",
+    "clipping.transformations",
     "clipping",
     "brute_force",
     "probes",
@@ -63,7 +65,8 @@ OPTIONAL = {"matplotlib", "rich", "tyro", "jinja2", "torch", "xarray", "zarr", "
 INTEROP = {"interop.nnx": "flax", "interop.linen": "flax", "interop.haiku": "haiku", "interop.equinox": "equinox"}
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted(ROOT.rglob("*.py"))}
 DOORS = {"__init__", "__main__"}  # what only opens the house to its users
-FILES["engine"] = FILES.pop("engine.__init__")  # the door of a wing, through which all others use it
+for wing in ("engine", "clipping"):  # by its door all others use it
+    FILES[wing] = FILES.pop(f"{wing}.__init__")
 MODULES = {name: path for name, path in FILES.items() if name.split(".")[-1] not in DOORS}
 
 
@@ -97,7 +100,7 @@ def public_functions(path):
 
 
 def test_every_module_of_the_core_has_its_place():
-    assert {name for name in MODULES if "." not in name or name.startswith("engine.")} == set(CORE)
+    assert {name for name in MODULES if name.split(".")[0] not in FLOORS} == set(CORE)
 
 
 def test_one_door_to_the_engine():
@@ -156,40 +159,44 @@ def test_modules_stay_small():
     assert {name: size for name, size in sizes.items() if size > 330} == {}
 
 
-def test_public_names_exist_and_are_used_as_exported():
-    """What a type checker is told is what `__getattr__` finds."""
+LAZY = ("jbptt", "jbptt.clipping", "jbptt.experiments")  # packages that import a name when it is asked for
+
+
+@pytest.mark.parametrize("package", LAZY)
+def test_a_lazy_package_keeps_what_it_tells_type_checkers(package):
+    """The same names, from the same modules; nothing else, and words for what is not there."""
+    door = importlib.import_module(package)
     told = {
-        alias.name: node.module.removeprefix("jbptt").removeprefix(".")
-        for node in ast.walk(ast.parse((ROOT / "__init__.py").read_text()))
+        alias.name: node.module
+        for node in ast.walk(ast.parse(Path(door.__file__).read_text()))
         if isinstance(node, ast.ImportFrom) and node.module.startswith("jbptt")
         for alias in node.names
+        if alias.name != "lazy"
     }
-    rooms = {*MODULES, "experiments", "interop"}
-    modules = {name for name, home in told.items() if f"{home}.{name}".lstrip(".") in rooms}
-    assert {name: told[name] for name in told if name not in modules} == jbptt._HOMES
-    for name in told:
-        value = getattr(jbptt, name)
-        assert inspect.ismodule(value) == (name in modules)
-        assert inspect.ismodule(value) or callable(value) or not inspect.isroutine(value)
+    assert sorted(told) == door.__all__ == dir(door)
+    for name, home in told.items():
+        value = getattr(door, name)
+        if inspect.ismodule(value):
+            assert value.__name__ == f"{home}.{name}"
+        else:
+            assert value is getattr(importlib.import_module(home), name), name
+    with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'full_bttp'"):
+        _ = door.full_bttp
+
+
+def test_public_names():
     wanted = "Batch Estimate Estimator Loss Step cells truncation clipping unroll full_bptt truncated_bptt gated_bptt"
-    assert set(wanted.split()) | {"randomized_bptt"} <= set(told)
-    assert sorted(told) == jbptt.__all__ == dir(jbptt)
+    assert set(wanted.split()) | {"randomized_bptt"} <= set(jbptt.__all__)
     assert jbptt.__version__ == importlib.metadata.version("jbptt")
-    with pytest.raises(AttributeError, match="no attribute 'full_bttp'"):
-        _ = jbptt.full_bttp
 
 
-def test_the_room_of_experiments_opens_when_asked():
-    """`jbptt.experiments.compare_remedies`, as an attribute alone; whoever trains does not load it."""
+def test_lazy_packages_wait_for_nothing():
+    """Whoever trains does not load the remedies, who clips inside a step not optax; a star takes all."""
     result = in_a_fresh_process(
-        "import sys, jbptt\njbptt.train; assert 'jbptt.experiments.remedies' not in sys.modules\n"
-        "assert dir(jbptt.experiments) == ['Remedies', 'compare_remedies']\n"
-        "jbptt.experiments.compare_remedies, jbptt.experiments.Remedies\n"
+        "import sys, jbptt\njbptt.clipping.clip_cotangent; assert 'optax' not in sys.modules\n"
+        "jbptt.train; assert 'jbptt.experiments.remedies' not in sys.modules\n"
         "from jbptt.experiments import *; compare_remedies, Remedies\n"
         "assert not {'Remedies', 'compare_remedies'} & {*dir(jbptt)}, 'an alias at the top'\n"
-        "try: jbptt.experiments.compare_remedy\n"
-        "except AttributeError as error: assert 'no attribute' in str(error)\n"
-        "else: raise SystemExit('found')"
     )
     assert result.returncode == 0, result.stderr
 

@@ -22,7 +22,7 @@ from jbptt import (
     unroll,
 )
 from jbptt.clipping import clip_cotangent
-from jbptt.cotangents import clips_cotangents
+from jbptt.clipping.cotangents import clips_cotangents
 
 T = 9
 

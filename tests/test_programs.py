@@ -19,7 +19,7 @@ from problems import HIDDEN, INPUT
 from test_configurations import NUM_STEPS, analyses, clipped_training, full_problem, roads
 
 import jbptt
-from jbptt import cells, cotangents, powers, tasks, truncation
+from jbptt import cells, clipping, powers, tasks, truncation
 
 PLATFORMS = "cpu", "cuda", "tpu"
 
@@ -58,7 +58,7 @@ def others(params, carry, batch):
         "experiments.compare_remedies": jbptt.experiments.compare_remedies(key, **patients),
         "powers.eigenvalues": powers.eigenvalues(square, 3, symmetric=True),
         "powers.alignment": powers.alignment(square, square[0], 3, symmetric=True),
-        "clip_cotangent": jax.grad(lambda h: jnp.sum(cotangents.clip_cotangent(h, 1.0) ** 2))(carry),
+        "clip_cotangent": jax.grad(lambda h: jnp.sum(clipping.clip_cotangent(h, 1.0) ** 2))(carry),
         "tasks.copy": tasks.copy(key, length=2, delay=2, batch_size=2),
         "tasks.adding": tasks.adding(key, num_steps=4, batch_size=2),
         "tasks.cross_entropy": tasks.cross_entropy(jnp.zeros((2, 3)), jnp.zeros(2, int)),

@@ -11,7 +11,7 @@ from jax import lax
 from jbptt import slips, validation
 from jbptt.arrays import is_inexact, real_vector, split_inexact
 from jbptt.cells import split_readout
-from jbptt.cotangents import clips_cotangents
+from jbptt.clipping.cotangents import clips_cotangents
 from jbptt.executables import run
 from jbptt.recurrence import held, trajectory
 from jbptt.starts import start_of

@@ -1,21 +1,11 @@
 """Runs models: tasks, training, and the remedies for vanishing and exploding gradients side by side."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from jbptt import lazy
 
 if TYPE_CHECKING:
     from jbptt.experiments.remedies import Remedies, compare_remedies
 
-__all__ = ["Remedies", "compare_remedies"]
-
-
-def __getattr__(name: str) -> Any:
-    # When first asked for, so that whoever trains does not wait for what the remedies need.
-    if name not in __all__:
-        raise AttributeError(f"module 'jbptt.experiments' has no attribute {name!r}")
-    from jbptt.experiments import remedies
-
-    return getattr(remedies, name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+# Lazy: whoever trains does not wait for what the remedies need.
+__getattr__, __dir__, __all__ = lazy.attach(__name__, {"remedies": "Remedies compare_remedies"})

@@ -24,9 +24,9 @@ WINDOWS = "jbptt/windows.py"
 STREAMS = "jbptt/streams.py"
 ESTIMATORS = "jbptt/estimators.py"
 ADAPTIVE = "jbptt/adaptive.py"
-CLIPPING = "jbptt/clipping.py"
+CLIPPING = "jbptt/clipping/transformations.py"
 NORMS = "jbptt/norms.py"
-COTANGENTS = "jbptt/cotangents.py"
+COTANGENTS = "jbptt/clipping/cotangents.py"
 EXECUTABLES = "jbptt/executables.py"
 
 CORE = (

@@ -1,10 +1,4 @@
-"""Clipping as optax transformations, safe against overflow, with telemetry in the state.
-
-Every state is a NamedTuple whose name selects it in any optimizer's state:
-`optax.tree.get(opt_state, "LeafNormState").norm`. A field alone, `optax.tree.get(opt_state, "norm")`, is enough where
-one transformation has it (optax raises a KeyError where several do, or a parameter has that name); of two states of one
-kind, `optax.tree.get_all_with_path(opt_state, "GlobalNormState")` lists `(path, state)` in the chain's order.
-"""
+"""Clipping as optax transformations, safe against overflow, with telemetry in the state."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,11 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from jbptt import validation
-from jbptt.cotangents import clip_cotangent
 from jbptt.norms import clip_to_norm, compared_with, in_units_of, leafwise, norm, scaled_norm
 from jbptt.types import PyTree, exported
-
-__all__ = ["clip_by_global_norm", "clip_by_leaf_norm", "clip_by_value", "clip_cotangent", "gradient_stats"]
 
 Policy = Literal["propagate", "zero", "skip", "raise"]
 POLICIES: tuple[Policy, ...] = ("propagate", "zero", "skip", "raise")
