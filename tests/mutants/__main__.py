@@ -2,10 +2,11 @@
 
     python -m tests.mutants [--names a,b] [--sample N] [--seed S] [--jobs J] [--quick] [--trust] [--list]
 
-Every mutant is a copy of the repository with one edit of the tables beside this file. The test files that
-know the edited module best run on it first; if they all pass, every other test file does. A mutant
-that passes them all has survived: it shows a test that is missing. Most die within a minute; a
-survivor costs a run of all the tests.
+Every mutant is a copy of the repository with one edit of the tables beside this file, and the
+package in its plainest form, without comments (`edits.plain`). The test files that know the edited
+module best run on it first; if they all pass, every other test file does. A mutant that passes them
+all has survived: it shows a test that is missing. Most die within a minute; a survivor costs a run
+of all the tests.
 """
 
 import argparse
@@ -22,86 +23,28 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.mutants import Mutant
-from tests.mutants.analyses import ANALYSES
-from tests.mutants.core import CORE
-from tests.mutants.experiments import EXPERIMENTS
-from tests.mutants.interop import INTEROP
+from . import Mutant
+from .analyses import ANALYSES
+from .core import CORE
+from .edits import check_table, mutated, path_of, plain
+from .experiments import EXPERIMENTS
+from .interop import INTEROP
 
 MUTANTS = CORE + ANALYSES + EXPERIMENTS + INTEROP
 ROOT = Path(__file__).resolve().parents[2]
-LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "jbptt-report*")
+LEFT_OUT = shutil.ignore_patterns(
+    ".*",
+    "__pycache__",
+    "*.egg-info",
+    "build",
+    "dist",
+    "jbptt-report*",
+    "test_mutants.py",  # which notices that an edit was made, whatever it does
+)
 TIME_LIMIT = 20 * 60  # seconds for one mutant
 REQUIRED = 0.95  # the share of mutants that must die
 FEWEST_KILLED = 38  # what a run of the whole table must kill at least
 PASSED = (0, 5)  # pytest's status; 5: no test ran, as all need a package that is not installed
-
-# The fastest and closest tests of each module, most telling first.
-CLOSEST = {
-    "jbptt/types.py": ("test_batches",),
-    "jbptt/slips.py": ("test_faults", "test_batch_axes", "test_starts"),
-    "jbptt/batch_axes.py": ("test_batch_axes", "test_faults"),
-    "jbptt/validation.py": ("test_validation", "test_estimators"),
-    "jbptt/cells.py": ("test_by_hand", "test_generated", "test_tasks", "test_torch"),
-    "jbptt/recurrence.py": ("test_by_hand", "test_unroll", "test_batches", "test_memory", "test_analysis"),
-    "jbptt/executables.py": ("test_executables",),
-    "jbptt/truncation.py": ("test_truncation", "test_randomized", "test_gradients"),
-    "jbptt/engine/jaxprs.py": ("test_weights", "test_by_hand"),
-    "jbptt/engine/weight_products.py": ("test_weights", "test_by_hand"),
-    "jbptt/engine/weight_uses.py": ("test_weights", "test_lookups"),
-    "jbptt/engine/forward_backward.py": ("test_weights", "test_by_hand", "test_scan"),
-    "jbptt/division.py": ("test_configurations",),
-    "jbptt/analysis/plan_search.py": ("test_plans",),
-    "jbptt/arrays.py": ("test_batches", "test_unroll", "test_by_hand"),
-    "jbptt/losses.py": ("test_batches", "test_faults"),
-    "jbptt/engine/facts.py": ("test_shared_leaves", "test_cotangents"),
-    "jbptt/engine/__init__.py": ("test_by_hand", "test_streams"),
-    "jbptt/engine/fast.py": ("test_by_hand", "test_streams"),
-    "jbptt/engine/plain.py": ("test_engines",),
-    "jbptt/engine/stacks.py": ("test_scan", "test_weights"),
-    "jbptt/engine/cutting.py": ("test_weights", "test_scan"),
-    "jbptt/scan_vjp.py": ("test_scan",),
-    "jbptt/scanning.py": ("test_scan",),
-    "jbptt/segments.py": ("test_by_hand", "test_starts", "test_streams", "test_batches", "test_gradients"),
-    "jbptt/windows.py": ("test_by_hand", "test_streams", "test_batches", "test_gradients"),
-    "jbptt/streams.py": ("test_streams", "test_contract", "test_batches"),
-    "jbptt/estimators.py": ("test_streams", "test_randomized", "test_batches"),
-    "jbptt/bias_bound.py": ("test_evidence", "test_adaptive"),
-    "jbptt/adaptive.py": ("test_adaptive",),
-    "jbptt/analysis/comparison.py": ("test_comparison",),
-    "jbptt/analysis/window_lengths.py": ("test_window_lengths",),
-    "jbptt/clipping/transformations.py": ("test_clipping",),
-    "jbptt/clipping/cotangents.py": ("test_cotangents",),
-    "jbptt/norms.py": ("test_norms", "test_clipping", "test_analysis", "test_diagnosis"),
-    "jbptt/analysis/flow.py": ("test_analysis", "test_batches"),
-    "jbptt/analysis/lags.py": ("test_analysis", "test_diagnosis", "test_batches"),
-    "jbptt/analysis/diagnosis.py": ("test_diagnosis", "test_analysis"),
-    "jbptt/analysis/blocks.py": ("test_evidence", "test_diagnosis"),
-    "jbptt/analysis/stuck.py": ("test_evidence", "test_advice"),
-    "jbptt/analysis/evidence.py": ("test_evidence", "test_diagnosis"),
-    "jbptt/analysis/jacobians.py": ("test_jacobians",),
-    "jbptt/analysis/linalg/scaled_svd.py": ("test_jacobians",),
-    "jbptt/analysis/jacobian_spans.py": ("test_jacobians",),
-    "jbptt/analysis/gate_jacobians.py": ("test_jacobians",),
-    "jbptt/analysis/alignment.py": ("test_jacobians", "test_powers"),
-    "jbptt/analysis/lyapunov.py": ("test_lyapunov",),
-    "jbptt/analysis/linalg/dominant_eigenvector.py": ("test_powers",),
-    "jbptt/analysis/linalg/powers.py": ("test_powers",),
-    "jbptt/analysis/advice.py": ("test_advice", "test_diagnosis"),
-    "jbptt/analysis/culprits.py": ("test_nonfinite",),
-    "jbptt/analysis/nonfinite.py": ("test_nonfinite", "test_faults"),
-    "jbptt/engine/dependence.py": ("test_validation", "test_faults"),
-    "jbptt/starts.py": ("test_starts",),
-    "jbptt/experiments/treatments.py": ("test_remedies",),
-    "jbptt/experiments/outcomes.py": ("test_remedies",),
-    "jbptt/experiments/training.py": ("test_training", "test_tasks"),
-    "jbptt/experiments/tasks.py": ("test_tasks", "test_training"),
-    "jbptt/interop/calls.py": ("test_interop_refusals", "test_interop"),
-    "jbptt/interop/nnx.py": ("test_interop_refusals", "test_interop"),
-    "jbptt/interop/linen.py": ("test_interop_refusals", "test_interop"),
-    "jbptt/interop/haiku.py": ("test_interop_refusals", "test_interop"),
-    "jbptt/interop/equinox.py": ("test_interop_refusals", "test_interop"),
-}
 
 # Loaded by pytest from the copy: a run that imports another jbptt says nothing.
 GUARD = """
@@ -131,20 +74,6 @@ class Verdict(NamedTuple):
     outcome: str
     killer: str
     seconds: float
-
-
-def check_table(root: Path, mutants: tuple[Mutant, ...]) -> list[str]:
-    """What is wrong with the table: edits that do not fit the source, names used twice."""
-    problems = []
-    for mutant in mutants:
-        path = root / mutant.file
-        count = path.read_text().count(mutant.old) if path.exists() else 0
-        if count != 1:
-            problems.append(f"{mutant.name}: its old text occurs {count} times in {mutant.file}, wanted once")
-        if mutant.old == mutant.new or mutant.file not in CLOSEST:
-            problems.append(f"{mutant.name}: changes nothing, or CLOSEST lacks {mutant.file}")
-    names = [mutant.name for mutant in mutants]
-    return problems + [f"{name}: used twice" for name in sorted({n for n in names if names.count(n) > 1})]
 
 
 def run_tests(home: Path, files: list[str], limit: float) -> Run:
@@ -202,12 +131,12 @@ def check_clean(clean: Path, files: list[str], jobs: int) -> list[str]:
 def try_mutant(clean: Path, mutant: Mutant, quick: bool) -> Verdict:
     """Runs the closest tests on a mutant, then all others."""
     start = time.monotonic()
-    closest = list(CLOSEST[mutant.file])
+    closest = list(mutant.room.closest)
     others = [] if quick else [name for name in test_names(clean) if name not in closest]
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         home = copy_of(clean, folder)
-        path = home / mutant.file
-        path.write_text(path.read_text().replace(mutant.old, mutant.new))
+        path = path_of(home, mutant.room)
+        path.write_text(mutated(path.read_text(), mutant))
         outcome, killer = "survived", ""
         for files in filter(None, (closest, others)):
             run = run_tests(home, files, TIME_LIMIT - (time.monotonic() - start))
@@ -237,7 +166,7 @@ def judge(mutant: Mutant, run: Run) -> tuple[str, str]:
 
 def line_of(verdict: Verdict) -> str:
     """One line of the report."""
-    return f"{verdict.outcome:<9}{verdict.name:<42}{verdict.seconds:6.0f} s  {verdict.killer}"
+    return f"{verdict.outcome:<9}{verdict.name:<46}{verdict.seconds:6.0f} s  {verdict.killer}"
 
 
 def chosen(arguments: argparse.Namespace) -> tuple[Mutant, ...]:
@@ -274,17 +203,20 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     problems = check_table(ROOT, MUTANTS)
     if problems:
-        print("The source has moved on; mend the tables in tests/mutants:", *problems, sep="\n  ")
+        print("The tables in tests/mutants do not fit the source:", *problems, sep="\n  ")
         return 2
     mutants = chosen(arguments)
     if arguments.list:
-        print(*(f"{mutant.name:<42}{mutant.file}" for mutant in mutants), f"{len(mutants)} mutants", sep="\n")
+        lines = [f"{m.name:<46}{m.room.name}.{m.function}".rstrip(".") for m in mutants]
+        print(*lines, f"{len(mutants)} mutants", sep="\n")
         return 0
 
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         clean = Path(folder) / "clean"  # what is edited while this runs changes nothing
         shutil.copytree(ROOT, clean, ignore=LEFT_OUT)
-        close = {name for mutant in mutants for name in CLOSEST[mutant.file]}
+        for path in (clean / "jbptt").rglob("*.py"):
+            path.write_text(plain(path.read_text()))  # so that an edit is all that a mutant adds
+        close = {name for mutant in mutants for name in mutant.room.closest}
         used = [name for name in test_names(clean) if not arguments.quick or name in close]
         if not arguments.trust:
             print("Without any edit:", flush=True)

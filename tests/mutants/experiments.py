@@ -1,80 +1,84 @@
 """The experiments."""
 
-from tests.mutants import Mutant
-
-TRAINING = "jbptt/experiments/training.py"
-TASKS = "jbptt/experiments/tasks.py"
-TREATMENTS = "jbptt/experiments/treatments.py"
-OUTCOMES = "jbptt/experiments/outcomes.py"
+from . import Mutant
+from .rooms import OUTCOMES, TASKS, TRAINING, TREATMENTS
 
 EXPERIMENTS = (
     # experiments
+    Mutant("training_resets_the_state", TRAINING, "train", "estimate, state", "estimate, _"),
     Mutant(
-        "training_resets_the_state",
+        "training_follows_the_sum",
         TRAINING,
-        "estimate, state = estimator.update(params, state, batch)",
-        "estimate, _ = estimator.update(params, state, batch)",
+        "train",
+        "grads, opt_state",
+        "grad_sum, opt_state",
     ),
-    Mutant(
-        "training_follows_the_sum", TRAINING, "optimizer.update(estimate.grads,", "optimizer.update(estimate.grad_sum,"
-    ),
-    Mutant(
-        "training_resets_the_optimizer",
-        TRAINING,
-        "updates, opt_state = optimizer.update",
-        "updates, _ = optimizer.update",
-    ),
-    Mutant("evaluation_resets_the_carry", TRAINING, "carry, ys = scan_steps", "_, ys = scan_steps"),
+    Mutant("training_resets_the_optimizer", TRAINING, "train", "updates, opt_state", "updates, _"),
+    Mutant("evaluation_resets_the_carry", TRAINING, "evaluate", "carry, ys", "_, ys"),
     Mutant(
         "evaluation_averages_batches",
         TRAINING,
-        "return weighted_mean(values.sum(), weights.sum())",
-        "return weighted_mean(values, weights).mean()",
+        "evaluate",
+        "weighted_mean(values.sum(), weights.sum())",
+        "weighted_mean(values, weights).mean()",
     ),
     Mutant(
         "text_rows_do_not_go_on",
         TASKS,
+        "_streams",
         "a.reshape(batch_size, num_batches, num_steps).transpose(1, 2, 0)",
         "a.reshape(num_batches, batch_size, num_steps).transpose(0, 2, 1)",
     ),
     Mutant(
         "cross_entropy_in_bits",
         TASKS,
-        "integer_labels(logits, target)",
-        "integer_labels(logits, target) / jnp.log(2.0)",
+        "cross_entropy",
+        "(logits, target)",
+        "(logits, target) / jnp.log(2.0)",
     ),
-    Mutant("squared_error_without_half", TASKS, "optax.losses.l2_loss(y, target)", "jnp.square(y - target)"),
+    Mutant(
+        "squared_error_without_half",
+        TASKS,
+        "squared_error",
+        "optax.losses.l2_loss(y, target)",
+        "jnp.square(y - target)",
+    ),
     # remedies
     Mutant(
         "penalty_forgets_the_weight",
         TREATMENTS,
-        "weight = treatment.strength * estimate.weight_sum",
-        "weight = treatment.strength",
+        "estimator_of",
+        "treatment.strength * estimate.weight_sum",
+        "treatment.strength",
     ),
-    Mutant("spectral_penalty_takes_v_for_vh", TREATMENTS, "@ vh[0])", "@ vh[:, 0])"),
+    Mutant("spectral_penalty_takes_v_for_vh", TREATMENTS, "spectral_penalty", "vh[0]", "vh[:, 0]"),
     Mutant(
         "leaky_relu_bends_upwards",
         TREATMENTS,
-        "jax.nn.relu(a) - jnp.where(slope == 0",
-        "jax.nn.relu(a) + jnp.where(slope == 0",
+        "cell_of",
+        "jax.nn.relu(a) -",
+        "jax.nn.relu(a) +",
     ),
     Mutant(
         "remedies_carry_over_batches",
         TREATMENTS,
-        "fresh = state._replace(carry=cell.initial_carry(batch.xs.shape[1:-1]))",
-        "fresh = state",
+        "estimator_of",
+        "state._replace(carry=cell.initial_carry(batch.xs.shape[1:-1]))",
+        "state",
     ),
-    Mutant("spread_of_the_population", OUTCOMES, "difference.std(ddof=1)", "difference.std()"),
-    Mutant("verdict_by_the_lower_bar", OUTCOMES, "bar = max(spread,", "bar = min(spread,"),
+    Mutant("spread_of_the_population", OUTCOMES, "excess", "ddof=1", ""),
+    Mutant("verdict_by_the_lower_bar", OUTCOMES, "verdict", "bar = max", "bar = min"),
     Mutant(
         "mean_leaves_out_infinities",
         OUTCOMES,
-        "values = values[~np.isnan(values)]",
-        "values = values[np.isfinite(values)]",
+        "_mean",
+        "~np.isnan(values)",
+        "np.isfinite(values)",
     ),
     Mutant(
         "exponent_higher_for_further_from_0",
         OUTCOMES,
+        "_of_balance",
         "excess(np.abs(case.after.exponent), np.abs(case.nothing.exponent))",
         "excess(case.after.exponent, case.nothing.exponent)",
     ),
