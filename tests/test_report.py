@@ -409,13 +409,13 @@ def quick_study(monkeypatch, data):
         progress("measure", 0.5)
         return {name: copy.deepcopy(data[name]) for name in data if name not in ("created", "command")}
 
-    monkeypatch.setattr(study, "check_settings", lambda settings: "text")
+    monkeypatch.setattr(study, "check_report_settings", lambda settings: "text")
     monkeypatch.setattr(study, "run_study", run)
 
 
 # The study itself, as small as it can be
 
-SMALL = study.Settings(
+SMALL = study.ReportSettings(
     cell=("gru", "rnn"), hidden_size=5, num_steps=7, batch_size=3, window=3, keep_prob=0.5, seed=2, quick=True
 )
 
@@ -425,7 +425,7 @@ def small_study():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study, "QUICK", measurements.QUICK._replace(num_updates=6, num_draws=4))
         shown = []
-        text = study.check_settings(SMALL)
+        text = study.check_report_settings(SMALL)
         return study.run_study(SMALL, text, lambda what, done: shown.append(done)), shown
 
 
@@ -461,8 +461,8 @@ def test_a_study_says_what_the_schema_promises(small_study):
 
 
 def test_strategies_as_data_are_the_estimators_they_stand_for(small_study):
-    task = tasks.text(study.check_settings(SMALL), num_steps=SMALL.num_steps, batch_size=SMALL.batch_size)
-    model = measurements.build("gru", SMALL, task, measurements.QUICK)
+    task = tasks.text(study.check_report_settings(SMALL), num_steps=SMALL.num_steps, batch_size=SMALL.batch_size)
+    model = measurements.make_model("gru", SMALL, task, measurements.QUICK)
     batch: Batch = measurements.first(task.train)
     problem = model.cell.step, tasks.cross_entropy
     chosen = learning.strategies(SMALL)
@@ -472,7 +472,7 @@ def test_strategies_as_data_are_the_estimators_they_stand_for(small_study):
         ("randomized", randomized_bptt(*problem, keep_prob=SMALL.keep_prob)),
     ):
         window, keep_prob, _ = chosen[name]
-        as_data = learning.estimator_of(model, jnp.array(window), jnp.array(keep_prob))
+        as_data = learning.strategy_estimator(model, jnp.array(window), jnp.array(keep_prob))
         start = (model.seeds[0], model.carry, batch, jax.random.key(0))  # the same draw for both
         found, _ = as_data.update(model.seeds[0], as_data.init(*start), batch)
         wanted, _ = estimator.update(model.seeds[0], estimator.init(*start), batch)

@@ -14,7 +14,7 @@ from problems import EXAMPLES, assert_close, cut
 
 from jbptt import Batch, cells, full_bptt, randomized_bptt, tasks, train, truncated_bptt
 from jbptt.clipping import clip_by_global_norm
-from jbptt.experiments.training import evaluate
+from jbptt.experiments.training import mean_loss
 
 NUM_BATCHES, NUM_STEPS = 4, 5
 OPTIMIZER = optax.chain(clip_by_global_norm(0.5), optax.adam(0.05))
@@ -143,7 +143,7 @@ def test_evaluate_is_a_loop_over_steps(cell):
         xs=jnp.where(batches.mask[..., None], batches.xs, jnp.nan),
         targets=jnp.where(batches.mask[..., None], batches.targets, jnp.inf),
     )
-    run = jax.jit(functools.partial(evaluate, step, loss))
+    run = jax.jit(functools.partial(mean_loss, step, loss))
     np.testing.assert_allclose(run(params, carry, batches), total / weights.sum(), rtol=1e-12)
     np.testing.assert_allclose(run(params, carry, spoiled), total / weights.sum(), rtol=1e-12)
     assert float(run(params, carry, batches._replace(weights=jnp.zeros_like(batches.weights)))) == 0.0
@@ -158,7 +158,7 @@ def test_learning_reduces_the_held_out_loss():
     cell = tasks.on_tokens(cells.with_linear_readout(cells.rnn(size, 4), size), size)
     params, carry = cell.init(jax.random.key(6)), cell.initial_carry((4,))
     estimator = truncated_bptt(cell.step, tasks.cross_entropy, window=4)
-    held = jax.jit(functools.partial(evaluate, cell.step, tasks.cross_entropy))
+    held = jax.jit(functools.partial(mean_loss, cell.step, tasks.cross_entropy))
     trained, history = jax.jit(functools.partial(train, estimator, optax.adam(0.05)))(params, carry, data.train)
     assert held(params, carry, data.heldout) > np.log(size) / 2
     assert held(trained, carry, data.heldout) < 0.2

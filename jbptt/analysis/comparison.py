@@ -150,7 +150,7 @@ def _compare(*given) -> Comparison:
     means, rows = [], []
     for estimator in estimators:
         sample = _sampler(estimator, params, carry, batch)
-        own_keys = keys if _draws(sample, key) else keys[:1]
+        own_keys = keys if _reads_its_key(sample, key) else keys[:1]
         mean, *row = _moments(sample, own_keys, exact, in_units, compare_fn)
         means.append(mean)
         rows.append(row)
@@ -187,14 +187,14 @@ def _sampler(estimator: Estimator, params: Params, carry: Carry, batch: Batch) -
     return sample
 
 
-def _draws(sample: Callable, key: jax.Array) -> bool:
+def _reads_its_key(sample: Callable, key: jax.Array) -> bool:
     """Whether the gradient may depend on the key."""
     return any(dependences(sample, key))
 
 
 def _exact_gradient(reference, params, carry, batch, key):
     sample = _sampler(reference, params, carry, batch)
-    if _draws(sample, key):
+    if _reads_its_key(sample, key):
         raise ValueError(
             "reference must draw nothing, got an estimator whose gradient depends on its key; pass "
             "full_bptt(step, loss), or a mean gradient of your own"

@@ -132,8 +132,8 @@ def nonfinite_of(step, loss, num_steps, params, carry, batch, gates) -> NonFinit
     """`find_nonfinite` of what has passed the border."""
     gates = None if gates is None else jnp.asarray(gates)
     trees = _Trees(params, carry, batch, gates)
-    layout = _layout(step, trees, num_steps)
-    return _result(search(partial(_look, step, loss, trees, layout), layout.places), layout)
+    catalogue = _catalogue(step, trees, num_steps)
+    return _result(search(partial(_look, step, loss, trees, catalogue), catalogue.places), catalogue)
 
 
 class _Trees(NamedTuple):
@@ -145,7 +145,7 @@ class _Trees(NamedTuple):
     gates: jax.Array | None
 
 
-class _Layout(NamedTuple):
+class _Catalogue(NamedTuple):
     """Names of the leaves looked at, and their places.
 
     Attributes:
@@ -163,7 +163,7 @@ class _Layout(NamedTuple):
     places: Places
 
 
-def _layout(step: Step, trees: _Trees, num_steps: int) -> _Layout:
+def _catalogue(step: Step, trees: _Trees, num_steps: int) -> _Catalogue:
     params, carry, batch, gates = trees
     run = partial(trajectory, step, length=num_steps)
     _, (_, ys) = jax.eval_shape(run, params, carry, batch.xs, batch.mask)
@@ -180,7 +180,7 @@ def _layout(step: Step, trees: _Trees, num_steps: int) -> _Layout:
         places += [next_place if prefix in ("carry", "y") else next_place + i for i in range(len(found))]
     start = _names("params", params) + _names("carry", carry)
     back = _names("the adjoint of carry", carry) + _names("the gradient of params", params)
-    return _Layout(start, columns, names, back, Places(len(start), num_steps, np.array(places)))
+    return _Catalogue(start, columns, names, back, Places(len(start), num_steps, np.array(places)))
 
 
 def _made_finite(tree: PyTree, flags: list[Any]) -> PyTree:
@@ -194,16 +194,16 @@ def _made_finite(tree: PyTree, flags: list[Any]) -> PyTree:
     return rebuild([jnp.where(align_leading(flag, a.ndim), stand_in(a), a) for a, flag in pairs])
 
 
-def _look(step: Step, loss: Loss, trees: _Trees, layout: _Layout, place: jax.Array, spared: jax.Array) -> Looked:
+def _look(step: Step, loss: Loss, trees: _Trees, catalogue: _Catalogue, place: jax.Array, spared: jax.Array) -> Looked:
     """One run with all up to `place` made finite, but for the column `spared` at that place itself.
 
     Outcomes: the loss of every step, their weighted mean, and back from the last step the adjoints and gradients.
     """
-    places = layout.places
+    places = catalogue.places
     limit = place - places.num_start - places.width * jnp.arange(places.num_steps)
 
     def settle(prefix, tree, limit):
-        at = [(column, int(places.of_columns[column])) for column in layout.columns[prefix]]
+        at = [(column, int(places.of_columns[column])) for column in catalogue.columns[prefix]]
         return _made_finite(tree, [(limit > p) | ((limit == p) & (column != spared)) for column, p in at])
 
     def settled_step(params, carry, inputs):
@@ -261,24 +261,24 @@ def _step_back(step, loss, live, params, total, inputs):
     return jnp.concatenate([_bad(adjoint), _bad(grad)])
 
 
-def _result(found: Culprit, layout: _Layout) -> NonFinite:
+def _result(found: Culprit, catalogue: _Catalogue) -> NonFinite:
     """A place on the way forward; else an adjoint or gradient; else, where their mean is not finite, the last loss."""
-    num_start, num_steps, places = layout.places
-    num_there, num_back = len(layout.names), max(1, len(layout.back))
+    num_start, num_steps, places = catalogue.places
+    num_there, num_back = len(catalogue.names), max(1, len(catalogue.back))
     is_any, at_start = jnp.any(found.given.broken), found.is_place & (found.place < num_start)
     back = found.outcome - num_steps - 1
     is_back = ~found.is_place & (back >= 0)
     column = jnp.where(found.is_place, found.column, num_there - 1)
     step = jnp.where(found.is_place, found.step, jnp.where(is_back, num_steps - 1 - back // num_back, num_steps - 1))
 
-    given = np.isin(np.arange(num_there), [column for prefix in GIVEN for column in layout.columns[prefix]])
+    given = np.isin(np.arange(num_there), [column for prefix in GIVEN for column in catalogue.columns[prefix]])
     phase = jnp.where(is_back, 2, jnp.where(at_start | jnp.asarray(given)[column], 0, 1))
     leaf = jnp.where(is_back, num_start + num_there + back % num_back, num_start + column)
-    there = num_start + layout.places.width * np.arange(num_steps)[:, None] + places
+    there = num_start + catalogue.places.width * np.arange(num_steps)[:, None] + places
     absorbed = (
         found.given.start & (np.arange(num_start) < found.place),
         jnp.any(found.given.there & (there < found.place), axis=0),
-        jnp.zeros(len(layout.back), bool),
+        jnp.zeros(len(catalogue.back), bool),
     )
     return NonFinite(
         found=is_any,
@@ -286,5 +286,5 @@ def _result(found: Culprit, layout: _Layout) -> NonFinite:
         step=jnp.where(is_any, step, 0),
         leaf_index=jnp.where(is_any, jnp.where(at_start, found.place, leaf), 0),
         absorbed=jnp.concatenate(absorbed),
-        leaves=(*layout.start, *layout.names, *layout.back),
+        leaves=(*catalogue.start, *catalogue.names, *catalogue.back),
     )

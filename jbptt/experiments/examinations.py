@@ -10,8 +10,8 @@ from jbptt.analysis.lyapunov import lyapunov_spectrum
 from jbptt.clipping import clip_by_global_norm
 from jbptt.experiments import tasks
 from jbptt.experiments.outcomes import Measures
-from jbptt.experiments.training import evaluate
-from jbptt.experiments.treatments import Treatment, estimator_of
+from jbptt.experiments.training import mean_loss
+from jbptt.experiments.treatments import Treatment, treated_estimator
 from jbptt.norms import compared_with, norm
 from jbptt.types import Batch, Params
 
@@ -38,7 +38,7 @@ def examine(
       key: of the draws.
     """
     first = heldout._replace(xs=heldout.xs[:, :batch_size], targets=heldout.targets[:, :batch_size])
-    loss = evaluate(
+    loss = mean_loss(
         cell.step,
         tasks.squared_error,
         params,
@@ -80,7 +80,7 @@ def gradient_error(
     num_steps, batch_size, _ = batch.xs.shape
 
     def gradient(gates):
-        estimator = estimator_of(cell, treatment, None, gates_fn=lambda key, num_steps: gates)
+        estimator = treated_estimator(cell, treatment, None, gates_fn=lambda key, num_steps: gates)
         state = estimator.init(params, cell.initial_carry((batch_size,)), batch)
         return ravel_pytree(estimator.update(params, state, batch)[0].grads)[0]
 

@@ -25,9 +25,9 @@ from jbptt.experiments.treatments import (
     Treatment,
     cell_of,
     check_doses,
-    estimator_of,
     optimizer_of,
     prescribe,
+    treated_estimator,
 )
 from jbptt.types import Batch, Params
 
@@ -244,7 +244,7 @@ def train_runs(family: str, sizes: Sizes, runs: Run, params: Params, batches: Ba
     def one(args):
         run, params = args
         cell = cell_for(family, sizes, run)
-        estimator = estimator_of(cell, run.treatment, sizes.num_exponents)
+        estimator = treated_estimator(cell, run.treatment, sizes.num_exponents)
         carry = cell.initial_carry((sizes.batch_size,))
         key = jax.random.fold_in(run.key, 1)
         own = jax.tree.map(lambda a: a[run.seed], batches)

@@ -86,7 +86,7 @@ def train(
     return params, History(loss, grad_norm, info, state, opt_state)
 
 
-def evaluate(step: Step, loss: Loss, params: Params, carry: Carry, batches: Batch) -> jax.Array:
+def mean_loss(step: Step, loss: Loss, params: Params, carry: Carry, batches: Batch) -> jax.Array:
     """The weighted mean loss over batches `[N, T, ...]` read as one stream, the carry kept between them."""
 
     def body(carry, batch):

@@ -210,7 +210,7 @@ def lyapunov_penalty(step: Step, params: Params, carry: Carry, xs: jax.Array, nu
     return jnp.mean(jnp.square(jnp.where(jnp.isfinite(exponents), exponents, 0)))
 
 
-def estimator_of(
+def treated_estimator(
     cell: cells.Cell, treatment: Treatment, num_exponents: int | None, gates_fn: Callable | None = None
 ) -> Estimator:
     """The gradient that a treated run uses: gated, with its penalty, every batch from a carry of zeros.

@@ -17,7 +17,7 @@ from jbptt.arrays import weighted_mean
 from jbptt.experiments import tasks
 from jbptt.experiments.remedies import Remedies, compare_remedies
 from jbptt.norms import norm
-from jbptt.report.measurements import Model, Plan, Progress, Trained, one_at_a_time
+from jbptt.report.measurements import Effort, Model, Progress, Trained, one_at_a_time
 from jbptt.segments import gradient_sums
 from jbptt.types import Batch
 
@@ -44,12 +44,12 @@ def flow(trained: Trained, progress: Progress, device: Any) -> dict[str, Any]:
     return found
 
 
-def spectra(trained: Trained, heldout: Batch, plan: Plan, progress: Progress, device: Any) -> list[dict[str, Any]]:
+def spectra(trained: Trained, heldout: Batch, effort: Effort, progress: Progress, device: Any) -> list[dict[str, Any]]:
     """Singular values of products of Jacobians and Lyapunov exponents, before and after training."""
     model = trained.model
     progress(f"{model.name}: spectra")
     xs = np.asarray(heldout.xs)[:, :, 0].reshape(-1)  # the first stream, batch after batch
-    xs = np.resize(xs, plan.spectrum_steps)
+    xs = np.resize(xs, effort.spectrum_steps)
     size = sum(leaf.size for leaf in jax.tree.leaves(model.cell.initial_carry()))
 
     def look(params, carry, xs):
@@ -58,8 +58,8 @@ def spectra(trained: Trained, heldout: Batch, plan: Plan, progress: Progress, de
             params,
             carry,
             xs,
-            num_exponents=min(plan.num_exponents, size),
-            num_discarded=plan.spectrum_steps // 4,
+            num_exponents=min(effort.num_exponents, size),
+            num_discarded=effort.spectrum_steps // 4,
             qr_every=4,
         )
         return found, jacobian_products(model.cell.step, params, carry, xs[: max(SPANS)], spans=SPANS)
@@ -75,7 +75,7 @@ def spectra(trained: Trained, heldout: Batch, plan: Plan, progress: Progress, de
         return {
             "cell": model.name,
             "stage": stage,
-            "num_steps": plan.spectrum_steps - plan.spectrum_steps // 4,
+            "num_steps": effort.spectrum_steps - effort.spectrum_steps // 4,
             "exponents": found.exponents,
             "standard_errors": found.standard_errors,
             "spans": SPANS,

@@ -88,14 +88,14 @@ def _commands(arguments: list[str]) -> Any:
     import tyro
 
     from jbptt.report import comparing
-    from jbptt.report.study import Settings
+    from jbptt.report.study import ReportSettings
 
     commands = tyro.extras.SubcommandApp()
     command = shlex.join(["jbptt", *arguments])
 
     @commands.command(name="report")
     def report(
-        settings: tyro.conf.OmitArgPrefixes[Settings] = Settings(),  # noqa: B008
+        settings: tyro.conf.OmitArgPrefixes[ReportSettings] = ReportSettings(),  # noqa: B008
         *,
         out: Path = Path("jbptt-report"),
         cores: int | None = None,
@@ -133,7 +133,7 @@ def _commands(arguments: list[str]) -> Any:
 
     @commands.command(name="compare")
     def compare(
-        settings: tyro.conf.OmitArgPrefixes[comparing.Settings] = comparing.Settings(),  # noqa: B008
+        settings: tyro.conf.OmitArgPrefixes[comparing.ComparisonSettings] = comparing.ComparisonSettings(),  # noqa: B008
         *,
         out: Path | None = None,
     ):
@@ -157,14 +157,14 @@ def run_compare(settings: Any, *, out: Path | None = None, command: str = "jbptt
 
     files = "comparison.json", "comparison.svg"
     try:
-        comparing.check_settings(settings)
+        comparing.check_comparison_settings(settings)
         if out is not None:
             output.check_target(Path(out), files)
         with interruption.unfinished("the comparison was stopped before it was finished; nothing was written"):
             found, cost = comparing.run_comparison(settings, lambda what: print(what, file=sys.stderr, flush=True))
             if out is not None:
                 picture = to_svg(plots.plot_comparison(found).figure)
-                texts = comparing.to_json(settings, found, cost, command), picture
+                texts = comparing.comparison_json(settings, found, cost, command), picture
                 output.write_files(dict(zip(files, texts, strict=True)), Path(out))
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
@@ -212,7 +212,7 @@ def run_report(settings: Any, *, out: Path, cores: int | None = None, command: s
     try:
         output.check_target(target)
         _use_cores(cores)
-        text = study.check_settings(settings)
+        text = study.check_report_settings(settings)
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
     try:

@@ -26,7 +26,7 @@ NUM_WARMING = 4
 
 
 @dataclass(frozen=True)
-class Settings:
+class ComparisonSettings:
     """Everything that shapes the numbers of a comparison.
 
     Attributes:
@@ -61,7 +61,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Model:
+class Setup:
     """A cell with its task: batches to train on, `[N, T, ...]`, and one that it has not seen."""
 
     cell: Cell
@@ -70,7 +70,7 @@ class Model:
     heldout: Batch
 
 
-def check_settings(settings: Settings) -> None:
+def check_comparison_settings(settings: ComparisonSettings) -> None:
     """A ValueError says what is wrong, before anything runs."""
     for name in ("hidden_size", "batch_size", "num_updates"):
         validation.check_positive_integer(name, getattr(settings, name))
@@ -91,8 +91,8 @@ def check_settings(settings: Settings) -> None:
             raise ValueError("tolerance needs a window, the longest that may be taken; pass --window")
 
 
-def build(settings: Settings) -> Model:
-    """The model and the data of a task."""
+def make_setup(settings: ComparisonSettings) -> Setup:
+    """The cell, the loss and the data of a task."""
     make, hidden, steps, examples = (
         getattr(cells, settings.cell),
         settings.hidden_size,
@@ -103,7 +103,7 @@ def build(settings: Settings) -> Model:
         task = tasks.text(tasks.read_text(settings.text), num_steps=steps, batch_size=examples)
         size = len(task.vocabulary)
         cell = tasks.on_tokens(cells.with_linear_readout(make(size, hidden), size), size)
-        return Model(cell, tasks.cross_entropy, take(task.train, 0, settings.num_updates), first(task.heldout))
+        return Setup(cell, tasks.cross_entropy, take(task.train, 0, settings.num_updates), first(task.heldout))
     if settings.task == "copy":
         length = max(1, steps // 8)
         draw = partial(tasks.copy, length=length, delay=steps - 2 * length, batch_size=examples)
@@ -112,15 +112,15 @@ def build(settings: Settings) -> Model:
         draw = partial(tasks.adding, num_steps=steps, batch_size=examples)
         cell, loss = cells.with_linear_readout(make(2, hidden), 1), tasks.squared_error
     keys = jax.random.split(jax.random.fold_in(jax.random.key(settings.seed), 1), settings.num_updates + 1)
-    return Model(cell, loss, jax.jit(jax.vmap(draw))(keys[1:]), jax.jit(draw)(keys[0]))
+    return Setup(cell, loss, jax.jit(jax.vmap(draw))(keys[1:]), jax.jit(draw)(keys[0]))
 
 
-def symbols_read(settings: Settings) -> dict[str, int] | None:
+def symbols_read(settings: ComparisonSettings) -> dict[str, int] | None:
     """What becomes of the characters of the text; None for a task without one."""
     return tasks.count_symbols(tasks.read_text(settings.text)) if settings.task == "text" else None
 
 
-def estimators_of(settings: Settings, step: Step, loss: Loss) -> dict[str, Estimator]:
+def estimators_of(settings: ComparisonSettings, step: Step, loss: Loss) -> dict[str, Estimator]:
     """What is compared, by name; full BPTT first."""
     found = {"full": full_bptt(step, loss)}
     for window in dict.fromkeys(settings.window):
@@ -155,24 +155,24 @@ def warmed(estimator: Estimator, params: Params, carry: Carry, batches: Batch) -
     return Estimator(init, estimator.update, coverage)
 
 
-def run_comparison(settings: Settings, say: Callable[[str], None]) -> tuple[Comparison, Cost]:
+def run_comparison(settings: ComparisonSettings, say: Callable[[str], None]) -> tuple[Comparison, Cost]:
     """Trains, compares and measures."""
-    model = build(settings)
+    setup = make_setup(settings)
     if (read := symbols_read(settings)) and read["folded_characters"]:
         say(
             f"text: {read['folded_characters']:,} of {read['characters']:,} characters are none of the "
             f"{read['vocabulary'] - 1} most frequent and are read as one symbol"
         )
     key = jax.random.fold_in(jax.random.key(settings.seed), 0)
-    estimators = estimators_of(settings, model.cell.step, model.loss)
+    estimators = estimators_of(settings, setup.cell.step, setup.loss)
     say(f"train: {settings.num_updates} updates with full BPTT")
     optimizer = optax.chain(clipping.clip_by_global_norm(1.0), optax.adam(3e-3))
     run = jax.jit(partial(train, estimators["full"], optimizer))
-    carry = model.cell.initial_carry((settings.batch_size,))
-    params, _ = run(jax.jit(model.cell.init)(key), carry, model.train)
-    problem = params, carry, model.heldout
+    carry = setup.cell.initial_carry((settings.batch_size,))
+    params, _ = run(jax.jit(setup.cell.init)(key), carry, setup.train)
+    problem = params, carry, setup.heldout
     for name in [name for name in estimators if name.startswith("adaptive")]:
-        latest = jax.tree.map(lambda a: a[-NUM_WARMING:], model.train)
+        latest = jax.tree.map(lambda a: a[-NUM_WARMING:], setup.train)
         estimators[name] = warmed(estimators[name], params, carry, latest)
     say(f"compare: {len(estimators)} estimators, {settings.num_samples} draws of each that draws")
     look = jax.jit(partial(compare, estimators, reference="full", num_samples=settings.num_samples))
@@ -181,9 +181,9 @@ def run_comparison(settings: Settings, say: Callable[[str], None]) -> tuple[Comp
     return found, measure_cost(estimators, *problem, key=key)
 
 
-def to_json(settings: Settings, found: Comparison, cost: Cost, command: str) -> str:
+def comparison_json(settings: ComparisonSettings, found: Comparison, cost: Cost, command: str) -> str:
     """Every number, as JSON; what is not finite becomes null."""
-    from jbptt.report.study import to_json as plain
+    from jbptt.report.study import plain_numbers
 
     data: dict[str, Any] = {name: getattr(found, name) for name in (*PER_ESTIMATOR, "coverage", "alignment")}
     data |= {"names": found.names, "num_samples": found.num_samples, "settings": asdict(settings), "command": command}
@@ -191,4 +191,4 @@ def to_json(settings: Settings, found: Comparison, cost: Cost, command: str) -> 
     data |= {"temporary_bytes": cost.temporary_bytes}
     data["text"] = symbols_read(settings)
     data["settings"]["text"] = None if settings.text is None else str(settings.text)
-    return json.dumps(plain(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(plain_numbers(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"

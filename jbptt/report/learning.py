@@ -12,13 +12,13 @@ import optax
 from jbptt import truncation
 from jbptt.estimators import gated_bptt
 from jbptt.experiments import tasks
-from jbptt.experiments.training import evaluate, train
-from jbptt.report.measurements import Model, Plan, Progress, Trained, first, optimizer, take
+from jbptt.experiments.training import mean_loss, train
+from jbptt.report.measurements import Effort, Model, Progress, Trained, first, optimizer, take
 from jbptt.types import Estimator, Params
 
 
-class Run(NamedTuple):
-    """One model in training. The strategy is data: one program trains them all.
+class Learner(NamedTuple):
+    """One model that learns. The strategy is data: one program trains them all.
 
     Attributes:
       window: steps per block, T for strategies without blocks.
@@ -46,31 +46,31 @@ def strategies(settings: Any) -> dict[str, tuple[int, float, str]]:
 
 
 def learn(
-    model: Model, task: tasks.Text, plan: Plan, settings: Any, progress: Progress
+    model: Model, task: tasks.Text, effort: Effort, settings: Any, progress: Progress
 ) -> tuple[dict[str, Any], Trained]:
     """Trains every strategy from every seed; also what full BPTT from the first seed has become."""
     chosen = strategies(settings)
-    what = f"{model.name}: learn with {len(chosen)} strategies, {plan.num_seeds} seeds each"
+    what = f"{model.name}: learn with {len(chosen)} strategies, {effort.num_seeds} seeds each"
     progress(what)
-    chunk = max(1, plan.num_updates // plan.num_evaluations)
-    adam = optimizer(chunk * plan.num_evaluations)
-    sharding = _share(len(chosen) * plan.num_seeds)
+    chunk = max(1, effort.num_updates // effort.num_evaluations)
+    adam = optimizer(chunk * effort.num_evaluations)
+    sharding = _share(len(chosen) * effort.num_seeds)
     runs = jax.device_put(_start(model, adam, task, settings.seed, chosen), sharding)
     advance, score = (_each_run(partial(function, model, adam), sharding) for function in (_advance, _score))
     curve = [score(runs, task.heldout)]
-    for i in range(plan.num_evaluations):
+    for i in range(effort.num_evaluations):
         runs = advance(runs, take(task.train, i * chunk, chunk))
         curve.append(score(runs, task.heldout))
         jax.block_until_ready(curve)
-        progress(what, 3 * plan.num_seeds / plan.num_evaluations)
-    perplexity = np.asarray(curve).reshape(len(curve), len(chosen), plan.num_seeds)
+        progress(what, 3 * effort.num_seeds / effort.num_evaluations)
+    perplexity = np.asarray(curve).reshape(len(curve), len(chosen), effort.num_seeds)
     numbers = {
         "cell": model.name,
         "batch_size": settings.batch_size,
         "num_steps": settings.num_steps,
-        "num_seeds": plan.num_seeds,
+        "num_seeds": effort.num_seeds,
         "characters_read": [
-            chunk * settings.num_steps * settings.batch_size * i for i in range(plan.num_evaluations + 1)
+            chunk * settings.num_steps * settings.batch_size * i for i in range(effort.num_evaluations + 1)
         ],
         "strategies": [
             _summary(name, detail, perplexity[:, i]) for i, (name, (*_, detail)) in enumerate(chosen.items())
@@ -100,7 +100,7 @@ def _share(num_runs: int) -> jax.sharding.NamedSharding:
 
 
 def _each_run(function: Callable, sharding: jax.sharding.NamedSharding) -> Callable:
-    """`function(run, batches)` for runs with leaves `[num_runs, ...]`.
+    """`function(learner, batches)` for learners with leaves `[num_runs, ...]`.
 
     Side by side on an accelerator; one after another on a CPU core, whose caches hold only one of them.
     """
@@ -115,7 +115,7 @@ def _each_run(function: Callable, sharding: jax.sharding.NamedSharding) -> Calla
     return jax.jit(jax.shard_map(on_device, **options))
 
 
-def estimator_of(model: Model, window: jax.Array, keep_prob: jax.Array) -> Estimator:
+def strategy_estimator(model: Model, window: jax.Array, keep_prob: jax.Array) -> Estimator:
     """A strategy as gates."""
 
     def gates_fn(key, num_steps):
@@ -124,14 +124,14 @@ def estimator_of(model: Model, window: jax.Array, keep_prob: jax.Array) -> Estim
     return gated_bptt(model.cell.step, tasks.cross_entropy, gates_fn=gates_fn)
 
 
-def _start(model: Model, adam: optax.GradientTransformation, task: tasks.Text, seed: int, chosen: dict) -> Run:
+def _start(model: Model, adam: optax.GradientTransformation, task: tasks.Text, seed: int, chosen: dict) -> Learner:
     """All runs, strategy by strategy; the strategies share the seeds' parameters and keys."""
 
     def one(window, keep_prob, params, key):
-        state = estimator_of(model, window, keep_prob).init(params, model.carry, first(task.train), key=key)
-        return Run(window, keep_prob, params, state, adam.init(params))
+        state = strategy_estimator(model, window, keep_prob).init(params, model.carry, first(task.train), key=key)
+        return Learner(window, keep_prob, params, state, adam.init(params))
 
-    key = jax.random.fold_in(jax.random.key(seed), 1)  # `build` draws from another
+    key = jax.random.fold_in(jax.random.key(seed), 1)  # `make_model` draws from another
     starts = [
         (jnp.array(window), jnp.array(keep_prob), params, jax.random.fold_in(key, i))
         for window, keep_prob, _ in chosen.values()
@@ -140,13 +140,15 @@ def _start(model: Model, adam: optax.GradientTransformation, task: tasks.Text, s
     return jax.jit(jax.vmap(one))(*jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts))
 
 
-def _advance(model: Model, adam: optax.GradientTransformation, run: Run, batches: Any) -> Run:
-    estimator = estimator_of(model, run.window, run.keep_prob)
-    params, history = train(estimator, adam, run.params, None, batches, state=run.state, opt_state=run.opt_state)
-    return run._replace(params=params, state=history.state, opt_state=history.opt_state)
+def _advance(model: Model, adam: optax.GradientTransformation, learner: Learner, batches: Any) -> Learner:
+    estimator = strategy_estimator(model, learner.window, learner.keep_prob)
+    params, history = train(
+        estimator, adam, learner.params, None, batches, state=learner.state, opt_state=learner.opt_state
+    )
+    return learner._replace(params=params, state=history.state, opt_state=history.opt_state)
 
 
-def _score(model: Model, adam: optax.GradientTransformation, run: Run, batches: Any) -> jax.Array:
+def _score(model: Model, adam: optax.GradientTransformation, learner: Learner, batches: Any) -> jax.Array:
     """Reads on from where training stands: from zeros, a trained network may be lost for good."""
     del adam
-    return jnp.exp(evaluate(model.cell.step, tasks.cross_entropy, run.params, run.state.carry, batches))
+    return jnp.exp(mean_loss(model.cell.step, tasks.cross_entropy, learner.params, learner.state.carry, batches))

@@ -11,9 +11,11 @@ import numpy as np
 import optax
 
 from jbptt import cells, clipping
+from jbptt.analysis.advice import TOLERANCES
 from jbptt.analysis.costs import fresh_blocks, measure_cost
-from jbptt.analysis.diagnosis import TOLERANCES, Diagnosis, diagnose, fit_decay
-from jbptt.analysis.findings import VERDICTS
+from jbptt.analysis.diagnosis import diagnose
+from jbptt.analysis.evidence import fit_decay
+from jbptt.analysis.findings import VERDICTS, Diagnosis
 from jbptt.analysis.lags import lag_profile
 from jbptt.cells import Cell
 from jbptt.estimators import full_bptt, truncated_bptt
@@ -22,7 +24,7 @@ from jbptt.experiments.training import train
 from jbptt.types import Carry, Params
 
 
-class Plan(NamedTuple):
+class Effort(NamedTuple):
     """How much work a report does.
 
     Attributes:
@@ -57,8 +59,8 @@ class Plan(NamedTuple):
         return num_cells + per_cell + 3 * self.num_seeds + 3 + 4 * (self.num_draws > 0) + 8 * self.remedies
 
 
-FULL = Plan(600, 12, 4, (4, 16, 64), 2, True, 7, 1024, 64, 64, True)
-QUICK = Plan(60, 3, 2, (), 1, False, 3, 256, 8, 0, False)
+FULL = Effort(600, 12, 4, (4, 16, 64), 2, True, 7, 1024, 64, 64, True)
+QUICK = Effort(60, 3, 2, (), 1, False, 3, 256, 8, 0, False)
 
 
 class Progress:
@@ -106,14 +108,14 @@ class Model(NamedTuple):
     carry: Carry
 
 
-def build(name: str, settings: Any, task: tasks.Text, plan: Plan) -> Model:
+def make_model(name: str, settings: Any, task: tasks.Text, effort: Effort) -> Model:
     """Draws the parameters of all seeds."""
     size, key = len(task.vocabulary), jax.random.fold_in(jax.random.key(settings.seed), 0)
     make = getattr(cells, name)
     cell = tasks.on_tokens(cells.with_linear_readout(make(size, settings.hidden_size), size), size)
     init = jax.jit(cell.init).lower(key).compile()
     with one_at_a_time:
-        seeds = [jax.block_until_ready(init(jax.random.fold_in(key, i))) for i in range(plan.num_seeds)]
+        seeds = [jax.block_until_ready(init(jax.random.fold_in(key, i))) for i in range(effort.num_seeds)]
     return Model(name, cell, seeds, cell.initial_carry((settings.batch_size,)))
 
 
@@ -146,11 +148,11 @@ class Trained(NamedTuple):
     batch: Any
 
 
-def train_fully(model: Model, task: tasks.Text, plan: Plan, progress: Progress, device: Any) -> Trained:
+def train_fully(model: Model, task: tasks.Text, effort: Effort, progress: Progress, device: Any) -> Trained:
     """Trains with full BPTT from the first seed."""
     progress(f"{model.name}: train")
-    run = jax.jit(partial(train, full_bptt(model.cell.step, tasks.cross_entropy), optimizer(plan.num_updates)))
-    start = jax.device_put((model.seeds[0], model.carry, take(task.train, 0, plan.num_updates)), device)
+    run = jax.jit(partial(train, full_bptt(model.cell.step, tasks.cross_entropy), optimizer(effort.num_updates)))
+    start = jax.device_put((model.seeds[0], model.carry, take(task.train, 0, effort.num_updates)), device)
     params, history = run(*start)
     return Trained(model, params, history.state.carry, first(task.heldout))
 
@@ -192,11 +194,11 @@ def find_windows(trained: Trained, progress: Progress, device: Any) -> Diagnosis
     return found
 
 
-def windows(trained: Trained, found: Diagnosis, plan: Plan, progress: Progress) -> dict[str, Any]:
+def windows(trained: Trained, found: Diagnosis, effort: Effort, progress: Progress) -> dict[str, Any]:
     """Error by window of a trained model, with the cost of a few windows and of those recommended."""
     progress(f"{trained.model.name}: time and memory of windows")
-    curve, costs = found.curve, _costs(trained, found, plan)
-    progress(f"{trained.model.name}: measured", 1 + len(plan.cost_windows))
+    curve, costs = found.curve, _costs(trained, found, effort)
+    progress(f"{trained.model.name}: measured", 1 + len(effort.cost_windows))
 
     def part(error, cosine, recommended):
         chosen = {f"{tolerance:g}": int(w) or None for tolerance, w in zip(TOLERANCES, recommended, strict=True)}
@@ -211,18 +213,18 @@ def windows(trained: Trained, found: Diagnosis, plan: Plan, progress: Progress) 
     }
 
 
-def _costs(trained: Trained, found: Diagnosis, plan: Plan) -> list[dict[str, Any]]:
+def _costs(trained: Trained, found: Diagnosis, effort: Effort) -> list[dict[str, Any]]:
     step, loss = trained.model.cell.step, tasks.cross_entropy
-    sizes = [w for w in plan.cost_windows if w < found.num_steps]
+    sizes = [w for w in effort.cost_windows if w < found.num_steps]
     estimators = {("full", found.num_steps): full_bptt(step, loss)}
-    for window in sorted({*sizes, *map(int, found.block_window[: plan.cost_tolerances])} - {0, found.num_steps}):
+    for window in sorted({*sizes, *map(int, found.block_window[: effort.cost_tolerances])} - {0, found.num_steps}):
         estimators["block", window] = fresh_blocks(truncated_bptt(step, loss, window=window), window)
-    for window in sorted({*sizes, *map(int, found.sliding_window[: plan.cost_tolerances])} - {0}):
+    for window in sorted({*sizes, *map(int, found.sliding_window[: effort.cost_tolerances])} - {0}):
         estimators["sliding", window] = truncated_bptt(step, loss, window=window, stride=1)
     # On one device, whatever --cores says: the numbers of two reports stay comparable.
     where = jax.device_put((trained.params, trained.carry, trained.batch), jax.devices()[0])
     named = {f"{kind} {window}": estimator for (kind, window), estimator in estimators.items()}
-    cost = measure_cost(named, *where, num_repeats=plan.num_repeats)
+    cost = measure_cost(named, *where, num_repeats=effort.num_repeats)
     columns = zip(estimators, cost.median_seconds, cost.spread_seconds, cost.temporary_bytes, strict=True)
     return [
         {"strategy": kind, "window": window, "seconds": seconds, "seconds_spread": spread, "temporary_bytes": size}

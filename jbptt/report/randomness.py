@@ -15,7 +15,7 @@ from jbptt.analysis.window_lengths import optimize_schedule
 from jbptt.estimators import full_bptt, randomized_bptt, truncated_bptt
 from jbptt.experiments import tasks
 from jbptt.report.axes import numbers
-from jbptt.report.measurements import Plan, Progress, Trained
+from jbptt.report.measurements import Effort, Progress, Trained
 from jbptt.report.plots import plot_comparison
 from jbptt.report.tables import Table, format_number, format_seconds
 from jbptt.report.themes import LIGHT, Theme
@@ -48,17 +48,17 @@ def fitted_cuts(step: Step, loss: Loss, keep_prob: float, grad_norms: np.ndarray
 
 
 def price(
-    trained: Trained, grad_norms: np.ndarray, keep_prob: float, plan: Plan, progress: Progress, device: Any
+    trained: Trained, grad_norms: np.ndarray, keep_prob: float, effort: Effort, progress: Progress, device: Any
 ) -> dict[str, Any]:
     """Bias, spread and direction of each way to cut, on one held-out batch of the trained model."""
     name = trained.model.name
     progress(f"{name}: the price of randomness")
     problem = trained.model.cell.step, tasks.cross_entropy, keep_prob
     estimators = plain_cuts(*problem, len(grad_norms)) | fitted_cuts(*problem, grad_norms)
-    look = jax.jit(partial(compare, estimators, reference="full", num_samples=plan.num_draws))
+    look = jax.jit(partial(compare, estimators, reference="full", num_samples=effort.num_draws))
     where = jax.device_put((trained.params, trained.carry, trained.batch), device)
     found = jax.device_get(look(*where, key=jax.device_put(jax.random.key(1), device)))
-    progress(f"{name}: drawn {plan.num_draws} times", 3)
+    progress(f"{name}: drawn {effort.num_draws} times", 3)
     return {
         "cell": name,
         "keep_prob": keep_prob,
@@ -68,13 +68,13 @@ def price(
     }
 
 
-def time_them(trained: Trained, price: dict[str, Any], keep_prob: float, plan: Plan, progress: Progress):
+def time_them(trained: Trained, price: dict[str, Any], keep_prob: float, effort: Effort, progress: Progress):
     """Adds the time of one update of the first three: full, blocks, random cuts."""
     progress(f"{trained.model.name}: time of random cuts")
     found = plain_cuts(trained.model.cell.step, tasks.cross_entropy, keep_prob, len(trained.batch.xs))
     first = {name: found[name] for name in price["names"][:3]}
     where = jax.device_put((trained.params, trained.carry, trained.batch), jax.devices()[0])
-    cost = measure_cost(first, *where, num_repeats=plan.num_repeats)
+    cost = measure_cost(first, *where, num_repeats=effort.num_repeats)
     progress(f"{trained.model.name}: timed", 1)
     missing = [None] * (len(price["names"]) - 3)
     return price | {"seconds": [*cost.median_seconds, *missing]}

@@ -22,10 +22,10 @@ from jbptt.report.measurements import (
     FULL,
     QUICK,
     Progress,
-    build,
     find_windows,
     first,
     in_parallel,
+    make_model,
     reach,
     train_fully,
     windows,
@@ -37,7 +37,7 @@ CellName = Literal["rnn", "gru", "lstm"]
 
 
 @dataclass(frozen=True)
-class Settings:
+class ReportSettings:
     """Everything that shapes the numbers of a report.
 
     Attributes:
@@ -63,7 +63,7 @@ class Settings:
     quick: bool = False
 
 
-def check_settings(settings: Settings) -> str:
+def check_report_settings(settings: ReportSettings) -> str:
     """Checks every option and returns the text; a ValueError says what is wrong, before anything runs."""
     for name in ("hidden_size", "num_steps", "batch_size", "window"):
         validation.check_positive_integer(name, getattr(settings, name))
@@ -82,28 +82,28 @@ def check_settings(settings: Settings) -> str:
     return text
 
 
-def run_study(settings: Settings, text: str, progress: Callable[[str, float], None]) -> dict[str, Any]:
+def run_study(settings: ReportSettings, text: str, progress: Callable[[str, float], None]) -> dict[str, Any]:
     """Runs everything and returns the numbers behind every picture (docs/report.md has the schema)."""
-    plan = QUICK if settings.quick else FULL
+    effort = QUICK if settings.quick else FULL
     task = tasks.text(text, num_steps=settings.num_steps, batch_size=settings.batch_size)
     names = tuple(dict.fromkeys(settings.cell))
     last = len(names) - 1
-    chosen = range(len(names)) if plan.windows_of_all_cells else [last]
-    count = Progress(progress, plan.total_work(len(names)))
+    chosen = range(len(names)) if effort.windows_of_all_cells else [last]
+    count = Progress(progress, effort.total_work(len(names)))
 
     def teach(i: int):
         """The last model learns with every strategy, the others with full BPTT only."""
-        model = build(names[i], settings, task, plan)
+        model = make_model(names[i], settings, task, effort)
         if i == last:
-            return learn(model, task, plan, settings, count)
-        return None, train_fully(model, task, plan, count, jax.devices()[i % jax.device_count()])
+            return learn(model, task, effort, settings, count)
+        return None, train_fully(model, task, effort, count, jax.devices()[i % jax.device_count()])
 
     def beside():
         """What needs none of the trained models."""
-        rnn = build("rnn", settings, task, plan)
+        rnn = make_model("rnn", settings, task, effort)
         found = {"growth": anatomy.growth(rnn, first(task.heldout), count)}
         found["powers"] = anatomy.exercises(settings.seed, count)
-        return found | ({"remedies": anatomy.remedies(settings.seed, count)} if plan.remedies else {})
+        return found | ({"remedies": anatomy.remedies(settings.seed, count)} if effort.remedies else {})
 
     # What takes longest begins. What is timed waits until everything else is done.
     *taught, others = in_parallel(count, [*(partial(teach, i) for i in reversed(range(len(names)))), beside])
@@ -115,21 +115,21 @@ def run_study(settings: Settings, text: str, progress: Callable[[str, float], No
     def reach_and_price(i: int):
         """The lags of every model, and for the last one what random cuts that suit them cost."""
         curves = look(reach, i)()
-        if i != last or not plan.num_draws:
+        if i != last or not effort.num_draws:
             return curves, None
         norms = np.asarray(curves[1]["grad_norms"])
-        return curves, look(randomness.price, i, norms, settings.keep_prob, plan)()
+        return curves, look(randomness.price, i, norms, settings.keep_prob, effort)()
 
     jobs = [partial(reach_and_price, i) for i in reversed(range(len(names)))]  # what takes longest begins
     jobs += [look(find_windows, i) for i in chosen]
-    jobs += [look(anatomy.spectra, i, task.heldout, plan) for i in chosen]
+    jobs += [look(anatomy.spectra, i, task.heldout, effort) for i in chosen]
     *looked, flow = in_parallel(count, [*jobs, look(anatomy.flow, last)])
     (_, price), *_ = lags = looked[: len(names)]
     diagnoses, spectra = looked[len(names) : -len(chosen)], looked[-len(chosen) :]
     random = {}
     if price is not None:
-        random["randomness"] = randomness.time_them(trained[last], price, settings.keep_prob, plan, count)
-    measured = [windows(trained[i], found, plan, count) for i, found in zip(chosen, diagnoses, strict=True)]
+        random["randomness"] = randomness.time_them(trained[last], price, settings.keep_prob, effort, count)
+    measured = [windows(trained[i], found, effort, count) for i, found in zip(chosen, diagnoses, strict=True)]
     curves = [curve for found, _ in reversed(lags) for curve in found]
     result = {
         "schema_version": SCHEMA_VERSION,
@@ -153,17 +153,17 @@ def run_study(settings: Settings, text: str, progress: Callable[[str, float], No
         **random,
         **others,
     }
-    return to_json(result)
+    return plain_numbers(result)
 
 
-def to_json(value: Any) -> Any:
+def plain_numbers(value: Any) -> Any:
     """Plain Python all the way down; numbers that are not finite become None."""
     if isinstance(value, dict):
-        return {str(key): to_json(item) for key, item in value.items()}
+        return {str(key): plain_numbers(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [to_json(item) for item in value]
+        return [plain_numbers(item) for item in value]
     if isinstance(value, (np.ndarray, np.generic, jax.Array)):
-        return to_json(np.asarray(value).tolist())
+        return plain_numbers(np.asarray(value).tolist())
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
@@ -172,7 +172,7 @@ def _device() -> dict[str, Any]:
     return {"platform": first.platform, "kind": first.device_kind, "count": jax.device_count()}
 
 
-def _describe_text(settings: Settings, text: str, task: tasks.Text) -> dict[str, Any]:
+def _describe_text(settings: ReportSettings, text: str, task: tasks.Text) -> dict[str, Any]:
     source = f"pydoc_data.topics (Python {sys.version.split()[0]})" if settings.text is None else str(settings.text)
     return {
         "source": source,
@@ -182,7 +182,7 @@ def _describe_text(settings: Settings, text: str, task: tasks.Text) -> dict[str,
     }
 
 
-def _coverage(text: str, step: Step, settings: Settings) -> dict[str, Any]:
+def _coverage(text: str, step: Step, settings: ReportSettings) -> dict[str, Any]:
     """The first characters, cut into blocks of six, and as often on average at random."""
     characters, window = text[:24], 6
     keep_prob = 1 - 1 / window

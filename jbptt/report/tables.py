@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-Model = dict[str, Any]  # one entry of data["windows"]["models"]
+WindowNumbers = dict[str, Any]  # one entry of data["windows"]["models"]
 NOT_FINITE = "not finite"
 
 
@@ -58,24 +58,24 @@ def format_perplexity(strategy: dict[str, Any]) -> str:
     return f"{strategy['final_mean']:.2f}" + ("" if spread is None else f" ± {spread:.2f}")
 
 
-def full_cost(model: Model) -> dict[str, Any] | None:
+def full_cost(model: WindowNumbers) -> dict[str, Any] | None:
     """The measured cost of full BPTT; None if it was not measured."""
     return next((cost for cost in model["costs"] if cost["strategy"] == "full"), None)
 
 
-def cost_near(model: Model, strategy: str, window: int | None) -> dict[str, Any] | None:
+def cost_near(model: WindowNumbers, strategy: str, window: int | None) -> dict[str, Any] | None:
     """The cost at `window`, or at the next larger window that was measured."""
     costs = [c for c in model["costs"] if c["strategy"] == strategy and window is not None and c["window"] >= window]
     return min(costs, key=lambda cost: cost["window"], default=None)
 
 
-def recommended_window(model: Model, strategy: str, tolerance: str) -> int | None:
+def recommended_window(model: WindowNumbers, strategy: str, tolerance: str) -> int | None:
     """The smallest window within the tolerance; None where only full BPTT is."""
     window, full = model[strategy]["recommended"][tolerance], full_cost(model)
     return None if window is None or (full is not None and window >= full["window"]) else window
 
 
-def format_window(model: Model, strategy: str, tolerance: str) -> str:
+def format_window(model: WindowNumbers, strategy: str, tolerance: str) -> str:
     """The smallest window within the tolerance; `all 128` where only full BPTT is, `more than 64` if unmeasured."""
     window, full, last = model[strategy]["recommended"][tolerance], full_cost(model), model["windows"][-1]
     if window is None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-_OWN = Path(__file__).parents[1]
+_PACKAGE = Path(__file__).parents[1]
 RESULT = ("step", "loss", "params", "carry", "batch")
 
 
@@ -95,9 +95,9 @@ def describe(error: BaseException) -> str:
 
 def is_own(error: BaseException) -> bool:
     """Whether jbptt itself raised this, whose message needs no place."""
-    return Path(traceback.extract_tb(error.__traceback__)[-1].filename).is_relative_to(_OWN)
+    return Path(traceback.extract_tb(error.__traceback__)[-1].filename).is_relative_to(_PACKAGE)
 
 
 def _is_users(filename: str) -> bool:
-    foreign = _OWN, *(sysconfig.get_path(kind) for kind in ("stdlib", "purelib", "platlib"))
+    foreign = _PACKAGE, *(sysconfig.get_path(kind) for kind in ("stdlib", "purelib", "platlib"))
     return not filename.startswith("<") and not any(Path(filename).is_relative_to(folder) for folder in foreign)

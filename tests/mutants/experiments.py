@@ -14,11 +14,11 @@ EXPERIMENTS = (
         "grad_sum, opt_state",
     ),
     Mutant("training_resets_the_optimizer", TRAINING, "train", "updates, opt_state", "updates, _"),
-    Mutant("evaluation_resets_the_carry", TRAINING, "evaluate", "carry, ys", "_, ys"),
+    Mutant("evaluation_resets_the_carry", TRAINING, "mean_loss", "carry, ys", "_, ys"),
     Mutant(
         "evaluation_averages_batches",
         TRAINING,
-        "evaluate",
+        "mean_loss",
         "weighted_mean(values.sum(), weights.sum())",
         "weighted_mean(values, weights).mean()",
     ),
@@ -47,7 +47,7 @@ EXPERIMENTS = (
     Mutant(
         "penalty_forgets_the_weight",
         TREATMENTS,
-        "estimator_of",
+        "treated_estimator",
         "treatment.strength * estimate.weight_sum",
         "treatment.strength",
     ),
@@ -62,7 +62,7 @@ EXPERIMENTS = (
     Mutant(
         "remedies_carry_over_batches",
         TREATMENTS,
-        "estimator_of",
+        "treated_estimator",
         "state._replace(carry=cell.initial_carry(batch.xs.shape[1:-1]))",
         "state",
     ),
