@@ -13,7 +13,8 @@ import numpy as np
 from jax import lax
 
 from jbptt import validation
-from jbptt.arrays import align_leading, real_vector
+from jbptt.arrays import align_leading, is_inexact, real_vector
+from jbptt.norms import one_if_zero
 from jbptt.starts import start_of
 from jbptt.types import Batch, Carry, Loss, Params, Step
 
@@ -27,7 +28,7 @@ def _spread(array: Any, default: Any, shape: tuple[int, ...]) -> jax.Array:
 def _flat_carry(carry: Carry) -> tuple[jax.Array, Callable[[jax.Array, Carry], Carry]]:
     """The floating leaves of a carry as a real vector, and the way back into another carry's remaining leaves."""
     leaves, structure = jax.tree.flatten(carry)
-    floating = [jnp.issubdtype(jax.dtypes.result_type(leaf), jnp.inexact) for leaf in leaves]
+    floating = [is_inexact(leaf) for leaf in leaves]
     flat, back = real_vector([leaf for leaf, f in zip(leaves, floating, strict=True) if f])
 
     def rebuild(vector, rest):
@@ -125,7 +126,7 @@ def brute_force_gradient(
 
         rows = jnp.where(jnp.arange(num_steps)[:, None, None] == 0, slopes, rows @ jacobians[0])
         grad += jnp.sum(coverage[:, 0, :, None] * rows, (0, 1)) @ jax.jacrev(start)(flat_params)
-    grad = to_params(jnp.where(total == 0, 0, grad / jnp.where(total == 0, 1, total)))
+    grad = to_params(jnp.where(total == 0, 0, grad / one_if_zero(total)))
     return jax.tree.map(jnp.conj, grad)  # JAX's ∂f/∂x − i ∂f/∂y where parameters are complex
 
 
@@ -174,6 +175,6 @@ def frozen_loss(
 
     def function(params):
         losses = jax.vmap(partial(one_loss, params))(jnp.arange(num_steps), jnp.asarray(starts))
-        return jnp.sum(losses) / jnp.where(total == 0, 1, total)
+        return jnp.sum(losses) / one_if_zero(total)
 
     return function

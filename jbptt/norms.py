@@ -12,6 +12,11 @@ from jbptt.arrays import align_leading, widened_dtype
 from jbptt.types import PyTree
 
 
+def one_if_zero(divisor: jax.Array) -> jax.Array:
+    """A divisor with 1 in the place of 0, so that `0 / one_if_zero(0)` is 0 and has a derivative."""
+    return jnp.where(divisor == 0, 1, divisor)
+
+
 def unit(array: jax.Array, largest: jax.Array) -> jax.Array:
     """`array / largest` along leading axes, at most 1 in size, in the wider dtype; `largest` 0 counts as 1."""
     array = array.astype(widened_dtype(array.dtype, largest.dtype))
@@ -47,7 +52,7 @@ def scaled_norm(tree: PyTree, num_leading: int = 0) -> tuple[jax.Array, jax.Arra
     largest = reduce(jnp.maximum, [max_or_nan(size, rest(size)) for size in sizes])
     total = sum((jnp.sum(jnp.square(unit(a, largest)), axis=rest(a)) for a in sizes), jnp.zeros((), largest.dtype))
     # Two selects: the derivative of the square root at 0 is infinite, and 0·inf would be NaN.
-    return largest, jnp.where(total == 0, 0, jnp.sqrt(jnp.where(total == 0, 1, total)))
+    return largest, jnp.where(total == 0, 0, jnp.sqrt(one_if_zero(total)))
 
 
 def norm(tree: PyTree, num_leading: int = 0) -> jax.Array:
@@ -66,7 +71,7 @@ def clip_to_norm(tree: PyTree, max_norm: Any, num_leading: int = 0) -> tuple[PyT
     usable = jnp.isfinite(largest)
     # ‖tree‖ = largest·ratio may overflow, so it is compared and divided by factor after factor.
     clipped = usable & (largest * jnp.maximum(ratio, 1) > max_norm)
-    limit = max_norm / jnp.where(ratio == 0, 1, ratio)
+    limit = max_norm / one_if_zero(ratio)
 
     def scale(leaf):
         wide = leaf.astype(widened_dtype(leaf.dtype, largest.dtype))
@@ -86,11 +91,27 @@ def leafwise(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def in_units_of(exact: PyTree) -> Callable[[PyTree], PyTree]:
-    """Divides trees by ‖exact‖, which may overflow or underflow itself; by 1 where it is 0."""
-    largest, ratio = scaled_norm(exact)
-    ratio = jnp.where(ratio == 0, 1, ratio)
-    return lambda tree: jax.tree.map(lambda a: unit(a, largest) / ratio, tree)
+def in_units_of(exact: PyTree, num_leading: int = 0) -> Callable[[PyTree], PyTree]:
+    """Divides trees by ‖exact‖, along leading axes; it may overflow or underflow itself. By 1 where it is 0."""
+    largest, ratio = scaled_norm(exact, num_leading)
+    ratio = one_if_zero(ratio)
+    return lambda tree: jax.tree.map(lambda a: unit(a, largest) / align_leading(ratio, a.ndim), tree)
+
+
+def normalised(tree: PyTree, num_leading: int = 0) -> PyTree:
+    """`tree / ‖tree‖` along leading axes, in float32 at least; 0 where it is 0."""
+    return in_units_of(tree, num_leading)(tree)
+
+
+def inner(left: PyTree, right: PyTree, num_leading: int = 0) -> jax.Array:
+    """The inner product `Re Σ conj(left) · right` over all but the first `num_leading` axes of all leaves."""
+
+    def of_leaf(a, b):
+        product = jnp.real(jnp.conj(a) * b)
+        return jnp.sum(product, axis=tuple(range(num_leading, product.ndim)))
+
+    products = jax.tree.leaves(jax.tree.map(of_leaf, left, right))
+    return reduce(jnp.add, products) if products else jnp.zeros(())
 
 
 def compared_with(exact: PyTree) -> Callable[[PyTree], tuple[jax.Array, jax.Array]]:
@@ -106,8 +127,7 @@ def compared_with(exact: PyTree) -> Callable[[PyTree], tuple[jax.Array, jax.Arra
     def compare(estimate):
         error = norm(jax.tree.map(jnp.subtract, in_its_units(estimate), direction))
         size, spread = scaled_norm(estimate)
-        dots = jax.tree.map(lambda a, b: jnp.sum(jnp.real(jnp.conj(unit(a, size)) * b)), estimate, direction)
-        angle = sum(jax.tree.leaves(dots), jnp.zeros((), size.dtype)) / spread
+        angle = inner(jax.tree.map(lambda a: unit(a, size), estimate), direction) / spread
         undefined = jnp.where(size == 0, 0.0, jnp.inf)
         return jnp.where(largest == 0, undefined, error), jnp.where(largest == 0, jnp.nan, angle)
 

@@ -19,7 +19,7 @@ from jbptt import validation
 from jbptt.arrays import real_vector
 from jbptt.brute_force import brute_force_gradient as brute_force_gradient
 from jbptt.brute_force import frozen_loss as frozen_loss
-from jbptt.norms import norm
+from jbptt.norms import norm, one_if_zero
 from jbptt.probes import assert_coverage as assert_coverage
 from jbptt.probes import declared_coverage
 from jbptt.probes import measured_coverage as measured_coverage
@@ -31,7 +31,7 @@ def _sizes(params: Params) -> Params:
 
     def one(leaf):
         size, mean = jnp.abs(leaf), norm(leaf) / math.sqrt(max(1, jnp.size(leaf)))
-        mean = jnp.where(mean == 0, 1, mean).astype(size.dtype)
+        mean = one_if_zero(mean).astype(size.dtype)
         return jnp.where(size == 0, mean, jnp.maximum(size, 1e-3 * mean))
 
     return jax.tree.map(one, params)

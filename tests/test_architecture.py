@@ -141,6 +141,30 @@ def test_no_circles():
     tuple(TopologicalSorter({name: set(neighbours(name)) for name in MODULES}).static_order())
 
 
+REEXPORTED = {"testing"}  # rooms that show their users what lives in others, as `x as x`
+
+
+def test_names_are_imported_from_where_they_live():
+    """Not through a room that happens to import them too."""
+    homes = {name: {*_bound(path)} for name, path in MODULES.items()}
+    for path in [*MODULES.values(), *Path(__file__).parent.rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+            home = module.removeprefix("jbptt.")
+            if home != module and home in homes and home not in REEXPORTED | {"engine", "clipping"}:
+                astray = [a.name for a in node.names if a.name not in homes[home] and f"{home}.{a.name}" not in homes]
+                assert not astray, f"{path.name} imports {astray} through {home}"
+
+
+def _bound(path):
+    """The names that a module itself defines."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            yield from (part.id for part in ast.walk(node) if isinstance(part, ast.Name))
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_no_module_is_named_like_its_function(name):
     assert name.split(".")[-1] not in {node.name for node in public_functions(MODULES[name])}

@@ -9,7 +9,7 @@ import pytest
 
 from jbptt import Batch, clipping, diagnose, lyapunov_spectrum, powers
 from jbptt.bias_bound import bound_bias
-from jbptt.norms import clip_to_norm, compared_with, in_units_of, max_or_nan, norm, scaled_norm
+from jbptt.norms import clip_to_norm, compared_with, in_units_of, inner, max_or_nan, norm, normalised, scaled_norm
 
 SIZES = 1, 63, 64, 4095, 4096, 70_000
 DTYPES = "float32", "float64", "bfloat16", "complex64"
@@ -150,3 +150,28 @@ def test_powers_of_a_large_matrix_that_is_not_finite():
     matrix = jax.jit(lambda: planted((64, 64), (3, 5), np.nan))()
     found = jax.jit(lambda m: powers.alignment(m, jnp.ones(64), 3))(matrix)
     assert int(found.case_index) == -1
+
+
+def test_inner_products_and_unit_vectors_of_each_example():
+    """Of trees with complex leaves; an example of zeros has no direction, a huge or tiny one does."""
+    rng = np.random.default_rng(0)
+
+    def draw():
+        return {
+            "real": rng.normal(size=(3, 4)),
+            "complex": rng.normal(size=(3, 2, 5)) + 1j * rng.normal(size=(3, 2, 5)),
+        }
+
+    def flat(tree):
+        return np.concatenate([np.asarray(tree[name]).reshape(3, -1) for name in ("real", "complex")], axis=1)
+
+    left, right = draw(), draw()
+    wanted = np.sum(flat(left).conj() * flat(right), axis=1).real
+    np.testing.assert_allclose(inner(left, right, 1), wanted, rtol=1e-12)
+    np.testing.assert_allclose(inner(left, right), wanted.sum(), rtol=1e-12)
+    assert inner({}, {}) == 0
+
+    scales = np.array([1e200, 0, 1e-200])
+    scaled = jax.tree.map(lambda a: a * scales.reshape(3, *[1] * (a.ndim - 1)), left)
+    sizes = np.linalg.norm(flat(left), axis=1)[:, None]
+    np.testing.assert_allclose(flat(normalised(scaled, 1)), (scales != 0)[:, None] * flat(left) / sizes, rtol=1e-12)

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 import jbptt
 from jbptt import plots, powers, truncation
+from jbptt.experiments.outcomes import Measures
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +121,7 @@ def test_a_diagnosis_has_rings_at_its_windows():
 def test_remedies_are_dots_before_and_after():
     before, after = np.full((2, 3, 2), 2.0), np.array([[[1.0, 3.0], [1.0, np.inf], [np.nan, np.nan]], 3 * [[0.5, 0.7]]])
     names = ("nothing", "clipping", "relu")
-    stage = lambda values: jbptt.experiments.outcomes.Measures(*(values + i for i in range(5)))
+    stage = lambda values: Measures(*(values + i for i in range(5)))
     stages = stage(before), stage(after)
     found = jbptt.experiments.Remedies(*stages, jnp.ones(2), ("a", "b"), names, num_updates=4, num_steps=5)
     for i, measure in enumerate(("loss", "adjoint_ratio", "exponent", "gradient_error")):

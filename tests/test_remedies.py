@@ -14,8 +14,17 @@ from problems import assert_close
 from jbptt import cells, lag_profile, tasks, truncation, unroll
 from jbptt.analysis.lyapunov import lyapunov_spectrum
 from jbptt.experiments import outcomes, remedies
-from jbptt.experiments.remedies import PATIENTS, REMEDIES, Doses, Measures, Remedies, compare_remedies
-from jbptt.experiments.treatments import FAMILIES, RNN_REMEDIES, lyapunov_penalty, spectral_penalty
+from jbptt.experiments.outcomes import Measures, Remedies
+from jbptt.experiments.remedies import compare_remedies
+from jbptt.experiments.treatments import (
+    FAMILIES,
+    PATIENTS,
+    REMEDIES,
+    RNN_REMEDIES,
+    Doses,
+    lyapunov_penalty,
+    spectral_penalty,
+)
 
 OPTIMIZED = True
 

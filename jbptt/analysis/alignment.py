@@ -13,7 +13,7 @@ from jbptt.arrays import align_leading, is_inexact, split_inexact, times_gate, w
 from jbptt.engine import parallel_pullback, pullback
 from jbptt.executables import run
 from jbptt.losses import batch_steps, loss_weights
-from jbptt.norms import norm, scaled_norm, unit
+from jbptt.norms import inner, norm, normalised, scaled_norm
 from jbptt.recurrence import trajectory
 from jbptt.segments import add_losses, parts_of, paths_of
 from jbptt.starts import start_of
@@ -38,14 +38,6 @@ class AdjointAlignment(NamedTuple):
     directions: Carry
 
 
-def normalised(leaves: list, num_leading: int) -> tuple[list, jax.Array]:
-    """Each example's leaves divided by their norm, float32 at least, and where that norm is not 0."""
-    leaves = [widened(a) for a in leaves]
-    largest, ratio = scaled_norm(leaves, num_leading)
-    ratio = jnp.where(ratio == 0, 1, ratio)
-    return [unit(a, largest) / align_leading(ratio, a.ndim) for a in leaves], largest != 0
-
-
 def random_directions(leaves: list, key: jax.Array, num_leading: int) -> list:
     """A random unit vector for each example, in the shapes of the leaves."""
     drawn = [
@@ -53,7 +45,7 @@ def random_directions(leaves: list, key: jax.Array, num_leading: int) -> list:
         for k, leaf in zip(jax.random.split(key, len(leaves)), leaves, strict=True)
     ]
     placed = [jnp.zeros_like(leaf, d.dtype) + d for d, leaf in zip(drawn, leaves, strict=True)]
-    return normalised(placed, num_leading)[0]
+    return normalised(placed, num_leading)
 
 
 def check_max_lag(max_lag: Any, num_steps: int) -> int:
@@ -69,8 +61,7 @@ def check_max_lag(max_lag: Any, num_steps: int) -> int:
 
 def angle(vectors: list, directions: list, num_leading: int) -> tuple[jax.Array, jax.Array]:
     """|cos| and sine of the angle between unit vectors, example by example; the sine is accurate down to ε."""
-    dots = [jnp.real(jnp.conj(d) * a) for a, d in zip(vectors, directions, strict=True)]
-    along = jnp.sum(jnp.stack([jnp.sum(dot, axis=tuple(range(num_leading, dot.ndim))) for dot in dots]), axis=0)
+    along = inner(directions, vectors, num_leading)
     across = [a - align_leading(along, a.ndim) * d for a, d in zip(vectors, directions, strict=True)]
     return jnp.abs(along), norm(across, num_leading)
 
@@ -86,7 +77,8 @@ def far_directions(pull_one: Callable, start: list, steps: Any, live: jax.Array)
     def body(state, inputs):
         direction, age = state
         step_s, live_s = inputs
-        pulled, alive = normalised(pull_one(step_s, direction), live_s.ndim)
+        pulled = pull_one(step_s, direction)
+        pulled, alive = normalised(pulled, live_s.ndim), scaled_norm(pulled, live_s.ndim)[0] != 0
         age = jnp.where(alive, age + live_s.astype(age.dtype), 0)
         direction = [jnp.where(align_leading(alive, p.ndim), p, s) for p, s in zip(pulled, start, strict=True)]
         return (direction, age), (direction, age)
@@ -118,7 +110,8 @@ def scan_angles(pull_all, outputs_bar, directions, counted, weights, max_lag, ep
 
     def body(state, lag):
         one_on, outputs_bar, before = state
-        vectors, alive = normalised(pull_all(one_on, outputs_bar), weights.ndim)
+        pulled = pull_all(one_on, outputs_bar)
+        vectors, alive = normalised(pulled, weights.ndim), scaled_norm(pulled, weights.ndim)[0] != 0
         weight = jnp.where(alive & counted, jnp.roll(weights, -lag, axis=0), 0)
         cosine, sine = angle(vectors, directions, weights.ndim)
 

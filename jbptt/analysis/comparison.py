@@ -13,7 +13,7 @@ from jbptt import validation
 from jbptt.analysis.costs import check_estimators
 from jbptt.engine import dependences
 from jbptt.executables import run
-from jbptt.norms import compared_with, in_units_of, norm
+from jbptt.norms import compared_with, in_units_of, inner, norm
 from jbptt.types import Batch, Carry, Estimator, Params
 
 PER_ESTIMATOR = ("relative_bias", "relative_bias_error", "variance", "cosine", "norm_ratio")
@@ -229,8 +229,7 @@ def _moments(sample, keys, exact, in_units, compare_fn):
         before = jax.tree.map(jnp.subtract, scaled, mean)
         mean = jax.tree.map(lambda m, d: m + d / number, mean, before)
         after = jax.tree.map(jnp.subtract, scaled, mean)
-        products = jax.tree.map(lambda a, b: jnp.sum(jnp.real(jnp.conj(a) * b)), before, after)
-        squares += sum(jax.tree.leaves(products))
+        squares += inner(before, after)
         return (mean, squares, cosine + compare_fn(grads)[1], ratio + norm(scaled)), None
 
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(lambda k: in_units(sample(k)), keys[0]))

@@ -15,7 +15,7 @@ from jbptt.arrays import align_leading, split_inexact
 from jbptt.bias_bound import slope_of
 from jbptt.cells import split_readout
 from jbptt.losses import batch_steps
-from jbptt.norms import norm, scaled_norm, unit
+from jbptt.norms import inner, norm, normalised, unit
 from jbptt.recurrence import held, trajectory
 from jbptt.segments import add_losses, parts_of
 from jbptt.types import Batch, Carry, Loss, Params, Step
@@ -177,7 +177,6 @@ def curvature_along(
 
     Forward over reverse: one derivative of `gradient_fn`, about three gradients. All are flat vectors.
     """
-    largest, ratio = scaled_norm(direction)
-    along = unit(direction, largest) / jnp.where(ratio == 0, 1, ratio)
+    along = normalised(direction)
     change = jax.jvp(gradient_fn, (params,), (along.astype(params.dtype),))[1]
-    return jnp.sum(jnp.real(jnp.conj(along) * change))
+    return inner(along, change)

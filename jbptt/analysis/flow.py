@@ -12,7 +12,7 @@ from jbptt.arrays import is_inexact, split_inexact, steps_from, times_gate, weig
 from jbptt.engine import Paths, chosen, pullback
 from jbptt.executables import run
 from jbptt.losses import batch_steps, loss_weights
-from jbptt.norms import leafwise, norm, scaled_norm, unit
+from jbptt.norms import in_units_of, inner, leafwise, norm, normalised
 from jbptt.recurrence import trajectory
 from jbptt.segments import add_losses, back_through_segment, gradient_sums, parts_of, paths_of
 from jbptt.starts import start_of
@@ -207,17 +207,14 @@ def _gradient_sources(step, loss, params, carry, batch, gates) -> GradientSource
     parts = parts_of(step, loss)
     live = paths_of(parts, params, carry, batch)
     exact, _ = gradient_sums(step, loss, params, carry, batch, gates)
-    largest, ratio = scaled_norm(exact.grad)
+    in_its_units, direction = in_units_of(exact.grad), normalised(exact.grad)
 
     def one(inputs):  # the gates are in the cotangents already
         i, entering, emitted = inputs
         piece = steps_from(batch, i, 1)
         cotangent = [c * exact.weight.astype(c.dtype) for c in emitted]
         source = back_through_segment(parts, live, params, entering, piece, None, cotangent, None).sums.grad
-        dots = jax.tree.map(
-            lambda a, b: jnp.sum(jnp.real(jnp.conj(unit(a, largest)) * unit(b, largest))), source, exact.grad
-        )
-        share = sum(jax.tree.leaves(dots), jnp.zeros(())) / jnp.where(ratio == 0, 1, ratio) ** 2
+        share = inner(in_its_units(source), direction)
         mean = jax.tree.map(lambda a: weighted_mean(a, exact.weight), source)
         return norm(mean), leafwise(norm)(mean), share
 

@@ -13,7 +13,7 @@ from jbptt import cells
 from jbptt.analysis.jacobians import check_system, push_tangents
 from jbptt.arrays import widened
 from jbptt.executables import run
-from jbptt.norms import norm
+from jbptt.norms import norm, one_if_zero
 from jbptt.recurrence import trajectory
 from jbptt.starts import start_of
 from jbptt.types import Carry, Params, PyTree, Step
@@ -132,7 +132,7 @@ def _gate_paths(kind, num_steps, params, carry, xs) -> GatePaths:
 
     norms = norm(widened(jacobians), 2).T
     total = jnp.sum(norms, axis=1, keepdims=True)
-    shares = norms / jnp.where(total == 0, 1, total)
+    shares = norms / one_if_zero(total)
     return GatePaths(names, dict(zip(names, jacobians, strict=True)), norms, shares)
 
 

@@ -18,7 +18,7 @@ from jbptt.analysis.jacobians import check_differentiable, flat_carry, push_tang
 from jbptt.analysis.linalg.scaled_svd import times_power
 from jbptt.arrays import split_time, steps_from, widened_dtype
 from jbptt.executables import run
-from jbptt.norms import max_or_nan, norm
+from jbptt.norms import max_or_nan, norm, one_if_zero
 from jbptt.recurrence import default_segment, unroll
 from jbptt.starts import start_of
 from jbptt.types import Carry, Params, PyTree, Step
@@ -245,7 +245,7 @@ def orthonormalise(columns: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]
     singular = _singular(columns, upper)
     size = jnp.abs(jnp.where(singular, 1, jnp.diagonal(upper)))
     largest = lax.stop_gradient(max_or_nan(jnp.abs(upper)))
-    return frame, jnp.where(singular, -jnp.inf, jnp.log(size)), jnp.log(jnp.where(largest == 0, 1, largest))
+    return frame, jnp.where(singular, -jnp.inf, jnp.log(size)), jnp.log(one_if_zero(largest))
 
 
 def _spectrum(growth, largest, lengths: np.ndarray, num_batches: int) -> LyapunovSpectrum:

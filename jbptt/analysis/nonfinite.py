@@ -20,6 +20,7 @@ from jbptt.arrays import align_leading, is_inexact, split_inexact, times_gate, w
 from jbptt.engine import chosen
 from jbptt.executables import run
 from jbptt.losses import counted_steps, loss_weights, step_losses, weighted_losses, where_counted
+from jbptt.norms import one_if_zero
 from jbptt.recurrence import held, trajectory
 from jbptt.segments import parts_of, paths_of
 from jbptt.starts import start_of
@@ -252,7 +253,7 @@ def _step_back(step, loss, live, params, total, inputs):
         after, y = held(step)(params, rebuild(leaves), (batch.xs, batch.mask))
         one = jax.tree.map(lambda a: a[None], (y, batch))
         value, _ = weighted_losses(where_counted(loss), *one)
-        return chosen(split_inexact(after)[0], live.carries), value / jnp.where(total == 0, 1, total)
+        return chosen(split_inexact(after)[0], live.carries), value / one_if_zero(total)
 
     (_, value), pull = jax.vjp(run, params, leaves)
     grad, adjoint = pull((chosen(cotangents, live.carries), jnp.ones_like(value)))

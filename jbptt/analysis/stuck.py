@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from jbptt.arrays import align_leading, split_inexact
 from jbptt.cells import split_readout
-from jbptt.norms import norm
+from jbptt.norms import norm, one_if_zero
 from jbptt.recurrence import held
 from jbptt.types import Batch, Carry, Params, Step
 
@@ -69,5 +69,5 @@ def stays_zero(step: Step, params: Params, carries: Carry, batch: Batch) -> list
 def _nudged(leaf: jax.Array, key: jax.Array, size: float) -> jax.Array:
     """`leaf` with random numbers added, of `size` times its root mean square; of `size` where that is 0."""
     scale = norm(leaf) / max(leaf.size, 1) ** 0.5
-    scale = size * jnp.where(scale == 0, 1, scale)
+    scale = size * one_if_zero(scale)
     return leaf + (scale * jax.random.normal(key, leaf.shape, scale.dtype)).astype(leaf.dtype)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jbptt import validation
-from jbptt.norms import clip_to_norm, compared_with, in_units_of, leafwise, norm, scaled_norm
+from jbptt.norms import clip_to_norm, compared_with, leafwise, norm, normalised, scaled_norm
 from jbptt.types import PyTree, exported
 
 Policy = Literal["propagate", "zero", "skip", "raise"]
@@ -265,7 +265,7 @@ def gradient_stats() -> optax.GradientTransformation:
     """
 
     def init(params: Any) -> GradientStatsState:
-        shapes = jax.eval_shape(lambda p: (norm(p), leafwise(norm)(p), in_units_of(p)(p)), params)
+        shapes = jax.eval_shape(lambda p: (norm(p), leafwise(norm)(p), normalised(p)), params)
         size, leaf_norms, direction = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         count = jnp.zeros((), jnp.int32)
         return GradientStatsState(
@@ -276,7 +276,7 @@ def gradient_stats() -> optax.GradientTransformation:
         del params
         largest, _ = scaled_norm(updates)
         finite = jnp.isfinite(largest)
-        now = in_units_of(updates)(updates)
+        now = normalised(updates)
         seen = GradientStatsState(
             norm=norm(updates),
             leaf_norms=leafwise(norm)(updates),

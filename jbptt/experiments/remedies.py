@@ -31,8 +31,6 @@ from jbptt.experiments.treatments import (
 )
 from jbptt.types import Batch, Params
 
-__all__ = ["PATIENTS", "REMEDIES", "Doses", "Measures", "Remedies", "compare_remedies"]
-
 
 class Sizes(NamedTuple):
     """What shapes the programs; static. `num_exponents` None: no penalties; `num_draws` 0: exact gradients."""

@@ -115,7 +115,12 @@ class Treatment(NamedTuple):
 
     def gates(self, key: Any, num_steps: int) -> jax.Array:
         """A draw of the gates, `[num_steps]`; `key` is read even where nothing is random."""
-        return truncation.fixed(num_steps, self.window) * truncation.randomized(key, num_steps, self.keep_prob)
+        return cuts(key, num_steps, self.window, self.keep_prob)
+
+
+def cuts(key: Any, num_steps: int, window: jax.typing.ArrayLike, keep_prob: jax.typing.ArrayLike) -> jax.Array:
+    """Gates `[num_steps]` of blocks and random cuts at once; window num_steps and keep_prob 1 cut nothing."""
+    return truncation.fixed(num_steps, window) * truncation.randomized(key, num_steps, keep_prob)
 
 
 def check_doses(doses: Doses) -> None:

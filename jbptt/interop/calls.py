@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 
+from jbptt.arrays import is_key
 from jbptt.engine import dependences
 from jbptt.types import Carry, Params, PyTree, Step
 
@@ -180,21 +181,21 @@ def unlearned(module: Any, initial: Callable[[Params, tuple[int, ...]], Carry], 
     return lambda batch_shape=(): initial(params, batch_shape)
 
 
-def is_key(leaf: Any) -> bool:
-    """Whether it is an array of typed keys."""
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+def holds_keys(thing: Any) -> bool:
+    """Whether this, which may be anything, is an array of typed keys."""
+    return hasattr(thing, "dtype") and is_key(thing)
 
 
 def typed_key(key: Any) -> jax.Array:
     """A raw key, uint32 `[2]`, as a typed one: masks would take its two numbers for two examples."""
-    if is_key(key):
+    if holds_keys(key):
         return key
     if getattr(key, "dtype", None) != jnp.uint32:
         raise ValueError(f"key must be a key of JAX's random numbers, got {key!r}. Pass key=jax.random.key(…).")
     return jax.random.wrap_key_data(key)
 
 
-def split_keys(name: str, carry: Any, fits: Callable[[Any], bool] = is_key) -> tuple[Carry, PyTree]:
+def split_keys(name: str, carry: Any, fits: Callable[[Any], bool] = holds_keys) -> tuple[Carry, PyTree]:
     """The carry of a module that draws random numbers as its own carry and the keys beside it."""
     if isinstance(carry, tuple) and len(carry) == 2 and fits(carry[1]):
         return carry

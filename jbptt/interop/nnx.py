@@ -119,7 +119,7 @@ def _copy(trees: PyTree) -> PyTree:
 def _reseeded(streams: PyTree, key: jax.Array) -> PyTree:
     leaves, structure = jax.tree.flatten(streams)
     keys = jax.random.split(key, len(leaves))
-    fresh = [jax.random.split(k, a.shape) if calls.is_key(a) else a for k, a in zip(keys, leaves, strict=True)]
+    fresh = [jax.random.split(k, a.shape) if calls.holds_keys(a) else a for k, a in zip(keys, leaves, strict=True)]
     return jax.tree.unflatten(structure, fresh)
 
 

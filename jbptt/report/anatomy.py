@@ -15,7 +15,8 @@ from jbptt.analysis.linalg import powers
 from jbptt.analysis.lyapunov import lyapunov_spectrum
 from jbptt.arrays import weighted_mean
 from jbptt.experiments import tasks
-from jbptt.experiments.remedies import Remedies, compare_remedies
+from jbptt.experiments.outcomes import Remedies
+from jbptt.experiments.remedies import compare_remedies
 from jbptt.norms import norm
 from jbptt.report.measurements import Effort, Model, Progress, Trained, one_at_a_time
 from jbptt.segments import gradient_sums

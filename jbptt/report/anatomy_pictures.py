@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from jbptt.report.axes import legend_below, log_scale, new_axes, numbers, positive
+from jbptt.report.axes import draw_unit_circle, legend_below, log_scale, new_axes, numbers, positive
 from jbptt.report.plots import REMEDY_MEASURES, plot_gradient_flow, plot_remedies
 from jbptt.report.themes import LIGHT, Theme
 
@@ -105,8 +105,7 @@ def _shades(count: int, theme: Theme) -> list[Any]:
 def draw_powers(exercises: dict[str, Any], *, axes: Any = None, theme: Theme = LIGHT) -> Any:
     """Eigenvalues of a matrix and of its power in the plane; how fast M^k x turns to one direction, or does not."""
     axes = np.ravel(new_axes((10.4, 4.8), 1, 2, axes))
-    circle = np.exp(1j * np.linspace(0, 2 * np.pi, 200))
-    axes[0].plot(np.real(circle), np.imag(circle), color=theme.muted, linewidth=0.9, linestyle=":")
+    draw_unit_circle(axes[0], theme)
     values = np.array(exercises["eigenvalues"]) @ [1, 1j]
     power, of_power = exercises["power"], np.array(exercises["eigenvalues_of_power"]) @ [1, 1j]
     for points, marker, colour, size, label in (

@@ -43,10 +43,31 @@ def log_scale(ax: Any, axis: str, values: Iterable[float | None], steps: tuple[f
     ruler.set_minor_formatter(NullFormatter())
 
 
+def powers_of_two(ax: Any) -> None:
+    """A log axis of windows, with plain numbers at powers of two."""
+    from matplotlib.ticker import FuncFormatter
+
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
 def legend_below(ax: Any, num_columns: int, title: str) -> None:
     """A legend under the axes, with a title that says what the lines have in common."""
     place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.12), "ncols": num_columns}
     ax.legend(title=title, title_fontsize=9, frameon=False, fontsize=9, **place)
+
+
+def rule_tolerances(ax: Any, theme: Theme) -> None:
+    """Dotted rules at the two errors that windows are recommended for."""
+    for level, text in ((0.1, "10 %"), (0.01, "1 %")):
+        ax.axhline(level, color=theme.muted, linewidth=0.9, linestyle=":")
+        ax.annotate(text, (0, level), (3, 2), ax.get_yaxis_transform(), "offset points", color=theme.muted, fontsize=8)
+
+
+def draw_unit_circle(ax: Any, theme: Theme) -> None:
+    """The unit circle, dotted, in the complex plane."""
+    circle = np.exp(1j * np.linspace(0, 2 * np.pi, 200))
+    ax.plot(np.real(circle), np.imag(circle), color=theme.muted, linewidth=0.9, linestyle=":")
 
 
 def visible(character: str) -> str:

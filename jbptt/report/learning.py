@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jbptt import truncation
 from jbptt.estimators import gated_bptt
 from jbptt.experiments import tasks
 from jbptt.experiments.training import mean_loss, train
+from jbptt.experiments.treatments import cuts
 from jbptt.report.measurements import Effort, Model, Progress, Trained, first, optimizer, take
 from jbptt.types import Estimator, Params
 
@@ -117,10 +117,7 @@ def _each_run(function: Callable, sharding: jax.sharding.NamedSharding) -> Calla
 
 def strategy_estimator(model: Model, window: jax.Array, keep_prob: jax.Array) -> Estimator:
     """A strategy as gates."""
-
-    def gates_fn(key, num_steps):
-        return truncation.fixed(num_steps, window) * truncation.randomized(key, num_steps, keep_prob)
-
+    gates_fn = partial(cuts, window=window, keep_prob=keep_prob)
     return gated_bptt(model.cell.step, tasks.cross_entropy, gates_fn=gates_fn)
 
 

@@ -17,6 +17,7 @@ from jbptt.report.axes import (
     numbers,
     positive,
     round_ticks,
+    rule_tolerances,
     visible,
 )
 from jbptt.report.themes import LIGHT, Theme
@@ -172,11 +173,7 @@ def _half_life(curve: dict[str, Any]) -> str:
 
 
 def _draw_error(ax: Any, model: dict[str, Any], theme: Theme) -> None:
-    for level, text in ((0.1, "10 %"), (0.01, "1 %")):
-        ax.axhline(level, color=theme.muted, linewidth=0.9, linestyle=":")
-        ax.annotate(
-            text, (0, level), (3, 2), ax.get_yaxis_transform(), "offset points", color=theme.muted, fontsize=8.5
-        )
+    rule_tolerances(ax, theme)
     for (strategy, linestyle, _), colour in zip(STRATEGIES, theme.lines, strict=False):
         error = positive(model[strategy]["relative_error"])
         ax.plot(model["windows"], error, color=colour, linestyle=linestyle)

@@ -11,7 +11,18 @@ import jax
 import numpy as np
 
 from jbptt.analysis.page import verdict_words
-from jbptt.report.axes import draw_matrix, label_characters, log_scale, new_axes, numbers, positive, visible
+from jbptt.report.axes import (
+    draw_matrix,
+    draw_unit_circle,
+    label_characters,
+    log_scale,
+    new_axes,
+    numbers,
+    positive,
+    powers_of_two,
+    rule_tolerances,
+    visible,
+)
 from jbptt.report.themes import LIGHT, Theme
 
 _SIZE = (7.0, 4.4)
@@ -86,15 +97,13 @@ def plot_lag_profile(profile: Any, *, ax: Any = None, theme: Theme = LIGHT) -> A
 def plot_truncation_curve(curve: Any, *, ax: Any = None, theme: Theme = LIGHT) -> Any:
     """Relative error by window, log-log: sliding windows solid, blocks (averaged over their phase) dashed."""
     ax = new_axes(_SIZE, 1, 1, ax)
-    for level, text in ((0.1, "10 %"), (0.01, "1 %")):
-        ax.axhline(level, color=theme.muted, linewidth=0.9, linestyle=":")
-        ax.annotate(text, (0, level), (3, 2), ax.get_yaxis_transform(), "offset points", color=theme.muted, fontsize=8)
+    rule_tolerances(ax, theme)
     for field, linestyle, what in (("relative_error", "-", "sliding"), ("block_relative_error", (0, (5, 2)), "blocks")):
         for error, name, colour in _leaves(getattr(curve, field), theme):
             ax.plot(curve.windows, positive(error), color=colour, linestyle=linestyle, label=f"{what} {name}".strip())
     _lines(ax, "window (steps)", "relative error of the gradient", log=True)
     ax.set_ylim(bottom=max(ax.get_ylim()[0], 1e-6))
-    _powers_of_two(ax)
+    powers_of_two(ax)
     return ax
 
 
@@ -215,8 +224,8 @@ def plot_alignment(alignment: Any, *, ax: Any = None, theme: Theme = LIGHT) -> A
 def plot_eigenvalues(eigenvalues: Any, *, ax: Any = None, theme: Theme = LIGHT) -> Any:
     """Eigenvalues in the complex plane, with the unit circle: those inside vanish in powers, those outside explode."""
     ax = new_axes((5.0, 4.8), 1, 1, ax)
-    values, circle = np.asarray(eigenvalues, complex), np.exp(1j * np.linspace(0, 2 * np.pi, 200))
-    ax.plot(np.real(circle), np.imag(circle), color=theme.muted, linewidth=0.9, linestyle=":")
+    values = np.asarray(eigenvalues, complex)
+    draw_unit_circle(ax, theme)
     ax.plot(np.real(values), np.imag(values), "o", color=theme.lines[0], markersize=4)
     ax.set_aspect("equal", "datalim")
     _lines(ax, "real part", "imaginary part", legend=False)
@@ -319,10 +328,3 @@ def _lines(ax: Any, xlabel: str, ylabel: str, *, log: bool = False, legend: bool
         log_scale(ax, "y", [value for line in ax.get_lines() for value in np.ravel(line.get_ydata())], (1,))
     if legend:
         ax.legend(frameon=False, fontsize=9)
-
-
-def _powers_of_two(ax: Any) -> None:
-    from matplotlib.ticker import FuncFormatter
-
-    ax.set_xscale("log", base=2)
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

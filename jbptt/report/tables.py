@@ -118,15 +118,15 @@ def windows_table(windows: dict[str, Any]) -> Table:
         for strategy, name in (("sliding", "sliding"), ("block", "blocks")):
             for tolerance in model[strategy]["recommended"]:
                 window = recommended_window(model, strategy, tolerance)
-                measured = _cost_cells(cost_near(model, strategy, window))
+                measured = _time_memory_window(cost_near(model, strategy, window))
                 chosen = format_window(model, strategy, tolerance).replace("no number of", "none")
                 rows.append((model["cell"], name, f"≤ {100 * float(tolerance):g} %", chosen, *measured))
         if full := full_cost(model):
-            rows.append((model["cell"], "full BPTT", "0", f"all {full['window']}", *_cost_cells(full)))
+            rows.append((model["cell"], "full BPTT", "0", f"all {full['window']}", *_time_memory_window(full)))
     return Table("Windows and their cost", columns, rows)
 
 
-def _cost_cells(cost: dict[str, Any] | None) -> tuple[str, str, str]:
+def _time_memory_window(cost: dict[str, Any] | None) -> tuple[str, str, str]:
     if cost is None:
         return "–", "–", "–"
     spread = "" if cost["seconds_spread"] is None else f" ± {format_seconds(cost['seconds_spread'])}"

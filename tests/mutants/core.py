@@ -779,7 +779,7 @@ CORE = (
         "clip_to_the_largest_entry",
         NORMS,
         "clip_to_norm",
-        "max_norm / jnp.where(ratio == 0, 1, ratio)",
+        "max_norm / one_if_zero(ratio)",
         "max_norm + 0 * ratio",
     ),
     Mutant(
@@ -804,7 +804,7 @@ CORE = (
         "norm_has_no_gradient_at_zero",
         NORMS,
         "scaled_norm",
-        "jnp.where(total == 0, 1, total)",
+        "one_if_zero(total)",
         "total",
     ),
     Mutant("cosine_of_no_unit_vector", NORMS, "compared_with", "/ spread", ""),

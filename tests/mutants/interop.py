@@ -28,7 +28,7 @@ INTEROP = (
     ),
     Mutant("nnx_shares_its_variables", NNX, "from_nnx", "_copy(trees)", "trees"),
     Mutant("nnx_streams_stand_still", NNX, "from_nnx", "params_t, streams_t", "params_t, _"),
-    Mutant("nnx_reseeds_nothing", NNX, "_reseeded", "calls.is_key(a)", "False"),
+    Mutant("nnx_reseeds_nothing", NNX, "_reseeded", "calls.holds_keys(a)", "False"),
     Mutant(
         "nnx_takes_every_change",
         NNX,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jbptt.norms import norm, scaled_norm, unit
+from jbptt.norms import norm, normalised, one_if_zero
 
 CASES = ("aligns", "tie", "complex pair", "orthogonal start", "defective")
 """What `Alignment.case` may say."""
@@ -32,12 +32,6 @@ def decompose(matrix: jax.Array, symmetric: bool) -> Spectrum:
     left = vectors.T if symmetric else jnp.linalg.inv(vectors)
     sharpness = 1 / norm(left, 1)
     return Spectrum(values, vectors, left, jnp.where(jnp.isnan(sharpness), 0, sharpness))
-
-
-def normalised(y: jax.Array) -> jax.Array:
-    """`y / ‖y‖`, 0 if y is, though its squares underflow."""
-    largest, spread = scaled_norm(y)
-    return unit(y, largest) / jnp.where(spread == 0, 1, spread)
 
 
 class Lead(NamedTuple):
@@ -85,7 +79,7 @@ def classify(matrix: jax.Array, spectrum: Spectrum, start: jax.Array, eps: float
     distinct = jnp.abs(values - values[:, None]) > reach + reach[:, None]
     several = jnp.any(distinct & leaders & leaders[:, None])
 
-    gap = nearest[0] / jnp.where(values[0] == 0, 1, jnp.abs(values[0])) * spectrum.sharpness[0]
+    gap = nearest[0] / one_if_zero(jnp.abs(values[0])) * spectrum.sharpness[0]
     # Of w₁ itself, which may be huge: its part along x as a share of its norm.
     component = jnp.abs(jnp.sum(normalised(spectrum.left[0]) * start))
     found = {

@@ -18,9 +18,9 @@ from jax import lax
 from jax.core import Tracer
 
 from jbptt import slips, validation
-from jbptt.analysis.linalg.dominant_eigenvector import CASES, classify, decompose, normalised
+from jbptt.analysis.linalg.dominant_eigenvector import CASES, classify, decompose
 from jbptt.arrays import widened_dtype
-from jbptt.norms import max_or_nan, norm, unit
+from jbptt.norms import max_or_nan, norm, normalised, one_if_zero, unit
 
 
 class Alignment(NamedTuple):
@@ -84,7 +84,7 @@ def _eigenvalues(matrix: jax.Array, k: int, symmetric: bool) -> jax.Array:
     if symmetric:
         return lax.integer_pow(values, k)
     size = jnp.abs(values)
-    turned, size = lax.integer_pow(values / jnp.where(size == 0, 1, size), k), lax.integer_pow(size, k)
+    turned, size = lax.integer_pow(values / one_if_zero(size), k), lax.integer_pow(size, k)
     parts = (jnp.where(part == 0, 0, size * part) for part in (turned.real, turned.imag))  # 0·inf is not to be NaN
     return lax.complex(*parts)
 
@@ -196,7 +196,7 @@ def _ratio(values: jax.Array) -> jax.Array:
     size = jnp.abs(values)
     if len(size) == 1:
         return jnp.zeros_like(size[0])
-    return jnp.where(size[0] == 0, 1, size[1] / jnp.where(size[0] == 0, 1, size[0]))
+    return jnp.where(size[0] == 0, 1, size[1] / one_if_zero(size[0]))
 
 
 def _angle(y: jax.Array, direction: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -224,7 +224,7 @@ def _slope(sine: jax.Array, floor: jax.Array) -> jax.Array:
     log = jnp.log(jnp.where(kept, sine, 1))
     offset = step - jnp.sum(share * step)
     spread = jnp.sum(share * offset**2)
-    slope = jnp.sum(share * offset * log) / jnp.where(spread == 0, 1, spread)
+    slope = jnp.sum(share * offset * log) / one_if_zero(spread)
     return jnp.where(end < 2, jnp.nan, slope).astype(sine.dtype)
 
 

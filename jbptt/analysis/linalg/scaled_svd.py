@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jbptt.norms import one_if_zero
+
 ZERO = -(2**30)
 MAX_SWEEPS = 40
 
@@ -72,7 +74,7 @@ def row_sorted_qr(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     places = jnp.argsort(-heights)
     heights = heights[places, None]
     q, r = jnp.linalg.qr(matrix[places])
-    widths = jnp.max(jnp.abs(matrix[places]) / jnp.where(heights == 0, 1, heights), axis=0)
+    widths = jnp.max(jnp.abs(matrix[places]) / one_if_zero(heights), axis=0)
     r = jnp.where(jnp.abs(r) <= rounding(len(matrix), r.dtype) * heights * widths, 0, r)
     return jnp.zeros_like(q).at[places].set(q), r
 
@@ -142,7 +144,7 @@ def rotate(matrix: Graded, pairs: jax.Array) -> tuple[Graded, jax.Array]:
     uu, vv, uv = (jnp.sum(a * b, axis=1, keepdims=True) for a, b in ((u, u), (v, v), (u, v)))
 
     scale = jnp.sqrt(uu) * jnp.sqrt(vv)
-    cosine = jnp.abs(uv) / jnp.where(scale == 0, 1, scale)
+    cosine = jnp.abs(uv) / one_if_zero(scale)
     orthogonal = cosine <= jnp.finfo(u.dtype).eps
     eta = (uu - rho**2 * vv) / (2 * jnp.where(orthogonal, 1, uv))
     tau = jnp.where(eta < 0, -1, 1) / (jnp.abs(eta) + jnp.sqrt(rho**2 + eta**2))
