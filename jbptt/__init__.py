@@ -5,15 +5,13 @@ from typing import TYPE_CHECKING, Any
 from jbptt import lazy
 
 if TYPE_CHECKING:
-    from jbptt import cells, clipping, experiments, interop, testing, truncation
+    from jbptt import analysis, cells, clipping, experiments, interop, testing, truncation
     from jbptt.adaptive import adaptive_bptt
-    from jbptt.analysis.alignment import AdjointAlignment, adjoint_alignment
     from jbptt.analysis.comparison import Comparison, compare
     from jbptt.analysis.costs import Cost, measure_cost
     from jbptt.analysis.diagnosis import diagnose
     from jbptt.analysis.findings import Diagnosis
-    from jbptt.analysis.flow import Adjoints, GradientSources, adjoints, gradient_flow, gradient_sources
-    from jbptt.analysis.gate_jacobians import GatePaths, gate_paths
+    from jbptt.analysis.flow import Adjoints, adjoints, gradient_flow
     from jbptt.analysis.jacobian_spans import JacobianProducts, jacobian_products
     from jbptt.analysis.jacobians import step_jacobians
     from jbptt.analysis.lags import LagProfile, TruncationCurve, lag_profile, truncation_curve
@@ -21,7 +19,6 @@ if TYPE_CHECKING:
     from jbptt.analysis.lyapunov import LyapunovSpectrum, lyapunov_spectrum
     from jbptt.analysis.nonfinite import NonFinite, find_nonfinite
     from jbptt.analysis.plan_search import choose_plan
-    from jbptt.analysis.window_lengths import Schedule, optimize_schedule
     from jbptt.estimators import full_bptt, gated_bptt, randomized_bptt, truncated_bptt
     from jbptt.experiments import tasks
     from jbptt.experiments.training import History, train
@@ -38,20 +35,17 @@ _get, __dir__, __all__ = lazy.attach(
     __name__,
     homes={
         "adaptive": "adaptive_bptt",
-        "analysis.alignment": "AdjointAlignment adjoint_alignment",
         "analysis.comparison": "Comparison compare",
         "analysis.costs": "Cost measure_cost",
         "analysis.diagnosis": "diagnose",
         "analysis.findings": "Diagnosis",
-        "analysis.flow": "Adjoints GradientSources adjoints gradient_flow gradient_sources",
-        "analysis.gate_jacobians": "GatePaths gate_paths",
+        "analysis.flow": "Adjoints adjoints gradient_flow",
         "analysis.jacobian_spans": "JacobianProducts jacobian_products",
         "analysis.jacobians": "step_jacobians",
         "analysis.lags": "LagProfile TruncationCurve lag_profile truncation_curve",
         "analysis.lyapunov": "LyapunovSpectrum lyapunov_spectrum",
         "analysis.nonfinite": "NonFinite find_nonfinite",
         "analysis.plan_search": "choose_plan",
-        "analysis.window_lengths": "Schedule optimize_schedule",
         "estimators": "full_bptt gated_bptt randomized_bptt truncated_bptt",
         "experiments.training": "History train",
         "plans": "Plan",
@@ -60,6 +54,7 @@ _get, __dir__, __all__ = lazy.attach(
         "types": "Batch Carry Estimate Estimator Loss Params Step",
     },
     modules={
+        "analysis": "analysis",
         "cells": "cells",
         "clipping": "clipping",
         "experiments": "experiments",

@@ -20,13 +20,12 @@ from jbptt import (
     adjoints,
     cells,
     gradient_flow,
-    gradient_sources,
     lag_profile,
     truncation,
     truncation_curve,
     unroll,
 )
-from jbptt.analysis import flow
+from jbptt.analysis import flow, gradient_sources
 
 NUM_STEPS = 6
 BATCH = (EXAMPLES,)

@@ -183,7 +183,7 @@ def test_modules_stay_small():
     assert {name: size for name, size in sizes.items() if size > 330} == {}
 
 
-LAZY = ("jbptt", "jbptt.clipping", "jbptt.experiments")  # packages that import a name when it is asked for
+LAZY = ("jbptt", "jbptt.analysis", "jbptt.clipping", "jbptt.experiments")  # import a name when asked for it
 
 
 @pytest.mark.parametrize("package", LAZY)
@@ -208,9 +208,19 @@ def test_a_lazy_package_keeps_what_it_tells_type_checkers(package):
         _ = door.full_bttp
 
 
+CONTRACT = """
+analysis cells clipping experiments interop plots powers tasks testing truncation
+Batch Carry Estimate Estimator Loss Params Step
+scan unroll full_bptt truncated_bptt gated_bptt randomized_bptt adaptive_bptt Plan choose_plan
+adjoints gradient_flow lag_profile truncation_curve diagnose find_nonfinite compare measure_cost
+step_jacobians jacobian_products lyapunov_spectrum train
+Adjoints LagProfile TruncationCurve Diagnosis NonFinite Comparison Cost JacobianProducts LyapunovSpectrum History
+"""
+
+
 def test_public_names():
-    wanted = "Batch Estimate Estimator Loss Step cells truncation clipping unroll full_bptt truncated_bptt gated_bptt"
-    assert set(wanted.split()) | {"randomized_bptt"} <= set(jbptt.__all__)
+    """The contract of names, its result types and public modules, and no more."""
+    assert jbptt.__all__ == sorted(CONTRACT.split())
     assert jbptt.__version__ == importlib.metadata.version("jbptt")
 
 
@@ -220,7 +230,9 @@ def test_lazy_packages_wait_for_nothing():
         "import sys, jbptt\njbptt.clipping.clip_cotangent; assert 'optax' not in sys.modules\n"
         "jbptt.train; assert 'jbptt.experiments.remedies' not in sys.modules\n"
         "from jbptt.experiments import *; compare_remedies, Remedies\n"
-        "assert not {'Remedies', 'compare_remedies'} & {*dir(jbptt)}, 'an alias at the top'\n"
+        "jbptt.analysis.gate_paths; assert 'jbptt.analysis.window_lengths' not in sys.modules\n"
+        "for door in (jbptt.analysis, jbptt.experiments):\n"
+        "    assert not {*dir(door)} & {*dir(jbptt)}, 'an alias at the top'\n"
     )
     assert result.returncode == 0, result.stderr
 
@@ -228,7 +240,7 @@ def test_lazy_packages_wait_for_nothing():
 def test_what_was_not_imported_is_no_attribute():
     """Neither the modules behind the public names nor what the package itself imports."""
     result = in_a_fresh_process(
-        "import jbptt\nfor name in ('recurrence', 'analysis', 'types', 'report', 'estimators'):\n"
+        "import jbptt\nfor name in ('recurrence', 'gate_paths', 'types', 'report', 'estimators'):\n"
         "    try: getattr(jbptt, name)\n    except AttributeError: continue\n    raise SystemExit(name)\n"
         "from jbptt import *; from jbptt import validation; cells.rnn, full_bptt, validation"
     )

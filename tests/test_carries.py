@@ -9,7 +9,8 @@ import problems
 import pytest
 from problems import assert_close
 
-from jbptt import Batch, adjoints, diagnose, find_nonfinite, gradient_sources
+from jbptt import Batch, adjoints, diagnose, find_nonfinite
+from jbptt.analysis import gradient_sources
 from jbptt.analysis.diagnosis import first_windows
 
 T = 16

@@ -66,7 +66,7 @@ def test_analyses(plain):
                 (jbptt.gradient_flow, {}),
                 (jbptt.lag_profile, {"max_lag": 3}),
                 (jbptt.truncation_curve, {"max_window": 3}),
-                (jbptt.adjoint_alignment, {"max_lag": 2}),
+                (jbptt.analysis.adjoint_alignment, {"max_lag": 2}),
             )
         ]
 

@@ -57,15 +57,15 @@ ANALYSES = {
     "lag_profile by leaf": on_problems(jbptt.lag_profile, max_lag=3, per_leaf=True),
     "truncation_curve": on_problems(jbptt.truncation_curve, max_window=3),
     "gradient_flow": on_problems(jbptt.gradient_flow),
-    "gradient_sources": on_problems(jbptt.gradient_sources),
+    "gradient_sources": on_problems(jbptt.analysis.gradient_sources),
     "adjoints": on_problems(jbptt.adjoints),
-    "adjoint_alignment": on_problems(jbptt.adjoint_alignment, max_lag=2),
+    "adjoint_alignment": on_problems(jbptt.analysis.adjoint_alignment, max_lag=2),
     "find_nonfinite": on_problems(jbptt.find_nonfinite),
     "diagnose": on_problems(jbptt.diagnose, measure=False),
     "step_jacobians": on_systems(jbptt.step_jacobians),
     "jacobian_products": on_systems(jbptt.jacobian_products, spans=(1, 3)),
     "lyapunov_spectrum": on_systems(jbptt.lyapunov_spectrum, qr_every=2),
-    "gate_paths": lambda step, params, carry, xs, targets, one, its: jbptt.gate_paths(params, one, its),
+    "gate_paths": lambda step, params, carry, xs, targets, one, its: jbptt.analysis.gate_paths(params, one, its),
     "compare": lambda step, params, carry, xs, targets, *_: jbptt.compare(
         ESTIMATORS, params, carry, Batch(xs, targets), reference="full", key=KEY, num_samples=2
     ),
@@ -76,7 +76,7 @@ ON_THE_HOST = {
         ESTIMATORS, params, carry, Batch(xs, targets), num_repeats=1
     ),
     "choose_plan": on_problems(jbptt.choose_plan, plans=(jbptt.Plan(2), jbptt.Plan(T)), num_repeats=1),
-    "optimize_schedule": lambda step, params, carry, xs, *_: jbptt.optimize_schedule(
+    "optimize_schedule": lambda step, params, carry, xs, *_: jbptt.analysis.optimize_schedule(
         jbptt.LagProfile(None, np.abs(np.asarray(xs)[:, 0, 0])), 2.5
     ),
     "eigenvalues": on_matrices(powers.eigenvalues, 2),

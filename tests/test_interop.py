@@ -232,9 +232,9 @@ def test_every_analysis_runs(name):
             "curve": jbptt.truncation_curve(*args, max_window=NUM_STEPS),
             "profile": jbptt.lag_profile(*args, max_lag=3, per_leaf=True),
             "flow": jbptt.gradient_flow(*args),
-            "sources": jbptt.gradient_sources(*args).norms,
+            "sources": jbptt.analysis.gradient_sources(*args).norms,
             "cotangents": [c for c in jax.tree.leaves(jbptt.adjoints(*args).cotangents) if c.dtype == float],
-            "alignment": jbptt.adjoint_alignment(*args, max_lag=2).misalignment,
+            "alignment": jbptt.analysis.adjoint_alignment(*args, max_lag=2).misalignment,
             "compared": jbptt.compare(estimators, *args[2:], reference="full", key=KEY, num_samples=2),
             "found": jbptt.find_nonfinite(*args).found,
             "diagnosis": jbptt.diagnose(*args, measure=False) if FULL else None,  # elsewhere by docs/interop.md

@@ -33,9 +33,9 @@ def results():
             "adjoints": jbptt.adjoints(*common),
             "lag_profile": jbptt.lag_profile(*common, max_lag=8),
             "truncation_curve": jbptt.truncation_curve(*common, max_window=8),
-            "gradient_sources": jbptt.gradient_sources(*common),
+            "gradient_sources": jbptt.analysis.gradient_sources(*common),
             "jacobian_products": jbptt.jacobian_products(step, params, one, xs, spans=(1, 2, 4)),
-            "gate_paths": jbptt.gate_paths(params, one, xs),
+            "gate_paths": jbptt.analysis.gate_paths(params, one, xs),
             "lyapunov_spectrum": jbptt.lyapunov_spectrum(step, params, one, xs),
         }
 

@@ -53,7 +53,7 @@ def others(params, carry, batch):
     return {
         "step_jacobians": jbptt.step_jacobians(step, params, carry[0], batch.xs[:, 0]),
         "scan": jax.grad(lambda p: jnp.sum(jbptt.scan(partial(step, p), carry, batch.xs, segment=2)[1]))(params),
-        "gate_paths": jbptt.gate_paths(lstm.init(key), states, batch.xs[:, 0]),
+        "gate_paths": jbptt.analysis.gate_paths(lstm.init(key), states, batch.xs[:, 0]),
         "compare": jbptt.compare(estimators, params, carry, batch, reference="full", key=key, num_samples=2),
         "experiments.compare_remedies": jbptt.experiments.compare_remedies(key, **patients),
         "powers.eigenvalues": powers.eigenvalues(square, 3, symmetric=True),
@@ -90,6 +90,7 @@ def test_nothing_is_left_out():
     for room in (powers, tasks):
         public |= {f"{room.__name__.rsplit('.')[-1]}.{name}": value for name, value in vars(room).items()
                    if getattr(value, "__module__", None) == room.__name__}  # fmt: skip
+    public |= {name: getattr(jbptt.analysis, name) for name in dir(jbptt.analysis)}
     public |= {f"experiments.{name}": getattr(jbptt.experiments, name) for name in dir(jbptt.experiments)}
     functions = {n for n, value in public.items() if inspect.isfunction(value) and not n.split(".")[-1].startswith("_")}
     assert functions - lowered - set(HOST) == {"tasks.on_tokens", "tasks.squared_error"}  # makes a cell; in all above

@@ -256,11 +256,11 @@ def test_unroll_evaluates_the_start_differentiably():
 ANALYSES = {
     "adjoints": jbptt.adjoints,
     "flow": jbptt.gradient_flow,
-    "sources": jbptt.gradient_sources,
+    "sources": jbptt.analysis.gradient_sources,
     "lags": partial(jbptt.lag_profile, max_lag=4),
     "curve": partial(jbptt.truncation_curve, max_window=4),
     "nonfinite": jbptt.find_nonfinite,
-    "alignment": partial(jbptt.adjoint_alignment, max_lag=3),
+    "alignment": partial(jbptt.analysis.adjoint_alignment, max_lag=3),
     "diagnose": partial(jbptt.diagnose, measure=False),
 }
 
@@ -293,8 +293,8 @@ def test_an_analysis_of_one_example_takes_it_too(name):
 def test_gate_paths_takes_it_too():
     cell = cells.gru(H, H)
     params = cell.init(jax.random.key(0)) | {"h0": PARAMS["h0"]}
-    found = jbptt.gate_paths(params, lambda params: params["h0"], BATCH.xs[:, 0])
-    jax.tree.map(np.testing.assert_array_equal, found, jbptt.gate_paths(params, params["h0"], BATCH.xs[:, 0]))
+    found = jbptt.analysis.gate_paths(params, lambda params: params["h0"], BATCH.xs[:, 0])
+    jax.tree.map(np.testing.assert_array_equal, found, jbptt.analysis.gate_paths(params, params["h0"], BATCH.xs[:, 0]))
 
 
 def test_estimators_are_compared_and_measured_with_the_start():

@@ -11,16 +11,15 @@ from problems import assert_close, one_update
 
 from jbptt import (
     Batch,
-    adjoint_alignment,
     adjoints,
     cells,
     diagnose,
     find_nonfinite,
     gradient_flow,
-    gradient_sources,
     lag_profile,
     truncation_curve,
 )
+from jbptt.analysis import adjoint_alignment, gradient_sources
 
 NUM_STEPS, EXAMPLES = 6, 2
 XS = jnp.linspace(0.1, 1.0, NUM_STEPS * EXAMPLES * 2).reshape(NUM_STEPS, EXAMPLES, 2)

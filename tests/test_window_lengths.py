@@ -8,8 +8,8 @@ import numpy as np
 import problems
 import pytest
 
-from jbptt import Batch, LagProfile, full_bptt, lag_profile, optimize_schedule, plots, randomized_bptt, truncation
-from jbptt.analysis import window_lengths
+from jbptt import Batch, LagProfile, full_bptt, lag_profile, plots, randomized_bptt, truncation
+from jbptt.analysis import optimize_schedule, window_lengths
 
 
 def profile(norms):

@@ -204,7 +204,7 @@ def plot_lyapunov_spectrum(spectrum: Any, *, ax: Any = None, theme: Theme = LIGH
 def plot_alignment(alignment: Any, *, ax: Any = None, theme: Theme = LIGHT) -> Any:
     """How fast vectors turn into one direction: the sine of the angle left, log scale, and the fitted rate.
 
-    Of `powers.alignment` (applications of the matrix) or `adjoint_alignment` (steps back).
+    Of `powers.alignment` (applications of the matrix) or `analysis.adjoint_alignment` (steps back).
     """
     ax = new_axes(_SIZE, 1, 1, ax)
     misalignment = positive(alignment.misalignment)
