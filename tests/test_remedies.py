@@ -496,7 +496,7 @@ def test_words_about_balance():
 def test_words_about_the_gradient():
     off, scaled = {"gradient_error": 0.5, "gradient_cosine": 0.9}, {"gradient_error": 0.5, "gradient_cosine": 1 - 1e-8}
     found = made(off=(off, off), scaled=(scaled, None), both=(scaled, off), tiny=({"gradient_error": 1e-6}, None))
-    found.after.loss[:] += 0.0001 * np.arange(5)[:, None]  # so that no row ends exactly where nothing does
+    found.after.loss[:] += 0.0001 * np.arange(5)[:, None]  # so that no row is as with no remedy
     assert words(found, "off")[1] == ["gradient off: error 0.50 before and 0.50 after training"]
     assert words(found, "scaled")[1] == ["gradient rescaled, its direction kept: error 0.50 before training"]
     assert words(found, "both")[1] == ["gradient off: error 0.50 before and 0.50 after training"]
@@ -504,7 +504,7 @@ def test_words_about_the_gradient():
 
 
 def test_words_about_a_remedy_without_effect():
-    assert words(made(idle=(None, None)), "idle") == ("same", ["ends exactly where nothing does"])
+    assert words(made(idle=(None, None)), "idle") == ("same", ["has no effect: the same result as with no remedy"])
     assert words(made(idle=(None, None)), "nothing") == ("same", [])
 
 

@@ -88,7 +88,7 @@ def optimize_schedule(profile: LagProfile, mean_length: float) -> Schedule:
             f"{'by leaf' if norms is None else norms.shape}; pass lag_profile(..., max_lag=T) without per_leaf"
         )
     num_steps = len(norms)
-    validation.check_above("mean_length", mean_length, 1, "every window of one step would cut everywhere")
+    validation.check_above("mean_length", mean_length, 1, "with 1 the gradient would be cut at every step")
     if mean_length >= num_steps:
         raise ValueError(
             f"mean_length must be < T = {num_steps} (the profile's lags), got {mean_length}: nothing is cut"

@@ -155,7 +155,7 @@ def remarks(case: Case) -> list[str]:
         and case.num_diverged < case.num_runs
         and np.array_equal(case.after, case.nothing, equal_nan=True)
     ):
-        return ["ends exactly where nothing does", *_of_gradient(case)]
+        return ["has no effect: the same result as with no remedy", *_of_gradient(case)]
     return [*_of_training(case), *_of_balance(case), *_of_gradient(case)]
 
 

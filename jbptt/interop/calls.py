@@ -17,29 +17,29 @@ StepModel = tuple[Step, Params, InitialCarry]
 
 STATEFUL = (
     "A step must be a pure function of (params, carry, x), and running statistics also tie the examples of a batch "
-    "together. Put what is remembered into the carry and what is shown into y, or take what has no state: layer norm "
-    "for batch norm"
+    "together. Put remembered values into the carry and values to show into y, or use layers without state: layer norm "
+    "instead of batch norm"
 )
 INPUT_NAMES = "x", "xs", "input", "inputs"
 FIXED_STATISTICS = ", or batch norm with fixed statistics (evaluation mode)"
 CHAIN = (
-    "it hands one value from layer to layer and knows no carry. Pass call=lambda module, carry, x: …, which makes one "
-    "step of its layers"
+    "it passes one value from layer to layer and has no carry. Pass call=lambda module, carry, x: …, which runs its "
+    "layers as one step"
 )
 LEARNED_START = (
-    "its initial carry depends on its parameters, and no step would train that. Pass initial_carry=, and to learn the "
-    "start hand the estimator a function of the parameters as the carry (docs/recipes.md, a learned start)"
+    "its initial carry depends on its parameters, and no step trains those. Pass initial_carry=. To learn the start, "
+    "pass the estimator a function of the parameters as the carry (docs/recipes.md, a learned start)"
 )
 BIDIRECTIONAL = (
-    "its output at a step depends on later inputs, so it is no step. Convert its two cells, run one on xs and the "
+    "its output depends on later inputs, which a step has not seen. Convert its two cells, run one on xs and the "
     "other on jnp.flip(xs, 0), flip those outputs back and combine them in the loss"
 )
 FROZEN = (
-    "it moves {} on wherever that may be changed, and reads it in the next step. In a step it may not be changed, so "
-    "that it would stand still. Put it into the carry and hand it on: a step of your own calls the module with it "
-    "mutable (docs/interop.md shows one). Where it is meant to stand still, take the write out of the module"
+    "it updates {} where that is mutable, and reads it in the next step. A step cannot update it, so it would keep its "
+    "first value. Put it into the carry: a step of your own calls the module with it mutable (docs/interop.md shows "
+    "one). If it is meant to stay constant, remove the write from the module"
 )
-REVERSED = "it reads from the end. Pass its .cell, and xs and targets flipped by jnp.flip(…, 0)"
+REVERSED = "it reads the sequence from the end. Pass its .cell, and flip xs and targets: jnp.flip(…, 0)"
 
 
 def refuse(module: Any, reason: str) -> NoReturn:
@@ -49,7 +49,7 @@ def refuse(module: Any, reason: str) -> NoReturn:
 
 @contextmanager
 def missing_key(module: Any, kind: type[Exception], word: str = "") -> Iterator[None]:
-    """What a library raises where a module draws random numbers and has no key for them becomes a ValueError."""
+    """Turns a library's error about a missing random key into a ValueError that says what to pass."""
     try:
         yield
     except kind as error:
@@ -92,10 +92,10 @@ def check_call(
 
 
 def frozen_state(apply: Callable[..., tuple[Any, PyTree]], state: PyTree, *args: Any) -> list[str]:
-    """What a module both reads and writes in one step, were it free to: `apply(state, *args) -> (result, state)`.
+    """The names of the state that a module would both read and write in one step if all of it were mutable.
 
-    It runs twice, on shapes: in the first run may come into being what is not there yet. What it only shows (`sow`) is
-    read by no result. A module that cannot run so says nothing.
+    `apply(state, *args) -> (result, state)` is traced twice: the first run may create state that is not there yet.
+    State that is only written (`sow`) does not count. Empty for a module that cannot run with mutable state.
     """
 
     def again(state, *args):
@@ -116,7 +116,7 @@ def frozen_state(apply: Callable[..., tuple[Any, PyTree]], state: PyTree, *args:
 
 @contextmanager
 def missing_start(owner: Any, method: str) -> Iterator[None]:
-    """A method that is there only to be overridden is as good as none."""
+    """A method that raises NotImplementedError counts as missing."""
     try:
         yield
     except NotImplementedError as error:
@@ -124,7 +124,7 @@ def missing_start(owner: Any, method: str) -> Iterator[None]:
 
 
 def no_start(owner: Any, method: str) -> str:
-    """What is said where a module does not say what its carry looks like."""
+    """The message for a module that does not say what its carry looks like."""
     return (
         f"{type(owner).__name__} has no {method}. Pass initial_carry=, the carry of one example or a function of the "
         "batch shape."
@@ -132,7 +132,7 @@ def no_start(owner: Any, method: str) -> str:
 
 
 def call_step(module: Any, function: Callable[..., Any], *args: Any, **options: Any) -> tuple[Any, Any]:
-    """`function(*args)`, whose errors say where they come from and whose result must be a pair."""
+    """`function(*args)`: adds to its errors which module failed, and refuses a result that is no pair."""
     try:
         result = function(*args, **options)
     except Exception as error:
@@ -187,7 +187,7 @@ def holds_keys(thing: Any) -> bool:
 
 
 def typed_key(key: Any) -> jax.Array:
-    """A raw key, uint32 `[2]`, as a typed one: masks would take its two numbers for two examples."""
+    """Makes a raw key, uint32 `[2]`, a typed one: a mask would take the two numbers of a raw key for two examples."""
     if holds_keys(key):
         return key
     if getattr(key, "dtype", None) != jnp.uint32:
@@ -196,7 +196,7 @@ def typed_key(key: Any) -> jax.Array:
 
 
 def split_keys(name: str, carry: Any, fits: Callable[[Any], bool] = holds_keys) -> tuple[Carry, PyTree]:
-    """The carry of a module that draws random numbers as its own carry and the keys beside it."""
+    """Splits the carry of a module that draws random numbers into the module's own carry and the keys."""
     if isinstance(carry, tuple) and len(carry) == 2 and fits(carry[1]):
         return carry
     raise ValueError(
@@ -220,7 +220,7 @@ def with_keys(start: InitialCarry, keys: Callable[[tuple[int, ...], jax.Array | 
 
 
 def only_cell(module: Any, cells: Iterable[Any]) -> Any:
-    """The one cell of a module, which then says what the carry looks like."""
+    """The only recurrent cell of a module; its carry is the module's. A ValueError if there are none or several."""
     cells = list(cells)
     if len(cells) != 1:
         raise ValueError(

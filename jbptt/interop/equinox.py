@@ -22,9 +22,9 @@ def from_equinox(
     Args:
       module: a cell (`eqx.nn.GRUCell`, `LSTMCell`; y = h), or any module called as `module(carry, x) -> (carry, y)` on
         one example. All its floating arrays are trained, as with `eqx.filter_grad`.
-      initial_carry: the carry of one example, or a function of the batch shape. None: zeros for the one cell in the
-        module, whatever else it may hold as a start (a learned one would not be trained: no step reads it). Every
-        leaf has the batch axes.
+      initial_carry: the carry of one example, or a function of the batch shape. None: zeros for the only cell in the
+        module. A start that the module itself holds is not used: no step reads it, so it would not be trained.
+        Every leaf has the batch axes.
       call: `(module, carry, x) -> (carry, y)` on one example, instead of `module(carry, x)`.
       key: for modules that draw random numbers: the call gets a new one as `key=` in each step and for each example.
         Every `initial_carry(batch_shape)` begins with the same; `initial_carry(batch_shape, key)` with others.
@@ -100,7 +100,7 @@ def _call_module(module: Any, carry: Any, x: Any, **random: Any) -> tuple[Any, A
 
 
 def _held(module: Any, types: Any) -> list[Any]:
-    """What is of these types anywhere in the module, outermost only."""
+    """The parts of the module that are of these types; not the parts of such a part."""
     return [m for m in jax.tree.leaves(module, is_leaf=lambda m: isinstance(m, types)) if isinstance(m, types)]
 
 

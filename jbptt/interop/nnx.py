@@ -124,7 +124,7 @@ def _reseeded(streams: PyTree, key: jax.Array) -> PyTree:
 
 
 def _initial_carry(module: Any, input_size: Any) -> Callable[[Any, tuple[int, ...]], Any]:
-    """What `initialize_carry` says, of a module like this one."""
+    """`(module, batch_shape) -> carry`, by `initialize_carry` of the module or of its only cell."""
     from flax import nnx
 
     def owner_in(module):
@@ -133,7 +133,7 @@ def _initial_carry(module: Any, input_size: Any) -> Callable[[Any, tuple[int, ..
         return calls.only_cell(module, (m for _, m in nnx.iter_modules(module) if isinstance(m, nnx.RNNCellBase)))
 
     owner = owner_in(module)
-    # What x is to the module is not what x is to a cell inside it, which knows its own width.
+    # The x of the module need not be the x of a cell inside it, which knows its own width.
     own = getattr(owner, "in_features", None)
     size = own if owner is not module or input_size is None else input_size
     if size is None:
@@ -151,7 +151,7 @@ def _initial_carry(module: Any, input_size: Any) -> Callable[[Any, tuple[int, ..
 
 
 def _check_unchanged(module: Any, before: PyTree, after: PyTree) -> None:
-    """Who assigns to a variable puts another array there, be it one of the same value."""
+    """Compares arrays by identity: whoever assigns to a variable puts another array there, even of the same value."""
     (graph, *old), (graph_t, *new) = before, after
     old, new = (
         {jax.tree_util.keystr(path[1:]): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(trees)}
@@ -165,7 +165,7 @@ def _check_unchanged(module: Any, before: PyTree, after: PyTree) -> None:
 
 
 def to_nnx(module: Any, params: Params) -> Any:
-    """A copy of the nnx module with `params` in it; all else, its rng streams too, as in `module`.
+    """A copy of the nnx module with `params` in it; everything else, rng streams included, as in `module`.
 
     An `nnx.RNN` gets the parameters of its cell. (`nnx.update(module, params)` changes the module itself.)
 
