@@ -20,7 +20,7 @@ PER_ESTIMATOR = ("relative_bias", "relative_bias_error", "variance", "cosine", "
 """The fields of a `Comparison` that hold one number for each estimator."""
 
 MOST_STEPS = 4096
-"""Of a batch whose coverage is looked at: the matrix takes T² numbers."""
+"""Of a longer batch no coverage is computed: its matrix takes T² numbers."""
 
 
 @jax.tree_util.register_dataclass
@@ -31,19 +31,20 @@ class Comparison:
     Everything is relative to ‖g‖; where g is 0, biases and variances are 0 if the estimates are 0 too, else inf.
 
     Attributes:
-      relative_bias: `‖E ĝ − g‖ / ‖g‖`, the mean over the samples. An unbiased estimator shows about its
-        standard error here, never 0, and more where rare large weights, which few samples meet, carry the variance.
-      relative_bias_error: standard error, `√(variance / num_samples)`: what the mean itself scatters by; too
-        small in that case, as the variance is. 0 for estimators that draw nothing.
+      relative_bias: `‖E ĝ − g‖ / ‖g‖`, E the mean over the samples. For an unbiased estimator it is about
+        the standard error below, not 0; more where the variance comes from large weights so rare that
+        the samples may have missed them.
+      relative_bias_error: its standard error, `√(variance / num_samples)`; too small where the samples
+        missed such weights. 0 for estimators that draw nothing.
       variance: `E‖ĝ − E ĝ‖² / ‖g‖²`, of one estimate; 0 for estimators that draw nothing.
       cosine: between ĝ and g, mean over the samples.
       norm_ratio: `‖ĝ‖ / ‖g‖`, mean over the samples.
       alignment: `[E, E]`, cosine between the mean estimates of every pair.
       names: the estimators, in order.
       num_samples: of estimators that draw; the others are run once.
-      coverage: what each declares to count, the mean of `E C[t, i]` over the pairs i ≤ t: 1 for one without bias,
-        whose `relative_bias` is chance. NaN where nothing is declared, or no mean over draws, and for more
-        than 4096 steps, whose matrix would be large.
+      coverage: the mean of the declared `E C[t, i]` over all pairs i ≤ t: 1 for an unbiased estimator,
+        whose `relative_bias` is then chance alone. NaN where no coverage is declared, or none without
+        a key, and for more than 4096 steps, as the matrix takes T² numbers.
     """
 
     relative_bias: jax.Array
@@ -105,10 +106,12 @@ def compare(
 ) -> Comparison:
     """Bias, variance and direction of gradient estimators against the exact gradient, on one batch.
 
-    Each estimator updates once from a fresh state (`adaptive_bptt` then takes its longest window: hand over one whose
-    init returns a state that has seen some updates); those that draw do so `num_samples` times, sample i with
-    `fold_in(key, i)` for all of them. Pure: works under jit and vmap. Time: `num_samples` updates of each
-    that draws; memory: one update and two gradients for each estimator.
+    Each estimator makes one update from a fresh state; one that draws makes `num_samples`, sample i with the
+    key `fold_in(key, i)` for all estimators. From a fresh state `adaptive_bptt` takes its longest window:
+    pass one whose init returns a state that has seen some updates.
+
+    Pure: works under jit and vmap. Time: `num_samples` updates of each estimator that draws. Memory: one
+    update and two gradients for each estimator.
 
     Args:
       estimators: by name.
@@ -138,7 +141,11 @@ def compare(
 
 
 def _compare(*given) -> Comparison:
-    """`compare` of the functions of each estimator and of a reference without a gradient; then a start, if any."""
+    """`compare` behind the checks.
+
+    Takes init, update and coverage of each estimator, and of the reference where it is one; then the carry
+    where that is a function; then the names and all that `compare` was given.
+    """
     *functions, names, num_samples, params, carry, batch, gradient, key = given
     num_functions = len(Estimator._fields)
     carry = functions.pop() if len(functions) % num_functions else carry

@@ -38,7 +38,18 @@ def adjoints(
 
         λ_t = ∂L/∂carries[t] = gates[t] · (J_tᵀ λ_{t+1} + (∂y_t/∂carries[t])ᵀ ∂L/∂y_t),   λ_T = 0
 
-    Two forward passes and one backward; memory O(T). Raises ValueError as `full_bptt` does.
+    Two forward passes and one backward; memory O(T).
+
+    Args:
+      step: `(params, carry, x) -> (carry, y)`.
+      loss: `(y, target) -> [*batch]`.
+      params: the parameters.
+      carry: what enters step 0, or a function of the parameters that gives it.
+      batch: T steps.
+      gates: `[T]` or `[T, *batch]`; the adjoints of the gated gradient.
+
+    Raises:
+      ValueError: what `full_bptt` raises.
     """
     validation.check_problem(step, loss, params, carry, batch, gates)
     return run(adjoints_of, (step, loss), (), params, start_of(carry, params), batch, gates)
@@ -90,10 +101,20 @@ def gradient_flow(
 
         F[t, s] = RMS over examples of ‖∂ℓ_t/∂carries[s]‖,   s ≤ t,   0 above the diagonal
 
-    ℓ_t is unweighted; examples masked at t do not count. The cotangents of all losses go back side by side, from the
-    last step to the first: T² products of a Jacobian and a cotangent, 5/8 of them where T > 192; memory
-    O(T) carries and the `[T, T]` result. With `per_leaf`, a list of such matrices, one for each inexact leaf of the
-    carry (in the order of `jax.tree.leaves`).
+    ℓ_t is unweighted; examples that are masked at step t do not count.
+
+    One forward pass, then one pass back with the cotangents of all losses side by side: T² products of
+    a Jacobian and a cotangent, 5/8 of that where T > 192. Memory O(T) carries and the `[T, T]` result.
+
+    Args:
+      step: `(params, carry, x) -> (carry, y)`; every inexact carry leaf begins with the batch shape.
+      loss: `(y, target) -> [*batch]`.
+      params: the parameters.
+      carry: what enters step 0, or a function of the parameters that gives it.
+      batch: T steps; its weights are not read.
+      gates: `[T]` or `[T, *batch]`; the flow of the gated gradient.
+      per_leaf: return a list of matrices, one for each inexact leaf of the carry in the order of
+        `jax.tree.leaves`, instead of one over all leaves.
 
     Raises:
       ValueError: carries that do not begin with the batch shape; what `full_bptt` raises.
@@ -114,7 +135,7 @@ def _gradient_flow(step, loss, batch_shape, per_leaf, params, carry, batch, gate
     one_back = partial(_one_step_back, parts.core, live, params)
     norms = _adjoint_norms(one_back, inputs, num_steps, leafwise(norm) if per_leaf else norm)
     counted = loss_weights(batch, jnp.zeros((num_steps, *batch_shape))).reshape(num_steps, -1).sum(1)[:, None]
-    # A loss that lies before a step has met its Jacobian as a zero, which times infinity is NaN.
+    # The loss of an earlier step has cotangent 0 here, and 0 times an infinite Jacobian is NaN.
     meets = (counted > 0) & jnp.tri(num_steps, dtype=bool)
     return jax.tree.map(lambda a: jnp.where(meets, a.T / jnp.sqrt(jnp.maximum(counted, 1)), 0), norms)
 
@@ -141,7 +162,7 @@ def _adjoint_norms(one_back: Callable, inputs: Any, num_steps: int, norm_fn: Any
 
 
 def _one_step_back(core: Step, live: Paths, params: Params, cotangents: list, inputs: Any) -> list:
-    """Every loss's cotangent through one step, whose own loss, in its place, sets out."""
+    """Takes the cotangents of all later losses back through one step, and starts that of its own loss."""
     place, carry, given, gate, outputs_bar = inputs
     leaves, rebuild = split_inexact(carry)
 
@@ -158,7 +179,10 @@ def _one_step_back(core: Step, live: Paths, params: Params, cotangents: list, in
 
 
 def stage_length(num_steps: int) -> int:
-    """Steps that share a program, 64 at most or a quarter of all: each leaves out the losses of the steps before it."""
+    """Steps in one stage of the way back: at most 64, or a quarter of all where that is more.
+
+    A stage leaves out the losses of the steps before it: more stages compute less, and take longer to compile.
+    """
     return -(-num_steps // min(4, -(-num_steps // 64)))
 
 
@@ -169,7 +193,7 @@ class GradientSources(NamedTuple):
       norms: `‖S_i‖`, `[T]`.
       leaf_norms: the same for every leaf of the parameters alone, a tree of `[T]`.
       shares: `⟨S_i, g⟩ / ‖g‖²`, `[T]`: how much of the gradient comes from step i. They add up to 1; a
-        negative share pulls the other way. Zeros where the gradient is zero.
+        negative share points against the gradient. Zeros where the gradient is zero.
     """
 
     norms: jax.Array
@@ -180,7 +204,7 @@ class GradientSources(NamedTuple):
 def gradient_sources(
     step: Step, loss: Loss, params: Params, carry: Carry, batch: Batch, *, gates: jax.Array | None = None
 ) -> GradientSources:
-    """Which steps' inputs the gradient comes from: its part that enters at step i, whatever loss it flows from.
+    """How much of the gradient comes from each step: the part that enters at step i, summed over all losses.
 
         S_i = (∂⁺(h_{i+1}, ℓ_i)/∂w)ᵀ (λ_{i+1}, w_i) / Σ w
 

@@ -42,7 +42,7 @@ class GatePaths:
 
 
 def check_gated_cell(params: Any, carry: Any, xs: Any) -> tuple[str, Step]:
-    """`"gru"` or `"lstm"` and its step, told by the parameters; a ValueError for anything else."""
+    """`"gru"` or `"lstm"` and its step, known by the shapes of the parameters; a ValueError for anything else."""
     shapes = {name: np.shape(leaf) for name, leaf in params.items()} if isinstance(params, Mapping) else {}
     if not {"w_x", "w_h", "b"} <= set(shapes) or len(shapes["w_h"]) != 2:
         raise ValueError(
@@ -86,8 +86,8 @@ def _step_of(kind: str, params: Any) -> Step:
 def gate_paths(params: Params, carry: Carry, xs: PyTree) -> GatePaths:
     """How much of `∂carries[t+1]/∂carries[t]` passes through each gate of a gru or an lstm, at every step.
 
-    One path is open at a time, all else is held where the forward pass has it. The straight path leads
-    past the gates' pre-activations, every other one from h_{t−1} into those of one gate:
+    The derivative is taken along one path at a time; everything else keeps its value of the forward pass.
+    The straight path goes past all gates, every other one from h_{t−1} through the pre-activation of one gate:
 
         lstm   cell: ∂(o ⊙ tanh(f ⊙ c + i ⊙ g), f ⊙ c + i ⊙ g)/∂c at constant i, f, g, o
                input, forget, candidate, output: through i, f, g, o
@@ -99,7 +99,7 @@ def gate_paths(params: Params, carry: Carry, xs: PyTree) -> GatePaths:
 
     Args:
       params: of `cells.gru` or `cells.lstm`, told apart by their shapes (3·H or 4·H columns); further entries, like a
-        linear readout's, do not matter.
+        linear readout's, are ignored.
       carry: what enters step 0, or a function of the parameters that gives it, unbatched: `[H]`, or for the lstm
         `([H], [H])`; vmap for batches.
       xs: `[T, input]`.

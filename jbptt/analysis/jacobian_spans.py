@@ -99,15 +99,14 @@ def jacobian_products(
 
     `P = Q W` is carried along with Q orthonormal and the rows of W scaled by integer powers of two, so that no
     span overflows; Jacobi rotations in the scaled form then give every singular value to relative accuracy,
-    also those far below ε times the largest (a plain SVD of P loses them). What a Jacobian shrinks below the
-    rounding of its own entries (`4·sqrt(n)·ε`, relative to its rows and columns) counts as lost: −inf.
+    also those far below ε times the largest (a plain SVD of P loses them). Directions that a Jacobian shrinks
+    below the rounding of its own entries (`4·sqrt(n)·ε`, relative to its rows and columns) count as 0: −inf.
     Entries below the normal range of their dtype are flushed to 0, as everywhere in XLA.
 
-    The values are those of Jacobians that are each changed by a few ε of their norm. That is 1e-10 and better,
-    relative, for a system that is one piece. It is not where a system falls into parts that do not all reach one
-    another (stacked layers, triangular matrices) and the parts overtake each other by 1/ε or more on the way: in 300
-    steps up to 1e-3 nats are lost of two random layers, a few nats of random triangular matrices. If in doubt, nudge
-    the parameters by ε and see, or take a shorter span.
+    Rounding acts like a change of every Jacobian by a few ε of its norm. In a system of one piece that moves the
+    values by 1e-10 or less, relative (float64). It can move them by whole nats where the system falls into parts that
+    do not all reach one another (stacked layers, triangular matrices) and one part outgrows another by 1/ε or more on
+    the way. If in doubt, change the parameters by ε and compare, or take a shorter span.
 
     One forward pass and max(spans) steps, each with the step's Jacobian and two QR decompositions, O(n³);
     then O(n³) per span and sweep of rotations. Memory O(T) carries and O(S n²). jit- and vmap-able; not

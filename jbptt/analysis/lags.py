@@ -41,7 +41,7 @@ class LagProfile(NamedTuple):
 
 
 class TruncationCurve(NamedTuple):
-    """What every window 1 … max_window leaves of the exact gradient, `[max_window]` each.
+    """The error of every window 1 … max_window against the exact gradient, `[max_window]` each.
 
     Attributes:
       windows: 1 … max_window, in steps.
@@ -64,7 +64,7 @@ class Linearised(NamedTuple):
     """One forward pass, linearised at every step.
 
     Attributes:
-      pull: the way back through all steps at once (`adjoint.parallel_pullback`).
+      pull: the way back through all steps at once (`engine.parallel_pullback`).
       outputs_bar: `w_t ∂ℓ_t` in the core's outputs, inexact leaves `[T, ...]`.
       carries: the inexact leaves of the carries that enter the steps, `[T, ...]`.
       path: those carries, all leaves.
@@ -191,8 +191,9 @@ def truncation_curve(
 
         sliding: ĝ_n = Σ_{k<n} D_k        blocks, averaged over their phase: ĝ_n = Σ_{k<n} (1 − k/n) D_k
 
-    A single alignment of the blocks scatters around their average. One exact gradient and max_window
-    rounds of T step derivatives side by side; memory O(T) carries and a few copies of the parameters.
+    The gradient in blocks depends on where the first cut falls; here it is averaged over all places, and
+    one placement scatters around that. One exact gradient and max_window rounds of T step derivatives
+    side by side; memory O(T) carries and a few copies of the parameters.
 
     Args:
       step: `(params, carry, x) -> (carry, y)`.

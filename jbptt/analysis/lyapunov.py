@@ -31,10 +31,10 @@ class LyapunovSpectrum(NamedTuple):
     """The k largest Lyapunov exponents of one trajectory, natural logarithm per step, descending.
 
     Attributes:
-      exponents: `[k]`. −inf where the Jacobians are singular to rounding: a regular spread of more than 13 nats per
-        interval is so in float32, while one step alone that is singular in a general position may not be seen there.
-      standard_errors: `[k]`, by batch means over the kept steps: how far a trajectory of this length
-        scatters about an infinitely long one, not how far rounding moves both. NaN with fewer than two intervals; 0
+      exponents: `[k]`. −inf where the Jacobians are singular to rounding. In float32 that is every exponent more
+        than 13 nats per interval below the largest, while a single singular step may go unnoticed.
+      standard_errors: `[k]`, by batch means over the kept steps: how far a trajectory of this length scatters
+        around an infinitely long one; the effect of rounding is not in them. NaN with fewer than two intervals; 0
         for an exponent of −inf.
       history: `[num_intervals, k]`, the estimate after each kept interval, its columns in the order of
         `exponents`; the last row is `exponents`. `num_intervals = ⌈kept steps / qr_every⌉`.
@@ -77,12 +77,13 @@ def lyapunov_spectrum(
 
     −inf: exact, where R has a zero, or R_ii below the rounding of the largest entry of R: in float64 for
     one interval (2⁻⁴⁸), in float32 on average (16 eps). A spread of more than that (33 and 13 nats) within
-    one interval cannot be resolved; lower `qr_every`. With `qr_every=1` in float32, diag(1, 1e-6) is taken for
-    singular, and a single singular step whose zero rounding hides for regular; take float64. A carry that
-    stops being finite makes all exponents NaN, also where the derivative would not notice (a ReLU's at NaN is
-    0, a linear step's is its matrix). A carry narrower than float32 rounds the frame to its own precision at
-    every step, always the same way: exponents are then off by up to its ε (bfloat16: 0.008), whatever T and the
-    standard errors.
+    one interval cannot be resolved; lower `qr_every`. In float32, even with `qr_every=1`, diag(1, 1e-6) counts as
+    singular, and a single singular step may count as regular, as rounding hides its zero; use float64.
+
+    A carry that stops being finite makes all exponents NaN, even where its derivative is finite (a ReLU's at NaN is
+    0, a linear step's is its matrix). A carry narrower than float32 rounds the frame to its own precision at every
+    step, always the same way: exponents are then off by up to its ε (bfloat16: 0.008), whatever T is and whatever the
+    standard errors say.
 
     Args:
       step: `(params, carry, x) -> (carry, y)`; y is not used.

@@ -1,7 +1,7 @@
 """What first makes a loss or a gradient not finite: what was given, the way forward, or the way back.
 
-NaN and infinity may be meant: log 0 in transitions, a mask of −inf, a maximum that starts at −inf. So nothing is named
-for what it is, only for what it does.
+Some infinities are intended: log 0 in transitions, a mask of −inf, a maximum that starts at −inf. So a leaf that
+is not finite is named only if it makes a loss, an adjoint or a gradient not finite.
 """
 
 from dataclasses import dataclass, field
@@ -29,8 +29,8 @@ from jbptt.types import Batch, Carry, Loss, Params, PyTree, Step
 PHASES = ("given", "forward", "backward")
 GIVEN = ("xs", "gates", "targets", "weights")
 
-# In the domain of nearly every function; of the size that exp, its square and the rounding of a sum bear: e^−40 beside
-# 1 is 0 in float64.
+# What stands in for NaN and infinity: 0.5 is in the domain of nearly every function; e⁴⁰ and its square
+# do not overflow, and e⁻⁴⁰ vanishes beside 1, as e^−∞ does.
 NAN, LARGE = 0.5, 40.0
 
 
@@ -45,8 +45,8 @@ class NonFinite:
         outputs, losses), backward (adjoints, gradients).
       step: the step that read or produced it; 0 for parameters and the initial carry.
       leaf_index: into `leaves`.
-      absorbed: `[leaves]`, which hold NaN or infinity before that (anywhere, if nothing is found) of which no loss,
-        adjoint or gradient takes harm.
+      absorbed: `[leaves]`, which leaves hold NaN or infinity before that step (anywhere, if nothing is found) and
+        yet leave every loss, adjoint and gradient finite.
       leaves: names of everything that was looked at.
     """
 
@@ -100,10 +100,10 @@ def find_nonfinite(
 
     In the order of computation: parameters and initial carry; then step by step inputs, gates, the new carry and
     the output, the target, the weight, the loss; then back step by step the adjoint of the carry received and the
-    step's part of the parameter gradient. NaN and infinity of which no loss, adjoint or gradient takes harm (log 0 in
-    transitions, a running maximum that starts at −inf, a leaf that no loss reads) are not named, but listed in
-    `absorbed`. To tell, the search runs again with all that is not finite up to a place replaced by finite numbers.
-    Padding and losses of weight 0 do not count.
+    step's part of the parameter gradient. A leaf that is not finite but leaves every loss, adjoint and gradient
+    finite (log 0 in transitions, a running maximum that starts at −inf, a leaf that no loss reads) is not named, but
+    listed in `absorbed`. To tell the two apart, the search computes everything again with whatever is not finite up
+    to some place replaced by finite numbers, and bisects for that place. Padding and losses of weight 0 do not count.
 
     Two forward passes and one backward, and every step's derivative once more, one after another; that about
     log₂(T · leaves) times where a loss or a gradient is not finite. Memory O(T) carries. Works under jit and vmap (all

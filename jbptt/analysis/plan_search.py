@@ -1,4 +1,4 @@
-"""Which plan is fastest here: a measured choice, made when it is asked for and remembered for the process."""
+"""The fastest plan on this machine: measured when asked for, and remembered while step and loss live."""
 
 import contextlib
 from collections.abc import Sequence
@@ -52,9 +52,9 @@ def choose_plan(
     """The fastest plan for the full gradient of batches of this shape, measured on the host.
 
     Compiles and runs one update of every candidate: seconds to minutes. The answer is remembered by step, loss (where
-    they can be hashed) and shapes, as long as these two functions live, so that asking again costs nothing. It belongs
-    to this machine, and noise may change it between two plans that are equally fast; without it an estimator's plan is
-    always the same.
+    they can be hashed) and shapes, as long as these two functions live, so that asking again costs nothing. It holds
+    for this machine; of two plans that are equally fast, noise decides. No estimator searches by itself: its default
+    plan is always the same.
 
     Args:
       step: `(params, carry, x) -> (carry, y)`.

@@ -25,7 +25,7 @@ from jbptt.analysis.lags import LagProfile
 
 NUM_ITERATIONS = 300
 FLOOR = 1e-5
-"""Of the chance that a window outlasts the sequence: a pair that is never kept could not be weighted."""
+"""The least chance that a window outlasts the sequence: with 0, no weight makes up for a pair that is never kept."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Schedule:
 
     Attributes:
       length_probs: `[T − 1]`, the chance of a window of 1, 2, … steps, for `randomized_bptt(length_probs=)`;
-        what is missing to 1 are windows that no cut ends within T steps.
+        the rest to 1 is the chance that a window is not cut within T steps.
       keep_prob: `[T − 1]`, the chance that a window which has lasted 1, 2, … steps goes on.
       mean_length: `E[min(length, T)]`, in steps.
       predicted_variance: of this schedule.
@@ -66,10 +66,11 @@ class Schedule:
 def optimize_schedule(profile: LagProfile, mean_length: float) -> Schedule:
     """The lengths of randomized truncation's windows of least predicted variance, at a given mean length.
 
-    What constant keep probabilities and ARTBP fix by a formula is fitted to how the model's gradient falls
-    with the lag: pairs that carry much gradient should rarely be cut, those that carry none may always be. The
-    prediction takes the contributions of different pairs as uncorrelated, exact for white noise; where
-    they are not, the order of two schedules is more reliable than either variance (`compare` measures it).
+    A constant keep probability and ARTBP fix the lengths by a formula; here they are fitted to how the model's
+    gradient falls with the lag: lags that carry much gradient are rarely cut, lags that carry none often.
+
+    The prediction takes the contributions of different pairs as uncorrelated, which is exact for white noise.
+    Where they are correlated, trust the order of two schedules more than either variance (`compare` measures it).
 
     Runs on the host, in double precision: some 300 steps of L-BFGS, O(T²) each.
 
@@ -111,7 +112,7 @@ def optimize_schedule(profile: LagProfile, mean_length: float) -> Schedule:
 
 @jax.jit
 def _optimize(squares: jax.Array, mean_length: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Log survival and variance of the best schedule and of constant π. Without gradients they are the same one."""
+    """Log survival and variance of the best schedule and of constant π; both constant if there is no gradient."""
     constant = jnp.zeros(len(squares) - 1)
     rates = _descend(partial(_objective, squares, mean_length), constant)
     rates = jnp.where(jnp.any(squares > 0), rates, constant)

@@ -1,4 +1,4 @@
-"""What one run looks like at one time: its loss, adjoints, leading exponent and gradient error."""
+"""What is measured of one run before and after training: loss, adjoints, leading exponent, gradient error."""
 
 import jax
 import jax.numpy as jnp

@@ -86,16 +86,16 @@ def compare_remedies(
 
     The patients are tanh networks, `h ← tanh(x w_x + h w_h + b)`, whose `w_h` is the same random orthogonal
     matrix times a radius: every eigenvalue has that size, so that the radius alone decides whether
-    gradients vanish or explode. They learn the adding problem (`tasks.adding`): its loss is read at the
-    last step and hangs on the whole sequence; who predicts the mean and remembers nothing has a loss of
-    1/12. Each sequence starts from a carry of zeros. Every run makes as many updates of plain gradient
+    gradients vanish or explode. They learn the adding problem (`tasks.adding`), whose loss is that of the last
+    step and depends on the whole sequence; predicting the mean without any memory has a loss of 1/12. Each
+    sequence starts from a carry of zeros. Every run makes as many updates of plain gradient
     descent, on the same batches as the other runs of its seed and from the same random numbers.
 
     "orthogonal init" and "identity init" replace `w_h`, and so are the same for both patients; gru and lstm
     have a matrix of the patient's radius for every gate.
 
     Pure; jit- and vmap-able. All remedies of the tanh network are one compiled program with the remedies as
-    data; gru and lstm are one each, and left out where not asked for. Runs take turns.
+    data; gru and lstm are one each, and left out where not asked for. Runs go one after another.
 
     Args:
       key: everything random derives from it.

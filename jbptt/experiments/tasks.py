@@ -185,7 +185,7 @@ def squared_error(y: jax.Array, target: jax.Array) -> jax.Array:
 def on_tokens(cell: Cell, vocabulary_size: int) -> Cell:
     """A cell of input size `vocabulary_size` that reads integer tokens `[*batch]` (as one-hot vectors).
 
-    A token out of range reads as NaN: a vector of zeros would go unseen.
+    A token out of range becomes NaN, which shows in the loss; a vector of zeros would not.
     """
     core, readout = split_readout(cell.step)
 

@@ -56,13 +56,13 @@ class Alignment(NamedTuple):
 def eigenvalues(matrix: Any, k: int, *, symmetric: bool | None = None) -> jax.Array:
     """The eigenvalues of M^k, which are those of M to the power of k: λ_i^k, in descending |λ_i|.
 
-    M^k itself is never formed: its small eigenvalues would drown in the rounding of the large ones. What is too
-    large becomes inf in the parts that are not 0. O(n³); the general case runs on CPU.
+    M^k itself is never formed: its small eigenvalues would drown in the rounding of the large ones. Real and
+    imaginary parts that overflow become ±inf, those that are 0 stay 0. O(n³); the general case runs on CPU.
 
     Args:
       matrix: M, real `[n, n]`.
       k: the power, a static integer ≥ 0.
-      symmetric: whether M equals its transpose; None looks, and under a transformation takes M to be general.
+      symmetric: whether M equals its transpose; None: compare them; under jit or vmap, M is taken as general.
 
     Returns:
       `[n]`, real if symmetric, else complex.
@@ -94,8 +94,8 @@ def alignment(matrix: Any, x: Any, k: int, *, symmetric: bool | None = None) -> 
 
         sin ∠(M^j x, v₁) ∝ |λ₂/λ₁|^j
 
-    if |λ₁| > |λ₂| and x has a component on v₁, w₁ᵀ x ≠ 0. Else `case` says why not; all comparisons are to rounding,
-    `20·sqrt(n)·ε·|w_i|ᵀ|M||v_i|` for λ_i. A case says that M cannot be told from a matrix of that kind:
+    if |λ₁| > |λ₂| and x has a component on v₁, w₁ᵀ x ≠ 0. Otherwise `case` says why not. All comparisons allow for
+    rounding, `20·sqrt(n)·ε·|w_i|ᵀ|M||v_i|` for λ_i: a case means that, to rounding, M is such a matrix.
 
     - "tie": |λ₁| = |λ₂| (also λ₁ = −λ₂): two directions can keep their shares.
     - "complex pair": the dominant eigenvalues are conjugates, defective or not: M^j x keeps turning; v₁ is complex.
@@ -105,14 +105,14 @@ def alignment(matrix: Any, x: Any, k: int, *, symmetric: bool | None = None) -> 
       angle falls like 1/j only, if at all (of several such eigenvalues: "tie"). Powers of an M that is defective only
       to rounding do so at first.
 
-    The vectors are made of norm 1 at every step, so that nothing overflows. O(n³ + k n²); memory O(k + n²). Works
+    The vector is scaled to norm 1 at every step, so that nothing overflows. O(n³ + k n²); memory O(k + n²). Works
     under jit and vmap; the general case runs on CPU.
 
     Args:
       matrix: M, real `[n, n]`.
       x: where to start, real `[n]`, not 0.
       k: the number of steps, a static integer ≥ 0.
-      symmetric: whether M equals its transpose; None looks, and under a transformation takes M to be general.
+      symmetric: whether M equals its transpose; None: compare them; under jit or vmap, M is taken as general.
 
     Returns:
       An `Alignment`; `print` it for a sentence.

@@ -48,7 +48,7 @@ def from_rows(rows: jax.Array, exponents: jax.Array) -> Graded:
 
 
 def rounding(size: int, dtype) -> float:
-    """What is left of 1 when a sum of `size` terms cancels altogether, but for rounding: 4·sqrt(size)·ε."""
+    """How large the rounding error of a sum of `size` terms may be, relative to the terms: 4·sqrt(size)·ε."""
     return 4 * math.sqrt(size) * float(jnp.finfo(dtype).eps)
 
 
@@ -66,7 +66,7 @@ def multiply(left: jax.Array, matrix: Graded) -> Graded:
 
 
 def row_sorted_qr(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`matrix = Q R` by Householder's reflections, accurate row by row; entries of R that are but rounding are 0.
+    """`matrix = Q R` by Householder's reflections, accurate row by row; what is only rounding in R becomes 0.
 
     That needs the large rows first (Cox & Higham, 1998); R is triangular, Q's rows are in the order given.
     """
@@ -100,8 +100,8 @@ def push(jacobian: jax.Array, frame: jax.Array, matrix: Graded) -> tuple[jax.Arr
 
     The frame stays orthonormal, its columns in the order of growth, and all that is large or small is in the
     rows of `matrix`. The first decomposition, with pivots, makes R's rows fall off in size: what a singular
-    J loses are rows of R that are nothing but rounding, and they become exact zeros. A J that is not finite
-    makes all of it NaN, from here on.
+    J loses are rows of R that are only rounding error, and they become exact zeros. A J that is not finite
+    makes everything NaN from here on.
     """
     finite = jnp.isfinite(jacobian).all()
     shift = jnp.frexp(jnp.max(jnp.abs(jacobian)))[1]
