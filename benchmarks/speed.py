@@ -170,7 +170,7 @@ def windows_side_by_side(kind: str, quick: bool) -> dict[str, Any]:
     batch, carry = jbptt.Batch(*data(work)), cell.initial_carry((1,))
     runs = {}
     for number in (None, 1, 4, 16, 64):
-        estimator = jbptt.truncated_bptt(cell.step, squared_error, window=64, parallel_windows=number)
+        estimator = jbptt.truncated_bptt(cell.step, squared_error, window=64, plan=jbptt.Plan(parallel_windows=number))
         state = estimator.init(params, carry, batch)
         update = jax.jit(lambda p, s, b, e=estimator: e.update(p, s, b)[0].grads)
         runs["default" if number is None else f"{number} at once"] = functools.partial(update, params, state, batch)

@@ -1,5 +1,6 @@
 """A window that follows the model: as short as a bound on the bias allows, and data, so that nothing recompiles."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import chex
@@ -10,14 +11,14 @@ from jax import lax
 from jbptt import truncation, validation
 from jbptt.arrays import align_leading, is_key, split_inexact, weighted_mean, widened
 from jbptt.bias_bound import TAIL_LAGS, bound_bias
-from jbptt.engine import pullback
-from jbptt.losses import batch_steps, loss_weights
 from jbptt.norms import norm
-from jbptt.segments import estimate_of
-from jbptt.starts import entered, kept, start_of, start_shapes
-from jbptt.streams import sum_pieces
+from jbptt.past_steps import PastSteps, empty_history, latest
+from jbptt.plans import NO_WINDOWS, Plan, plan_of, planned
+from jbptt.problem import Problem, check_problem, entered_problem
+from jbptt.segments import Updated, estimate_of
+from jbptt.starts import kept, start_of
 from jbptt.types import Batch, Carry, Estimate, Estimator, Loss, Params, PyTree, Step, exported
-from jbptt.windows import ForwardPass, History, empty_history, latest, overlapping_sums, pass_forward
+from jbptt.windows import Streamed, go_on, overlapping_sums, sum_pieces
 
 
 @exported
@@ -47,12 +48,20 @@ class AdaptiveState(NamedTuple):
     """
 
     carry: Carry
-    history: History
+    history: PastSteps
     means: RunningMeans
     window: jax.Array
 
 
-def adaptive_bptt(step: Step, loss: Loss, *, tolerance: float, max_window: int, smoothing: float = 0.9) -> Estimator:
+def adaptive_bptt(
+    step: Step,
+    loss: Loss,
+    *,
+    tolerance: float,
+    max_window: int,
+    smoothing: float = 0.9,
+    plan: Plan | None = None,
+) -> Estimator:
     """Truncated BPTT whose sliding window keeps a bound on the relative bias (Aicher, Foti & Fox, 2019).
 
         K = min {k : δ(k) ≤ tolerance},   δ(k) = E(k) / (‖ĝ‖ − E(k)),   E(k) = M Σ_{j ≥ k−1} φ_j
@@ -60,7 +69,7 @@ def adaptive_bptt(step: Step, loss: Loss, *, tolerance: float, max_window: int, 
     with φ_j the adjoint's norm at lag j and an exponential tail beyond the lags measured. The last loss of every
     update, and of every max_window steps within it, is a probe (of the examples in which it has weight and a slope at
     all: an ignored target says nothing): it goes back max_window − 1 steps and updates running means of φ_j and of what
-    the lags add to the gradient, from which the *next* update's window follows (`bound_bias`). The first update,
+    the lags add to the gradient, from which the *next* update's window follows (`decay.bound_bias`). The first update,
     which knows nothing, takes max_window. Where no window up to max_window keeps the bound, as with a gradient that
     does not decay, max_window is taken, and `info["bias_bound"]` says what is left of the promise: inf, if nothing.
     Nothing is promised by fewer than 8 lags, nor by a zero that fewer than 3 probes met (a reset, perhaps).
@@ -81,59 +90,62 @@ def adaptive_bptt(step: Step, loss: Loss, *, tolerance: float, max_window: int, 
       tolerance: of the relative bias, in (0, 1).
       max_window: the longest window, in steps.
       smoothing: how much of the running means one probe leaves, in [0, 1).
+      plan: the devices that the batch is divided over.
 
     Raises:
-      ValueError: tolerance or smoothing out of range, max_window < 1; carries without the batch shape; what
-        `full_bptt` raises.
+      ValueError: tolerance or smoothing out of range, max_window < 1; carries without the batch shape; a plan with a
+        segment or parallel_windows; what `full_bptt` raises.
     """
     validation.check_between("tolerance", tolerance, 0, 1, "a bias of 1 is a gradient of nothing")
     max_window = validation.check_positive_integer("max_window", max_window)
     if smoothing != 0:
         validation.check_between("smoothing", smoothing, 0, 1, "the past must fade; 0 keeps only the last probe")
 
-    def check(params: Params, carry: Carry, batch: Batch) -> tuple[int, ...]:
-        _, batch_shape = validation.check_problem(step, loss, params, carry, batch)
-        carry = start_shapes(carry, params)
-        validation.check_per_example(
-            step, loss, params, carry, batch, batch_shape, "the probe measures norms per example"
-        )
-        return batch_shape
+    plan = plan_of(plan, {"segment": "windows that overlap are not recomputed in segments", **NO_WINDOWS})
+    why = "the probe measures norms per example"
 
     def init(params: Params, carry: Carry, batch: Batch, key=None) -> AdaptiveState:
         del key
-        batch_shape, start = check(params, carry, batch), start_of(carry, params)
+        batch_shape = check_problem(step, loss, params, carry, batch, per_example=why).batch_shape
+        start = start_of(carry, params)
         history = empty_history(max_window - 1, start, batch, batch_shape)
         means = RunningMeans(*(jnp.zeros(max_window) for _ in RunningMeans._fields))  # a buffer each, to be donated
         seen = varying((means, jnp.array(max_window, int)), (params, start, batch))
         return AdaptiveState(kept(carry), history, *seen)
 
-    def update(params: Params, state: AdaptiveState, batch: Batch) -> tuple[Estimate, AdaptiveState]:
-        batch_shape = check(params, state.carry, batch)
-        validation.check_history(state.history, batch, batch_shape)
+    def run(problem: Problem, history: PastSteps, seen: tuple, add_up: Callable) -> Updated:
+        means, window = seen
 
-        def run(running, piece, sums):
+        def one(running, piece, sums):
             carry, history, means, total, first, entering = running
-            passed = pass_forward(step, loss, params, carry, piece, history, sums)
-            options = {"window": state.window, "stride": 1}
-            sums, more = overlapping_sums(passed, max_window - 1, 0, first, **options)
+            part = problem.on(carry, piece)
+            streamed = go_on(part, history, sums)
+            sums, more = overlapping_sums(part, streamed, max_window - 1, 0, first, window=window, stride=1)
             entering = [e + m.astype(e.dtype) for e, m in zip(entering, more, strict=True)]
-            weights = jnp.abs(loss_weights(piece, jnp.zeros((batch_steps(piece), *batch_shape))))
-            weights = jnp.where(says_something(passed, weights), weights, 0)
-            means = probe(passed, weights[-1], means, smoothing)
-            seen = varying((means, total + jnp.sum(weights)), given)
-            history, first = latest(passed.steps, max_window - 1), first - batch_steps(piece)
-            return sums, (passed.carry, history, *seen, first, entering)
+            weights = jnp.abs(part.loss_weights())
+            weights = jnp.where(says_something(streamed, weights), weights, 0)
+            means = probe(part, streamed, weights[-1], means, smoothing, add_up)
+            seen = varying((means, total + add_up(jnp.sum(weights))), given)
+            history, first = latest(streamed.steps, max_window - 1), first - part.num_steps
+            return sums, (streamed.passed.carry, history, *seen, first, entering)
 
-        start = entered(state.carry, params)
-        given = params, start.carry, batch
-        entering = [widened(jnp.zeros_like(leaf)) for leaf in split_inexact(start.carry)[0]]
-        seen = varying((state.means, jnp.zeros(())), given)
-        running = start.carry, state.history, *seen, jnp.asarray(max_window - 1), entering
-        sums, (carry, history, means, total, _, entering) = sum_pieces(run, running, batch, max_window, None)
-        kept = norm(sums.grad) / jnp.where(total > 0, total, 1)  # weights of both signs: per |w|, as the probes
-        window, bounds = choose_window(means, kept, tolerance, 1 - smoothing**3)
+        given = problem.params, problem.carry, problem.batch
+        entering = [widened(jnp.zeros_like(leaf)) for leaf in split_inexact(problem.carry)[0]]
+        seen = varying((means, jnp.zeros(())), given)
+        running = problem.carry, history, *seen, jnp.asarray(max_window - 1), entering
+        sums, running = sum_pieces(one, running, problem.batch, max_window, None)
+        carry, history, means, total, _, entering = running
+        return Updated(sums, carry, entering, history, (means, total))
+
+    def update(params: Params, state: AdaptiveState, batch: Batch) -> tuple[Estimate, AdaptiveState]:
+        problem, start = entered_problem(step, loss, params, state.carry, batch, per_example=why)
+        validation.check_history(state.history, batch, problem.batch_shape)
+        updated = planned(plan, run, problem, state.history, (state.means, state.window))
+        means, total = updated.seen
+        size = norm(updated.sums.grad) / jnp.where(total > 0, total, 1)  # weights of both signs: per |w|, as the probes
+        window, bounds = choose_window(means, size, tolerance, 1 - smoothing**3)
         info = {"window": state.window, "bias_bound": bounds[state.window - 1], "next_window": window}
-        return estimate_of(sums, start, entering, **info), AdaptiveState(carry, history, means, window)
+        return estimate_of(updated, start, **info), AdaptiveState(updated.carry, updated.history, means, window)
 
     def coverage(num_steps: int, key=None) -> jax.Array:
         del key
@@ -150,10 +162,10 @@ def varying(tree: PyTree, given: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), tree)
 
 
-def says_something(passed: ForwardPass, weights: jax.Array) -> jax.Array:
+def says_something(streamed: Streamed, weights: jax.Array) -> jax.Array:
     """Which losses `[S, *batch]` have a slope at all: an ignored target's zeros say nothing about memory."""
     found = jnp.zeros(weights.shape, bool)
-    for leaf in passed.outputs_bar:
+    for leaf in streamed.outputs_bar:
         slopes = leaf[leaf.shape[0] - weights.shape[0] :] != 0  # without the history
         own = slopes.shape[: weights.ndim] == weights.shape
         first = weights.ndim if own else 1
@@ -161,22 +173,29 @@ def says_something(passed: ForwardPass, weights: jax.Array) -> jax.Array:
     return found
 
 
-def probe(passed: ForwardPass, weights: jax.Array, means: RunningMeans, smoothing: chex.Numeric) -> RunningMeans:
+def probe(
+    problem: Problem,
+    streamed: Streamed,
+    weights: jax.Array,
+    means: RunningMeans,
+    smoothing: chex.Numeric,
+    add_up: Callable,
+) -> RunningMeans:
     """Sends the last step's loss back as far as the means reach; `weights` `[*batch]` are that loss's, |w|.
 
-    A loss without weight says nothing, and leaves the means as they are.
+    A loss without weight says nothing, and leaves the means as they are. `add_up` adds over the shares of a batch that
+    is divided.
     """
-    real, outputs_bar = passed.real, passed.outputs_bar
+    real, outputs_bar = streamed.real, streamed.outputs_bar
     num_lags, last = len(means.weights), real.mask.shape[0] - 1
-    total, ndim = jnp.sum(weights), weights.ndim
+    total, ndim = add_up(jnp.sum(weights)), weights.ndim
 
     def body(cotangents, lag):
         i = last - lag
         at = jax.tree.map(lambda a: a[i], real)
         own = [jnp.where(lag == 0, y[i], 0) for y in outputs_bar]
-        _, pull = pullback(passed.core, passed.params, at.carries, (at.xs, at.mask), passed.live)
-        grad, cotangents = pull(cotangents, own, None)
-        total_norm = jnp.sum(jnp.where(weights == 0, 0, norm(cotangents, ndim)))
+        grad, cotangents = problem.pullback(at.carries, (at.xs, at.mask))(cotangents, own, None)
+        grad, total_norm = add_up((grad, jnp.sum(jnp.where(weights == 0, 0, norm(cotangents, ndim)))))
         return cotangents, (total_norm, norm(grad), real.exists[i])
 
     start = [jnp.zeros_like(leaf[last]) for leaf in split_inexact(real.carries)[0]]

@@ -5,6 +5,7 @@ features cannot: the parameters fix its size.
 """
 
 from collections.abc import Callable
+from itertools import count
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +23,7 @@ WHAT_A_LOSS_RETURNS = (
 )
 
 
-class Problem(NamedTuple):
+class OneStep(NamedTuple):
     """One step and its loss on shapes. `loss` may be None."""
 
     step: Step
@@ -32,7 +33,7 @@ class Problem(NamedTuple):
     x: PyTree
     target: PyTree
 
-    def resized(self, change: Callable[[Shape], Shape], params_too: bool = False) -> "Problem":
+    def resized(self, change: Callable[[Shape], Shape], params_too: bool = False) -> "OneStep":
         """With other shapes of the carry, the inputs and the targets."""
 
         def change_all(tree):
@@ -55,10 +56,10 @@ class Problem(NamedTuple):
         return y, getattr(value[0] if isinstance(value, tuple) and value else value, "shape", ())
 
 
-def first_step(step: Step, loss: Loss | None, params: Params, carry: Carry, batch: Batch) -> Problem:
+def first_step(step: Step, loss: Loss | None, params: Params, carry: Carry, batch: Batch) -> OneStep:
     """What is asked of other numbers of examples: one step, on shapes."""
     x, target = jax.eval_shape(lambda tree: jax.tree.map(lambda a: a[0], tree), (batch.xs, batch.targets))
-    return Problem(step, loss, params, carry, x, target)
+    return OneStep(step, loss, params, carry, x, target)
 
 
 def _shapes(tree: PyTree) -> PyTree:
@@ -74,9 +75,9 @@ def _begins(shape: Shape, prefix: Shape) -> bool:
 
 
 def _new_size(size: int, *trees: PyTree) -> int:
-    """A size that stands nowhere else, so that nothing fits by chance."""
+    """A size that stands nowhere else, so that nothing fits by chance; a multiple, for a mesh that divides the axis."""
     taken = {n for shape in _sizes(trees) for n in shape}
-    return next(n for n in range(size + 1, size + 2 + len(taken)) if n not in taken)
+    return next(n for n in count(2 * size or 1, size or 1) if n not in taken)
 
 
 def _at_the_end_of(prefix: Shape, new: int) -> Callable[[Shape], Shape]:
@@ -88,27 +89,27 @@ def _everywhere(size: int, new: int) -> Callable[[Shape], Shape]:
     return lambda shape: tuple(new if n == size else n for n in shape)
 
 
-def warn_of_doubts_about_loss(problem: Problem, batch: Batch, batch_shape: Shape) -> None:
+def warn_of_doubts_about_loss(one: OneStep, batch: Batch, batch_shape: Shape) -> None:
     """A warning where what the loss returns looks like anything but one number per example."""
     counted: list[Any] = [array for array in (batch.mask, batch.weights) if array is not None]
     if batch_shape and any(np.shape(array)[1:] == batch_shape for array in counted):
         return  # the user counts along these axes too
-    if doubts := doubts_about_loss(problem, batch_shape):
+    if doubts := doubts_about_loss(one, batch_shape):
         slips.warn_user(doubts)
 
 
-def doubts_about_loss(problem: Problem, batch_shape: Shape) -> str:
+def doubts_about_loss(one: OneStep, batch_shape: Shape) -> str:
     """Why the loss's axes look like no examples; "" where they look like some.
 
     Costs nothing where sizes leave no doubt: the first axes of the carry are the loss's, and no parameter is as long.
     """
-    carries = _sizes(list(filter(is_inexact, jax.tree.leaves(problem.carry))))
-    pinned = {n for shape in _sizes(problem.params) for n in shape}
+    carries = _sizes(list(filter(is_inexact, jax.tree.leaves(one.carry))))
+    pinned = {n for shape in _sizes(one.params) for n in shape}
     for axis, size in enumerate(batch_shape):
         prefix = batch_shape[: axis + 1]
         if any(_begins(shape, prefix) for shape in carries):
-            fixed = size > 1 and size in pinned and _fixed_by_params(problem, prefix, batch_shape)
-            if fixed and not misplaced_examples(problem, batch_shape):
+            fixed = size > 1 and size in pinned and _fixed_by_params(one, prefix, batch_shape)
+            if fixed and not misplaced_examples(one, batch_shape):
                 return (
                     f"the loss has shape {batch_shape}, and its axis {axis}, of size {size}, is one that params fix: "
                     f"features, not examples; {WHAT_A_LOSS_RETURNS}"
@@ -118,7 +119,7 @@ def doubts_about_loss(problem: Problem, batch_shape: Shape) -> str:
                 f"the loss has shape {batch_shape}, but no leaf of the carry begins with {prefix} (they have shapes "
                 f"{carries}): its axis {axis} is one too many; {WHAT_A_LOSS_RETURNS}"
             )
-    if _pools_examples(problem, [shape for shape in carries if shape], batch_shape):
+    if _pools_examples(one, [shape for shape in carries if shape], batch_shape):
         return (
             f"the loss has shape {batch_shape}, but the carry's first axis (its leaves have shapes {carries}) looks "
             "like one of examples: the inputs and outputs have it too, and no row depends on another; "
@@ -127,40 +128,40 @@ def doubts_about_loss(problem: Problem, batch_shape: Shape) -> str:
     return ""
 
 
-def _fixed_by_params(problem: Problem, prefix: Shape, batch_shape: Shape) -> bool:
+def _fixed_by_params(one: OneStep, prefix: Shape, batch_shape: Shape) -> bool:
     """Whether the last axis of `prefix` cannot be resized alone, and what stands along it depends on each other.
 
     Where that cannot be tried: whether it can be resized together with all that is as long in the parameters.
     """
     size, axis = prefix[-1], len(prefix) - 1
-    new = _new_size(size, problem.params, problem.carry, problem.x, problem.target)
+    new = _new_size(size, one.params, one.carry, one.x, one.target)
     for params_too in (False, True):  # models side by side have parameters of their own
-        found = problem.resized(_at_the_end_of(prefix, new), params_too).run()
+        found = one.resized(_at_the_end_of(prefix, new), params_too).run()
         if found and found[1] == (*batch_shape[:axis], new, *batch_shape[axis + 1 :]):
             return False
-    if (independent := _independent(problem, prefix)) is not None:
+    if (independent := _independent(one, prefix)) is not None:
         return not independent
-    found = problem.resized(_everywhere(size, new), params_too=True).run()
+    found = one.resized(_everywhere(size, new), params_too=True).run()
     return found is not None and found[1] == _everywhere(size, new)(batch_shape)
 
 
-def _pools_examples(problem: Problem, carries: list[Shape], batch_shape: Shape) -> bool:
+def _pools_examples(one: OneStep, carries: list[Shape], batch_shape: Shape) -> bool:
     """Whether the carry's first axis, which the loss lacks, is one of examples: free, and before one of features."""
-    leading, xs = {shape[0] for shape in carries}, _sizes(problem.x)
+    leading, xs = {shape[0] for shape in carries}, _sizes(one.x)
     if len(leading) != 1 or min(map(len, carries)) < 2 or not xs:
         return False
     size = leading.pop()
     if _begins(batch_shape, (size,)) or not all(_begins(shape, (size,)) for shape in xs):
         return False
-    new = _new_size(size, problem.params, problem.carry, problem.x, problem.target)
-    found = problem.resized(_at_the_end_of((size,), new)).run()
+    new = _new_size(size, one.params, one.carry, one.x, one.target)
+    found = one.resized(_at_the_end_of((size,), new)).run()
     if not found or found[1] != batch_shape or not all(_begins(shape, (new,)) for shape in _sizes(found[0])):
         return False
-    free = [problem.resized(_at_the_end_of(shape[:2], new)).run() for shape in set(carries)]
-    return not all(free) and bool(_independent(problem, (size,)))
+    free = [one.resized(_at_the_end_of(shape[:2], new)).run() for shape in set(carries)]
+    return not all(free) and bool(_independent(one, (size,)))
 
 
-def _independent(problem: Problem, prefix: Shape) -> bool | None:
+def _independent(one: OneStep, prefix: Shape) -> bool | None:
     """Whether what comes out at one index of the last axis of `prefix` depends on the carry at this index alone.
 
     One step is run on random numbers, with NaN at index 0 of the carry: a small program, in doubtful cases alone. None
@@ -186,16 +187,16 @@ def _independent(problem: Problem, prefix: Shape) -> bool | None:
 
     try:
         with jax.ensure_compile_time_eval(), jax.debug_nans(False):
-            params, carry, x = jax.tree.map(drawn, _shapes((problem.params, problem.carry, problem.x)))
-            results = jax.jit(problem.step)(params, jax.tree.map(poisoned, carry), x)
+            params, carry, x = jax.tree.map(drawn, _shapes((one.params, one.carry, one.x)))
+            results = jax.jit(one.step)(params, jax.tree.map(poisoned, carry), x)
             return all(map(rest_is_finite, jax.tree.leaves(results)))
     except Exception:
         return None
 
 
-def check_examples_come_first(problem: Problem, batch_shape: Shape, why: str) -> None:
+def check_examples_come_first(one: OneStep, batch_shape: Shape, why: str) -> None:
     """A ValueError where the carry begins with the batch shape by chance, and its examples are on another axis."""
-    if found := misplaced_examples(problem, batch_shape):
+    if found := misplaced_examples(one, batch_shape):
         raise ValueError(
             f"carry{jax.tree_util.keystr(found.path)} has shape {found.shape}, wanted the batch axis first, because "
             f"{why}, but its axis {found.axis} holds the examples (with another number of them the step runs only if "
@@ -211,7 +212,7 @@ class Misplaced(NamedTuple):
     axis: int
 
 
-def misplaced_examples(problem: Problem, batch_shape: Shape) -> Misplaced | None:
+def misplaced_examples(one: OneStep, batch_shape: Shape) -> Misplaced | None:
     """The carry leaf whose examples are on another axis than the first, though that one is as long.
 
     Costs nothing where no further axis is as long as the batch.
@@ -219,11 +220,11 @@ def misplaced_examples(problem: Problem, batch_shape: Shape) -> Misplaced | None
     if len(batch_shape) != 1:
         return None
     (size,) = batch_shape
-    named = [(path, np.shape(leaf)) for path, leaf in jax.tree.leaves_with_path(problem.carry) if is_inexact(leaf)]
+    named = [(path, np.shape(leaf)) for path, leaf in jax.tree.leaves_with_path(one.carry) if is_inexact(leaf)]
     if not any(size in shape[1:] for _, shape in named):
         return None
-    new = _new_size(size, problem.params, problem.carry, problem.x)
-    if problem.resized(_at_the_end_of(batch_shape, new)).run():
+    new = _new_size(size, one.params, one.carry, one.x)
+    if one.resized(_at_the_end_of(batch_shape, new)).run():
         return None
     for axis in sorted({i for _, shape in named for i, n in enumerate(shape) if i and n == size}):
 
@@ -232,7 +233,7 @@ def misplaced_examples(problem: Problem, batch_shape: Shape) -> Misplaced | None
                 return (*shape[:axis], new, *shape[axis + 1 :])
             return _at_the_end_of(batch_shape, new)(shape)
 
-        carry = problem.resized(moved).carry
-        if problem.resized(_at_the_end_of(batch_shape, new))._replace(carry=carry).run():
+        carry = one.resized(moved).carry
+        if one.resized(_at_the_end_of(batch_shape, new))._replace(carry=carry).run():
             return next(Misplaced(path, shape, axis) for path, shape in named if shape[axis : axis + 1] == batch_shape)
     return None

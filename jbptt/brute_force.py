@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jbptt import validation
 from jbptt.arrays import align_leading, is_inexact, real_vector
 from jbptt.norms import one_if_zero
+from jbptt.problem import check_problem
 from jbptt.starts import start_of
 from jbptt.types import Batch, Carry, Loss, Params, Step
 
@@ -60,7 +60,7 @@ def _one_step(step: Step, loss: Loss, params: Params, carry: Carry, inputs: Any)
 
 def _inputs(step, loss, params, carry, batch: Batch) -> tuple[tuple, tuple[int, ...], jax.Array]:
     """What the steps scan over, the batch shape, and `Σ mask·weights`."""
-    num_steps, batch_shape = validation.check_problem(step, loss, params, carry, batch)
+    num_steps, batch_shape, _, _ = check_problem(step, loss, params, carry, batch)
     mask = _spread(batch.mask, True, (num_steps, *batch_shape))
     weights = jnp.where(mask, _spread(batch.weights, 1.0, mask.shape), 0)
     return (batch.xs, batch.targets, mask, weights), batch_shape, jnp.sum(weights)

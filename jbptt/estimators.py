@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jbptt import batch_axes, truncation, validation
-from jbptt.plans import Plan, plan_of, planned_sums
-from jbptt.segments import estimate_of
-from jbptt.starts import entered, kept, start_of, start_shapes
-from jbptt.streams import in_blocks, in_blocks_under_way, in_strides
+from jbptt import truncation, validation
+from jbptt.past_steps import PastSteps, empty_history
+from jbptt.plans import NO_WINDOWS, Plan, plan_of, planned
+from jbptt.problem import Problem, check_problem, entered_problem
+from jbptt.segments import Updated, back_through, estimate_of
+from jbptt.starts import kept, start_of
 from jbptt.types import Batch, Carry, Estimator, Loss, Params, Step, exported
-from jbptt.windows import History, empty_history
+from jbptt.windows import in_blocks, in_blocks_under_way, in_strides
 
 
 @exported
@@ -47,11 +48,11 @@ class WindowState(NamedTuple):
     """
 
     carry: Carry
-    history: History | None
+    history: PastSteps | None
     phase: jax.Array | None
 
 
-def full_bptt(step: Step, loss: Loss, *, segment: int | None = None, plan: Plan | None = None) -> Estimator:
+def full_bptt(step: Step, loss: Loss, *, plan: Plan | None = None) -> Estimator:
     """Full backpropagation through time (Werbos, 1990): the exact gradient of one batch.
 
         C[t, i] = 1 for every i ≤ t
@@ -62,11 +63,10 @@ def full_bptt(step: Step, loss: Loss, *, segment: int | None = None, plan: Plan 
     Args:
       step: `(params, carry, x) -> (carry, y)`.
       loss: `(y, target) -> [*batch]`, or that and aux.
-      segment: steps recomputed at a time; None: all of T up to 512, then √T, 64 at least.
-      plan: instead, a whole `Plan`: the segment, and the devices that the batch is divided over.
+      plan: how: the steps recomputed at a time, and the devices that the batch is divided over.
 
     Raises:
-      ValueError: a segment < 1, or beside a plan; at init or update: bad shapes, before anything is compiled.
+      ValueError: a plan with parallel_windows; at init or update: bad shapes, before anything is compiled.
 
     >>> estimator = full_bptt(lambda w, h, x: (w * h + x, w * h + x), lambda y, target: y)
     >>> batch = Batch(jnp.ones(3))
@@ -74,18 +74,17 @@ def full_bptt(step: Step, loss: Loss, *, segment: int | None = None, plan: Plan 
     >>> float(estimate.grads)  # (1 + w) + (1 + w + w²) + 1 over 3 steps, differentiated
     2.0
     """
-    plan = plan_of(segment, plan)
+    plan = plan_of(plan, NO_WINDOWS)
 
     def init(params: Params, carry: Carry, batch: Batch, key=None) -> CarryState:
         del key
-        validation.check_problem(step, loss, params, carry, batch)
+        check_problem(step, loss, params, carry, batch)
         return CarryState(kept(carry))
 
     def update(params: Params, state: CarryState, batch: Batch):
-        _, batch_shape = validation.check_problem(step, loss, params, state.carry, batch)
-        start = entered(state.carry, params)
-        sums, carry, cotangents = planned_sums(step, loss, params, start.carry, batch, None, batch_shape, plan)
-        return estimate_of(sums, start, cotangents), CarryState(carry)
+        problem, start = entered_problem(step, loss, params, state.carry, batch)
+        updated = planned(plan, partial(_gated, plan.segment), problem)
+        return estimate_of(updated, start), CarryState(updated.carry)
 
     def coverage(num_steps: int, key=None) -> jax.Array:
         del key
@@ -94,12 +93,17 @@ def full_bptt(step: Step, loss: Loss, *, segment: int | None = None, plan: Plan 
     return Estimator(init, update, coverage)
 
 
+def _gated(segment: int | None, problem: Problem, *_: Any) -> Updated:
+    """One batch behind its gates."""
+    passed = back_through(problem, segment)
+    return Updated(passed.sums, passed.carry, passed.cotangents)
+
+
 def gated_bptt(
     step: Step,
     loss: Loss,
     *,
     gates_fn: Callable[[chex.PRNGKey | None, int], jax.Array],
-    segment: int | None = None,
     plan: Plan | None = None,
 ) -> Estimator:
     """BPTT with a gate on every crossing: any schedule, also as data under `vmap`.
@@ -115,37 +119,31 @@ def gated_bptt(
       loss: `(y, target) -> [*batch]`, or that and aux.
       gates_fn: `(key, T) -> gates`, `[T]` or `[T, *batch]`; windows, phases and keep probabilities in
         it may be traced. The key is split off the state's, new for every update; None without one.
-      segment, plan: as in `full_bptt`.
+      plan: as in `full_bptt`.
 
     Raises:
       ValueError: gates of the wrong length or batch shape; what `full_bptt` raises; `coverage` without a key
         where gates_fn draws from it.
     """
-    plan = plan_of(segment, plan)
+    plan = plan_of(plan, NO_WINDOWS)
 
     def draw(key: chex.PRNGKey | None, num_steps: int) -> tuple[chex.PRNGKey | None, Any]:
         """The key that the next update draws from, and the gates of this one."""
         key, fresh = (None, None) if key is None else jax.random.split(key)
         return key, gates_fn(fresh, num_steps)
 
-    def check_gates(params: Params, carry: Carry, batch: Batch, sizes: tuple[int, tuple], gates: Any) -> None:
-        num_steps, batch_shape = sizes
-        carry = start_shapes(carry, params)
-        problem = batch_axes.first_step(step, loss, params, carry, batch)
-        validation.check_gates(gates, num_steps, batch_shape, carry, problem)
-
     def init(params: Params, carry: Carry, batch: Batch, key=None) -> KeyState:
-        sizes = validation.check_problem(step, loss, params, carry, batch)
-        check_gates(params, carry, batch, sizes, jax.eval_shape(lambda k: gates_fn(k, sizes[0]), key))
+        num_steps, batch_shape, one, _ = check_problem(step, loss, params, carry, batch)
+        gates = jax.eval_shape(lambda key: gates_fn(key, num_steps), key)
+        validation.check_gates(gates, num_steps, batch_shape, one.carry, one)
         return KeyState(kept(carry), key)
 
     def update(params: Params, state: KeyState, batch: Batch):
-        sizes = validation.check_problem(step, loss, params, state.carry, batch)
-        key, gates = draw(state.key, sizes[0])
-        check_gates(params, state.carry, batch, sizes, gates)
-        gates, start = jnp.asarray(gates), entered(state.carry, params)
-        sums, carry, cotangents = planned_sums(step, loss, params, start.carry, batch, gates, sizes[1], plan)
-        return estimate_of(sums, start, cotangents, gates=gates), KeyState(carry, key)
+        problem, start = entered_problem(step, loss, params, state.carry, batch)
+        key, gates = draw(state.key, problem.num_steps)
+        problem = problem.gated_by(gates)
+        updated = planned(plan, partial(_gated, plan.segment), problem)
+        return estimate_of(updated, start, gates=problem.gates), KeyState(updated.carry, key)
 
     def coverage(num_steps: int, key=None) -> jax.Array:
         validation.check_positive_integer("num_steps", num_steps)
@@ -172,7 +170,6 @@ def randomized_bptt(
     mean_length: chex.Numeric | None = None,
     length_probs: jax.Array | None = None,
     reweight: bool = True,
-    segment: int | None = None,
     plan: Plan | None = None,
 ) -> Estimator:
     """Randomized truncation: cuts fall at random, and what survives is weighted up (Tallec & Ollivier, 2017).
@@ -191,7 +188,7 @@ def randomized_bptt(
       mean_length: L₀ in steps instead: `truncation.artbp`, whose hazard falls with the lag.
       length_probs: the distribution of the windows' lengths instead: `truncation.random_lengths`.
       reweight: False leaves the weights out; biased towards short lags.
-      segment, plan: as in `full_bptt`.
+      plan: as in `full_bptt`.
 
     Raises:
       ValueError: not exactly one of keep_prob, mean_length and length_probs; a value out of range; init
@@ -223,7 +220,7 @@ def randomized_bptt(
     def gates_fn(key, num_steps):
         return schedule_fn(key, num_steps, value, reweight=reweight)
 
-    gated = gated_bptt(step, loss, gates_fn=gates_fn, segment=segment, plan=plan)
+    gated = gated_bptt(step, loss, gates_fn=gates_fn, plan=plan)
 
     def init(params: Params, carry: Carry, batch: Batch, key=None) -> KeyState:
         if key is None:
@@ -238,7 +235,13 @@ def randomized_bptt(
 
 
 def truncated_bptt(
-    step: Step, loss: Loss, *, window: int, stride: int | None = None, parallel_windows: int | None = None
+    step: Step,
+    loss: Loss,
+    *,
+    window: int,
+    stride: int | None = None,
+    streams: bool = True,
+    plan: Plan | None = None,
 ) -> Estimator:
     """Truncated BPTT: each loss flows back through at most `window` steps, its own included.
 
@@ -247,19 +250,20 @@ def truncated_bptt(
     TBPTT(k1 = stride, k2 = window) of Williams & Peng (1990): blocks for stride = window, sliding for
     stride = 1. Biased: pairs further apart than the window are lost (for blocks, those across a
     block's edge). Window ≥ T with stride = window is exact. Blocks: one forward and one backward pass,
-    memory of one window; of a window or √T steps, and one more forward pass, where the window does not
-    divide T. Otherwise window/stride times as many step derivatives as full BPTT.
+    memory of one window; of a window or √T steps, and one more forward pass, where an update may begin
+    within a block. Otherwise window/stride times as many step derivatives as full BPTT.
 
-    With parallel_windows = P, P backward passes go side by side once a forward pass has found the carries
-    that they start from: one more evaluation of every step in blocks, and the memory of P windows, for
-    P times fewer sequential steps of the backward pass. The gradient is the same. Pays for a single example, whose
-    products are then P times as tall; on CPU four examples gain with an lstm and lose with an rnn, sixteen lose or gain
-    nothing.
+    With `Plan(parallel_windows=P)`, first one forward pass records the carry at the start of each window; then P
+    windows are differentiated side by side: one more evaluation of every step in blocks, and the memory of P windows,
+    for P times fewer sequential steps of the backward pass. The gradient is the same. Pays for a single example, whose
+    products are then P times as tall; docs/speed.md has numbers.
 
     The stream goes on from update to update: the state holds the phase of the stride and the steps
     that a window may still reach, so however a sequence is split into updates the total is the same.
     Initialise with the shape of the batches to come: where T is a multiple of the stride, blocks need
     no history. A state's structure changes when an update of another kind breaks that pattern.
+    With `streams=False` every update is a stream of its own: its first window begins with it, no window reaches behind
+    it, and the state holds the carry alone.
 
     `info["reach"]` is the most steps that a loss of the update can see: less than the window where the
     stream, or an update whose blocks keep no history, is shorter (a window > T alone means full BPTT).
@@ -269,52 +273,55 @@ def truncated_bptt(
       loss: `(y, target) -> [*batch]`, or that and aux.
       window: the most steps that a loss may see, ≥ 1.
       stride: losses per backward pass, 1 … window; None: window.
-      parallel_windows: backward passes side by side, under vmap over time; None: of 16 blocks and more of a single
-        example up to 64 (fewer if their carries take more than a mebibyte), if the step's program shows that vmap
-        changes nothing (no callback, no cond, no random numbers but threefry's); of other blocks one; where windows
-        overlap about window/stride, those that share their steps.
+      streams: whether windows go on from one update to the next; False for batches that are whole sequences.
+      plan: how; see `Plan`.
 
     Raises:
-      ValueError: window, stride or parallel_windows < 1, not an integer, or stride > window; what
-        `full_bptt` raises.
+      ValueError: window or stride < 1, not an integer, or stride > window; a plan with a segment where windows
+        overlap; what `full_bptt` raises.
     """
     window, stride = validation.check_window(window, stride)
-    if parallel_windows is not None:
-        parallel_windows = validation.check_positive_integer("parallel_windows", parallel_windows)
+    overlap = stride < window
+    plan = plan_of(plan, {"segment": "windows that overlap are not recomputed in segments"} if overlap else {})
 
     def init(params: Params, carry: Carry, batch: Batch, key=None) -> WindowState:
         del key
-        num_steps, batch_shape = validation.check_problem(step, loss, params, carry, batch)
+        num_steps, batch_shape, _, _ = check_problem(step, loss, params, carry, batch)
+        if not streams:
+            return WindowState(kept(carry), None, None)
         aligned = num_steps % stride == 0
         reach = window - stride if aligned else window - 1
         history = empty_history(reach, start_of(carry, params), batch, batch_shape) if reach else None
         return WindowState(kept(carry), history, None if aligned else jnp.zeros((), int))
 
+    def run(problem: Problem, history: PastSteps | None, phase: Any, _: Any) -> Updated:
+        parallel = plan.parallel_windows
+        if overlap:
+            if history is None:  # of an update on its own
+                history = empty_history(window - stride, problem.carry, problem.batch, problem.batch_shape)
+            return in_strides(problem, history, phase, window=window, stride=stride, parallel=parallel)
+        options: Any = {"window": window, "segment": plan.segment}
+        if phase is None:
+            return in_blocks(problem, parallel=parallel, streams=streams, **options)
+        assert history is not None  # there is one where updates are not whole blocks
+        return in_blocks_under_way(problem, history, phase, **options)
+
     def update(params: Params, state: WindowState, batch: Batch):
-        num_steps, batch_shape = validation.check_problem(step, loss, params, state.carry, batch)
-        if state.history is not None:
-            validation.check_history(state.history, batch, batch_shape)
-        start = entered(state.carry, params)
-        given = step, loss, params, start.carry, batch
-        if stride < window:
-            assert state.history is not None  # init keeps one
-            options = {"window": window, "stride": stride, "parallel": parallel_windows}
-            streamed = in_strides(*given, state.history, state.phase, **options)
-        elif state.phase is None:
-            streamed = in_blocks(*given, batch_shape, window=window, parallel=parallel_windows)
-        else:
-            assert state.history is not None  # there is one where updates are not whole blocks
-            streamed = in_blocks_under_way(*given, state.history, state.phase, window=window)
-        phase = state.phase
+        problem, start = entered_problem(step, loss, params, state.carry, batch)
+        num_steps, history, phase = problem.num_steps, state.history, state.phase
+        if history is not None:
+            validation.check_history(history, batch, problem.batch_shape)
+        updated = planned(plan, run, problem, history, phase)
         furthest = window if phase is None else window - stride + jnp.minimum(phase + num_steps, stride)
+        steps = num_steps if history is None else num_steps + jnp.sum(history.exists)
+        estimate = estimate_of(updated, start, reach=jnp.minimum(furthest, steps))
+        if not streams:
+            return estimate, WindowState(updated.carry, None, None)
         if phase is not None:
             phase = (phase + num_steps) % stride
         elif num_steps % stride:
             phase = jnp.asarray(num_steps % stride)
-        steps = num_steps if state.history is None else num_steps + jnp.sum(state.history.exists)
-        info = {"reach": jnp.minimum(furthest, steps)}
-        estimate = estimate_of(streamed.sums, start, streamed.cotangents, **info)
-        return estimate, WindowState(streamed.carry, streamed.history, phase)
+        return estimate, WindowState(updated.carry, updated.history, phase)
 
     def coverage(num_steps: int, key=None) -> jax.Array:
         del key

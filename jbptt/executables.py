@@ -87,7 +87,7 @@ def compiled(body: Callable, functions: tuple, settings: Hashable = ()) -> Calla
     return _PROGRAMS.find(functions, (body, settings), make)
 
 
-def run(body: Callable, functions: tuple, settings: tuple, *arguments: Any) -> Any:
+def run(body: Callable, functions: tuple, settings: tuple, *arguments: Any, name: str = "") -> Any:
     """`body(*functions, *settings, *arguments)`, compiled once for the same functions, settings and shapes.
 
     As under jit, what the functions close over is read once. Not compiled where anything is traced already, and
@@ -98,6 +98,7 @@ def run(body: Callable, functions: tuple, settings: tuple, *arguments: Any) -> A
       functions: the user's.
       settings: hashable; whatever the program depends on beside functions, shapes and arguments.
       arguments: trees of arrays and numbers. Whole numbers, bools and strings in them are settings.
+      name: of the program; "": the body's.
     """
     leaves, structure = jax.tree.flatten(arguments)
     fixed = tuple(None if _is_array(leaf) else (type(leaf), leaf) for leaf in leaves)
@@ -110,7 +111,7 @@ def run(body: Callable, functions: tuple, settings: tuple, *arguments: Any) -> A
             filled = [next(rest) if pair is None else pair[1] for pair in fixed]
             return body(*functions, *settings, *structure.unflatten(filled))
 
-        program.__name__ = program.__qualname__ = body.__name__
+        program.__name__ = program.__qualname__ = name or body.__name__
         return jax.jit(program)
 
     program = _PROGRAMS.find(functions, (body, settings, structure, fixed), make)

@@ -10,6 +10,7 @@ from jax import lax
 
 from jbptt import batch_axes, validation
 from jbptt.arrays import align_leading, is_inexact, select_leading, split_time, times_gate, widened_dtype, zero_masked
+from jbptt.cells import split_readout
 from jbptt.starts import start_of
 from jbptt.types import Batch, Carry, Params, PyTree, Step
 
@@ -93,6 +94,16 @@ def scan_steps(step, params, carry, xs, gates=None, mask=None, length=None, gate
     return lax.scan(partial(gated_step(step, gate_fn), params), carry, (xs, gates, mask), length=length)
 
 
+def held_core(step: Step) -> Step:
+    """The recurrent part of a step on `(x, mask)`, held where the mask is False."""
+    return held(split_readout(step)[0])
+
+
+def states(step: Step, params: Params, carry: Carry, xs: PyTree, mask: jax.Array | None, num_steps: int) -> Carry:
+    """The carries that enter the steps, `[T, ...]`; no readout is run."""
+    return trajectory(split_readout(step)[0], params, carry, xs, mask, num_steps)[1][0]
+
+
 def trajectory(step, params, carry, xs, mask=None, length=None):
     """As `scan_steps`, and beside the ys the carry that enters each step: `(carry, (carries, ys))`."""
     step = held(step)
@@ -159,8 +170,8 @@ def unroll(
     num_steps = validation.count_steps({"xs": xs, "gates": gates, "mask": mask}, length)
     carry = start_of(carry, params)
     validation.check_step(step, params, carry, xs)
-    problem = batch_axes.first_step(lambda _, c, x: step(params, c, x), None, (), carry, Batch(xs))
-    validation.check_gates_and_mask(gates, mask, carry, problem)
+    one = batch_axes.first_step(lambda _, c, x: step(params, c, x), None, (), carry, Batch(xs))
+    validation.check_gates_and_mask(gates, mask, carry, one)
     gates, mask = jax.tree.map(jnp.asarray, (gates, mask))
     if segment is not None:
         segment = validation.check_positive_integer("segment", segment)

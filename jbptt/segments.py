@@ -15,19 +15,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jbptt.arrays import (
-    is_inexact,
-    split_inexact,
-    steps_from,
-    weighted_mean,
-    widened,
-)
-from jbptt.cells import split_readout
-from jbptt.engine import Paths, parallel_pullback, paths, segment_vjp
-from jbptt.losses import batch_steps, weighted_losses, where_counted
-from jbptt.recurrence import default_segment, held
+from jbptt.arrays import is_inexact, split_inexact, steps_from, weighted_mean, widened
+from jbptt.engine import parallel_pullback, segment_vjp
+from jbptt.losses import weighted_losses
+from jbptt.problem import Problem
+from jbptt.recurrence import default_segment
 from jbptt.starts import Entered
-from jbptt.types import Batch, Carry, Estimate, Loss, Params, PyTree, Step
+from jbptt.types import Carry, Estimate, Params, PyTree, Step
 
 
 class Sums(NamedTuple):
@@ -39,11 +33,30 @@ class Sums(NamedTuple):
     aux: PyTree
 
 
-def estimate_of(sums: Sums, start: Entered, cotangents: list, **info: Any) -> Estimate:
+class Updated(NamedTuple):
+    """What an estimator's update comes to.
+
+    Attributes:
+      sums: loss, gradient, weight and aux.
+      carry: after the batch.
+      cotangents: of the carry that entered the update, a list over inexact leaves.
+      history: the steps that a window of the next update may reach; None where none can.
+      seen: what else the next update needs.
+    """
+
+    sums: Sums
+    carry: Carry
+    cotangents: list
+    history: Any = None
+    seen: Any = None
+
+
+def estimate_of(updated: Updated, start: Entered, **info: Any) -> Estimate:
     """What an estimator returns; aux and the cotangents of the carry that entered are turned into means.
 
     Where that carry is a function of the parameters, its gradient is added.
     """
+    sums, cotangents = updated.sums, updated.cotangents
     aux = {} if sums.aux is None else {"aux": jax.tree.map(lambda a: weighted_mean(a, sums.weight), sums.aux)}
     means = iter(weighted_mean(widened(c), sums.weight) for c in cotangents)
     carry_grads = jax.tree.map(lambda a: next(means) if is_inexact(a) else jnp.zeros(jnp.shape(a)), start.carry)
@@ -53,52 +66,15 @@ def estimate_of(sums: Sums, start: Entered, cotangents: list, **info: Any) -> Es
     return Estimate(sums.loss, grad, sums.weight, {**aux, "carry_grads": carry_grads, **info})
 
 
-class Parts(NamedTuple):
-    """A step and its loss as the engine runs them: what meets the mask stands inside what may be vmapped.
-
-    Attributes:
-      core: `(params, carry, (x, mask)) -> (carry, outputs)`, which holds the carry where the mask is False.
-      readout: `(params, outputs) -> y`.
-      loss: `(y, target, counted) -> (losses, aux)`, as `where_counted` makes it.
-    """
-
-    core: Step
-    readout: Callable
-    loss: Callable
-
-
-def parts_of(step: Step, loss: Loss) -> Parts:
-    """The parts of a user's step and loss."""
-    core, readout = split_readout(step)
-    return Parts(held(core), readout, where_counted(loss))
-
-
-def vmapped(parts: Parts) -> Parts:
-    """The parts for a leading axis on everything but the parameters, the mask included."""
-    core, readout, loss = parts
-    return Parts(jax.vmap(core, (None, 0, 0)), jax.vmap(readout, (None, 0)), jax.vmap(loss))
-
-
-def paths_of(parts: Parts, params: Params, carry: Carry, batch: Batch) -> Paths:
-    """Which leaves of a step have cotangents."""
-    one = jax.eval_shape(lambda batch: jax.tree.map(lambda a: a[0], batch), batch)
-
-    def loss(y, target):
-        return parts.loss(y, target, None)[0]
-
-    return paths(parts.core, parts.readout, loss, params, carry, (one.xs, one.mask), one.targets)
-
-
-def add_losses(
-    parts: Parts, params: Params, outputs: PyTree, batch: Batch, live: Paths, sums: Sums | None
-) -> tuple[Sums, list[jax.Array]]:
+def add_losses(problem: Problem, outputs: PyTree, sums: Sums | None = None) -> tuple[Sums, list[jax.Array]]:
     """Adds the losses, their weight and their gradient in the readout alone; and `∂L` in the core's outputs."""
+    parts, batch = problem.parts, problem.batch
 
     def look(params, output, _):
         return (), parts.readout(params, output)
 
-    by_readout = live._replace(carries=(), outputs=live.ys)
-    (_, ys), pull = parallel_pullback(look, params, outputs, None, batch_steps(batch), by_readout)
+    by_readout = problem.live._replace(carries=(), outputs=problem.live.ys)
+    (_, ys), pull = parallel_pullback(look, problem.params, outputs, None, problem.num_steps, by_readout)
     leaves, rebuild = split_inexact(ys)
     value, pull_losses, (weight, aux) = jax.vjp(
         lambda leaves: weighted_losses(parts.loss, rebuild(leaves), batch), leaves, has_aux=True
@@ -110,6 +86,31 @@ def add_losses(
     return Sums(value, grad, weight, aux), cotangents
 
 
+class ForwardPass(NamedTuple):
+    """What a forward pass through a batch, readouts and losses included, leaves.
+
+    Attributes:
+      sums: with the batch's own added; of the gradient, what the readout alone contributes.
+      carry: after the last step.
+      carries: what enters the steps, `[T, ...]`.
+      outputs: the core's, `[T, ...]`.
+      outputs_bar: `w_t ∂ℓ_t` in them, a list over inexact leaves, `[T, ...]`.
+    """
+
+    sums: Sums
+    carry: Carry
+    carries: Carry
+    outputs: PyTree
+    outputs_bar: list
+
+
+def pass_forward(problem: Problem, sums: Sums | None = None) -> ForwardPass:
+    """Runs the whole batch; memory O(T) carries."""
+    carry, carries, outputs = problem.trajectory()
+    sums, outputs_bar = add_losses(problem, outputs, sums)
+    return ForwardPass(sums, carry, carries, outputs, outputs_bar)
+
+
 class BackwardPass(NamedTuple):
     """What a backward pass through a batch, or a segment of it, leaves.
 
@@ -117,37 +118,39 @@ class BackwardPass(NamedTuple):
       sums: with the batch's own added.
       carry: after the last step.
       cotangents: of the carry that entered the first, behind its gate; a list over inexact leaves.
-      start: the carry that entered the last segment but one, or the first where there are not as many.
+      starts: the carries that entered the segments, leaves `[num_segments, ...]`.
     """
 
     sums: Sums
     carry: Carry
     cotangents: list
-    start: Carry
+    starts: Carry
 
 
-def back_through_segment(
-    parts: Parts, live: Paths, params: Params, carry: Carry, batch: Batch, gates: Any, cotangents: Any, sums: Any
-) -> BackwardPass:
+def back_through_segment(problem: Problem, cotangents: Any = None, sums: Any = None) -> BackwardPass:
     """One segment. `cotangents` belong to the carry after it; None is zero, as `sums` None is."""
-    inputs = batch.xs, batch.mask
-    (after, outputs), back = segment_vjp(parts.core, params, carry, inputs, batch_steps(batch), live)
-    sums, outputs_bar = add_losses(parts, params, outputs, batch, live, sums)
+    (after, outputs), back = segment_vjp(
+        problem.parts.core, problem.params, problem.carry, problem.inputs, problem.num_steps, problem.live
+    )
+    sums, outputs_bar = add_losses(problem, outputs, sums)
     if cotangents is None:
         cotangents = [jnp.zeros_like(leaf) for leaf in split_inexact(after)[0]]
-    cotangents, grad = back(cotangents, outputs_bar, gates, sums.grad)
-    return BackwardPass(sums._replace(grad=grad), after, cotangents, carry)
+    cotangents, grad = back(cotangents, outputs_bar, problem.gates, sums.grad)
+    starts = jax.tree.map(lambda a: jnp.asarray(a)[None], problem.carry)
+    return BackwardPass(sums._replace(grad=grad), after, cotangents, starts)
 
 
-def forward(core: Step, params: Params, carry: Carry, segment_at: Callable, num_segments: int) -> tuple[Carry, Carry]:
-    """Runs the recurrent part only; returns the carry after it and the carries at the segments' starts."""
+def forward(problem: Problem, inputs_at: Callable, num_segments: int) -> tuple[Carry, Carry]:
+    """Runs the recurrent part only; returns the carry after it and the carries at the segments' starts.
+
+    `inputs_at(i)`: what the core takes beside parameters and carry in segment i.
+    """
 
     def body(carry, i):
-        batch, _ = segment_at(i)
-        after, _ = lax.scan(partial(core_alone, core, params), carry, (batch.xs, batch.mask), batch_steps(batch))
+        after, _ = lax.scan(partial(core_alone, problem.parts.core, problem.params), carry, *inputs_at(i))
         return after, carry
 
-    return lax.scan(body, carry, jnp.arange(num_segments))
+    return lax.scan(body, problem.carry, jnp.arange(num_segments))
 
 
 def core_alone(core: Step, params: Params, carry: Carry, inputs: PyTree) -> tuple[Carry, None]:
@@ -155,55 +158,33 @@ def core_alone(core: Step, params: Params, carry: Carry, inputs: PyTree) -> tupl
     return core(params, carry, inputs)[0], None
 
 
-def back_through(
-    parts: Parts,
-    params: Params,
-    carry: Carry,
-    batch: Batch,
-    gates: jax.Array | None = None,
-    segment: int | None = None,
-    sums: Sums | None = None,
-) -> BackwardPass:
+def back_through(problem: Problem, segment: int | None = None, sums: Sums | None = None) -> BackwardPass:
     """One batch, its gradient gated but otherwise exact, added to `sums`.
 
     Each step is evaluated twice (once in the last segment) and differentiated once.
     """
-    num_steps = batch_steps(batch)
+    num_steps = problem.num_steps
     segment = segment or default_segment(num_steps)
     num_whole = (num_steps - 1) // segment  # the last segment, whole or ragged, opens the backward pass
-    batch, gates = jax.tree.map(jnp.asarray, (batch, gates))
-    live = paths_of(parts, params, carry, batch)
+    data = problem.batch, problem.gates
 
-    def segment_at(i):
-        return steps_from((batch, gates), i * segment, segment)
+    def segment_at(carry, i):
+        return problem.on(carry, *steps_from(data, i * segment, segment))
 
-    last, last_gates = jax.tree.map(lambda a: a[num_whole * segment :], (batch, gates))
+    def last_from(carry):
+        return problem.on(carry, *jax.tree.map(lambda a: a[num_whole * segment :], data))
+
     if num_whole == 0:
-        return back_through_segment(parts, live, params, carry, last, last_gates, None, sums)
-    before_last, starts = forward(parts.core, params, carry, segment_at, num_whole)
-    passed = back_through_segment(parts, live, params, before_last, last, last_gates, None, sums)
+        return back_through_segment(problem, None, sums)
+    before_last, starts = forward(problem, lambda i: (segment_at(None, i).inputs, segment), num_whole)
+    passed = back_through_segment(last_from(before_last), None, sums)
 
     def body(state, inputs):
         i, start = inputs
-        batch, gates = segment_at(i)
-        one = back_through_segment(parts, live, params, start, batch, gates, *state)
+        one = back_through_segment(segment_at(start, i), *state)
         return (one.cotangents, one.sums), None
 
     state = passed.cotangents, passed.sums
     (cotangents, sums), _ = lax.scan(body, state, (jnp.arange(num_whole), starts), reverse=True)
-    start = jax.tree.map(lambda a: a[-1], starts)
-    return BackwardPass(sums, passed.carry, cotangents, start)
-
-
-def gradient_sums(
-    step: Step,
-    loss: Loss,
-    params: Params,
-    carry: Carry,
-    batch: Batch,
-    gates: jax.Array | None = None,
-    segment: int | None = None,
-) -> tuple[Sums, Carry]:
-    """The sums of one batch, its gradient gated but otherwise exact, and the carry after it."""
-    passed = back_through(parts_of(step, loss), params, carry, batch, gates, segment)
-    return passed.sums, passed.carry
+    starts = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), starts, passed.starts)
+    return BackwardPass(sums, passed.carry, cotangents, starts)

@@ -13,8 +13,8 @@ from jax.core import ShapedArray, Tracer
 from jax.tree_util import keystr
 
 from jbptt.arrays import is_inexact
-from jbptt.engine import dependences, paths
-from jbptt.types import Carry, Loss, Params, PyTree, Step
+from jbptt.engine import Paths, dependences
+from jbptt.types import Carry, Params, PyTree, Step
 
 OWN = tuple(
     f"{Path(module).parent}{os.sep}" for module in (__file__, jax.__file__)
@@ -91,26 +91,23 @@ def warn_of_cancelling_weights(weights: Any, mask: Any) -> None:
         )
 
 
-def warn_of_missing_path(
-    step: Step, loss: Loss, params: Params, carry: Carry, x: PyTree, target: PyTree, start: Any
-) -> None:
+def warn_of_missing_path(live: Paths, params: Params, carry: Carry, start: Any) -> None:
     """A warning where every gradient is exactly zero, or where neither a step nor the start looks at a parameter.
 
     `carry` may be shapes; `start` is what was given for it, a function of the parameters perhaps.
     """
-    found = paths(step, lambda params, y: y, loss, params, carry, x, target)
     by_start = dependences(start, params) if callable(start) else []
     inexact = [of for of, leaf in zip(by_start, jax.tree.leaves(carry), strict=bool(by_start)) if is_inexact(leaf)]
-    leads_on = any(of and is_read for of, is_read in zip(inexact, found.carries, strict=bool(inexact)))
-    if found.reason and not leads_on:
+    leads_on = any(of and is_read for of, is_read in zip(inexact, live.carries, strict=bool(inexact)))
+    if live.reason and not leads_on:
         warn_user(
-            f"the gradient is exactly zero: {found.reason}; look for stop_gradient, rounding, an integer or an output "
+            f"the gradient is exactly zero: {live.reason}; look for stop_gradient, rounding, an integer or an output "
             "that is not returned",
         )
         return
     names = [f"params{keystr(path)}" for path, _ in jax.tree.leaves_with_path(params)]
     in_start = {names[i] for i in frozenset().union(*by_start)}
-    if unread := [name for name in found.unread if name not in in_start]:
+    if unread := [name for name in live.unread if name not in in_start]:
         warn_user(
             f"no step reads {', '.join(unread)}: the gradient in it is exactly zero. For a learned start of the carry "
             "pass a function of the parameters, carry=lambda params: …; leave what is not used out of params",

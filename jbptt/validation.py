@@ -3,7 +3,7 @@
 import math
 import numbers
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jax.tree_util import keystr, tree_flatten_with_path
 
 from jbptt import batch_axes, slips
 from jbptt.arrays import is_inexact
-from jbptt.batch_axes import Problem
+from jbptt.batch_axes import OneStep
 from jbptt.slips import signature
 from jbptt.starts import start_shapes
 from jbptt.types import Batch
@@ -179,9 +179,9 @@ def _drift(carry: Any, new_carry: Any) -> str:
 
 
 def check_carry_batch(
-    carry: Any, batch_shape: tuple[int, ...], why: str, name: str = "carry", problem: Problem | None = None
+    carry: Any, batch_shape: tuple[int, ...], why: str, name: str = "carry", one: OneStep | None = None
 ) -> None:
-    """A ValueError unless every inexact carry leaf begins with the batch shape, and not by chance (with `problem`)."""
+    """A ValueError unless every inexact carry leaf begins with the batch shape, and not by chance (with `one`)."""
     for path, leaf in tree_flatten_with_path(carry)[0]:
         inexact = jnp.issubdtype(jax.dtypes.result_type(leaf), jnp.inexact)
         if inexact and np.shape(leaf)[: len(batch_shape)] != batch_shape:
@@ -190,16 +190,8 @@ def check_carry_batch(
                 f"{batch_shape}, because {why}; give every example a carry of its own, the batch axis first "
                 "(jnp.moveaxis where it is another)"
             )
-    if problem:
-        batch_axes.check_examples_come_first(problem, batch_shape, why)
-
-
-def check_per_example(
-    step: Any, loss: Any, params: Any, carry: Any, batch: Batch, batch_shape: tuple[int, ...], why: str
-) -> None:
-    """A ValueError unless every inexact carry leaf is per example, its batch axes first, because of `why`."""
-    problem = batch_axes.first_step(step, loss, params, carry, batch)
-    check_carry_batch(carry, batch_shape, why, problem=problem)
+    if one:
+        batch_axes.check_examples_come_first(one, batch_shape, why)
 
 
 def check_num_leading(num_leading: Any, tree: Any) -> int:
@@ -216,22 +208,22 @@ def check_num_leading(num_leading: Any, tree: Any) -> int:
     return num_leading
 
 
-def check_gates_and_mask(gates: Any, mask: Any, carry: Any, problem: Problem | None = None) -> None:
+def check_gates_and_mask(gates: Any, mask: Any, carry: Any, one: OneStep | None = None) -> None:
     """Gates are bool or real, the mask is bool, and their further axes match the carry's leading ones."""
     if mask is not None:
         if jax.dtypes.result_type(mask) != jnp.bool_:
             raise ValueError(
                 f"mask must be bool, got {jax.dtypes.result_type(mask)}; pass mask.astype(bool), or use weights"
             )
-        check_carry_batch(carry, np.shape(mask)[1:], "the mask is per example", problem=problem)
+        check_carry_batch(carry, np.shape(mask)[1:], "the mask is per example", one=one)
     if gates is not None:
         if jnp.issubdtype(jax.dtypes.result_type(gates), jnp.complexfloating):
             raise ValueError(f"gates must be bool or real, got {jax.dtypes.result_type(gates)}")
-        check_carry_batch(carry, np.shape(gates)[1:], "the gates are per example", problem=problem)
+        check_carry_batch(carry, np.shape(gates)[1:], "the gates are per example", one=one)
 
 
 def check_gates(
-    gates: Any, num_steps: int, batch_shape: tuple[int, ...], carry: Any, problem: Problem | None = None
+    gates: Any, num_steps: int, batch_shape: tuple[int, ...], carry: Any, one: OneStep | None = None
 ) -> None:
     """Gates are an array `[T]` or `[T, *batch]`, bool or real."""
     if isinstance(gates, (list, tuple)):
@@ -242,7 +234,7 @@ def check_gates(
             f"{(num_steps, *batch_shape)} (T = {num_steps}, the leading time axis of the batch); "
             "return an array of that shape"
         )
-    check_gates_and_mask(gates, None, carry, problem)
+    check_gates_and_mask(gates, None, carry, one)
 
 
 def check_history(history: Any, batch: Batch, batch_shape: tuple[int, ...]) -> None:
@@ -282,13 +274,21 @@ def check_loss(loss: Any, y: Any, targets: Any) -> tuple[tuple[int, ...], Any]:
     return value.shape, aux
 
 
-def check_problem(step: Any, loss: Any, params: Any, carry: Any, batch: Batch, gates: Any = None) -> tuple[int, tuple]:
-    """Everything that an estimator or an analysis needs to hold; returns T and the batch shape."""
+class Sizes(NamedTuple):
+    """What the shapes of a problem say: T, the batch shape, and one step on shapes."""
+
+    num_steps: int
+    batch_shape: tuple[int, ...]
+    one: OneStep
+
+
+def check_shapes(step: Any, loss: Any, params: Any, carry: Any, batch: Batch, gates: Any = None) -> Sizes:
+    """All that the shapes of a problem must hold, whatever is asked of it."""
     if not isinstance(batch, Batch):
         raise ValueError(f"batch must be a jbptt.Batch, got {type(batch).__name__}; write Batch(xs, targets)")
     num_steps = count_steps(batch._asdict())
     check_params(params)
-    start, carry = carry, start_shapes(carry, params)
+    carry = start_shapes(carry, params)
     slips.warn_of_float64({"params": params, "carry": carry, "batch": batch})
     y = check_step(step, params, carry, batch.xs)
     batch_shape, _ = check_loss(loss, y, batch.targets)
@@ -303,10 +303,9 @@ def check_problem(step: Any, loss: Any, params: Any, carry: Any, batch: Batch, g
     if batch.weights is not None and jnp.issubdtype(jax.dtypes.result_type(batch.weights), jnp.complexfloating):
         raise ValueError(f"weights must be real, got {jax.dtypes.result_type(batch.weights)}")
     slips.warn_of_cancelling_weights(batch.weights, batch.mask)
-    problem = batch_axes.first_step(step, loss, params, carry, batch)
-    check_gates_and_mask(None, batch.mask, carry, problem)
+    one = batch_axes.first_step(step, loss, params, carry, batch)
+    check_gates_and_mask(None, batch.mask, carry, one)
     if gates is not None:
-        check_gates(gates, num_steps, batch_shape, carry, problem)
-    batch_axes.warn_of_doubts_about_loss(problem, batch, batch_shape)
-    slips.warn_of_missing_path(step, loss, params, carry, problem.x, problem.target, start)
-    return num_steps, batch_shape
+        check_gates(gates, num_steps, batch_shape, carry, one)
+    batch_axes.warn_of_doubts_about_loss(one, batch, batch_shape)
+    return Sizes(num_steps, batch_shape, one)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jbptt import adaptive_bptt, full_bptt, gated_bptt, randomized_bptt, truncated_bptt, truncation
+from jbptt import Plan, adaptive_bptt, full_bptt, gated_bptt, randomized_bptt, truncated_bptt, truncation
 
 
 class Entry(NamedTuple):
@@ -38,14 +38,14 @@ def schedule(key, num_steps):
 
 ESTIMATORS = {
     "full": Entry(full_bptt),
-    "segments": Entry(partial(full_bptt, segment=2)),
+    "segments": Entry(partial(full_bptt, plan=Plan(2))),
     "blocks": windows(3),
     "ragged blocks": windows(4),
     "strides": windows(4, 2),
     "ragged strides": windows(5, 4),
     "sliding": windows(3, 1),
-    "parallel blocks": windows(2, parallel_windows=2),
-    "parallel strides": windows(4, 2, parallel_windows=3),
+    "parallel blocks": windows(2, plan=Plan(parallel_windows=2)),
+    "parallel strides": windows(4, 2, plan=Plan(parallel_windows=3)),
     "adaptive": Entry(partial(adaptive_bptt, tolerance=0.5, max_window=3)),
     "gated": Entry(partial(gated_bptt, gates_fn=schedule)),
     "randomized": Entry(partial(randomized_bptt, keep_prob=0.5)),

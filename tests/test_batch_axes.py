@@ -54,9 +54,9 @@ def pooled(y, target):
 
 
 def said(step, loss, params, carry, x, target):
-    problem = batch_axes.Problem(step, loss, params, carry, x, target)
+    one = batch_axes.OneStep(step, loss, params, carry, x, target)
     value = jax.eval_shape(loss, jax.eval_shape(step, params, carry, x)[1], target)
-    return batch_axes.doubts_about_loss(problem, value.shape)
+    return batch_axes.doubts_about_loss(one, value.shape)
 
 
 context = RNG.normal(size=(H, H))

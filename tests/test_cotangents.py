@@ -10,6 +10,7 @@ import pytest
 from problems import assert_close, assert_same_bits, make, one_update
 
 from jbptt import (
+    Plan,
     adjoints,
     full_bptt,
     gradient_flow,
@@ -104,7 +105,7 @@ def test_estimators_clip_at_every_step(cell, which):
     full, blocks = by_hand(problem, clip)[0], by_hand(problem, clip, cut=lambda t: t % 4 == 0)[0]
     estimators = [
         full_bptt(step, problem.loss),
-        full_bptt(step, problem.loss, segment=4),
+        full_bptt(step, problem.loss, plan=Plan(4)),
         truncated_bptt(step, problem.loss, window=4),
     ]
     found = gradients(estimators, problem)

@@ -263,7 +263,7 @@ def test_measure_cost():
     ],
 )
 def test_bad_options_are_refused_before_anything_is_compiled(monkeypatch, options, words):
-    monkeypatch.setattr(diagnosis, "run", lambda *args: pytest.fail("compiles"))
+    monkeypatch.setattr(diagnosis, "answer", lambda *args: pytest.fail("compiles"))
     with pytest.raises(ValueError, match=words):
         diagnose(*problems.make("linear", 3), **options)
 

@@ -197,7 +197,7 @@ def test_a_lookup_that_explicit_sharding_leaves_to_the_compiler():
         h = jax.device_put(jnp.zeros((4, 3)), NamedSharding(mesh, P("b", None)))
         loss = lambda y, target: jnp.sum(y**2, -1)
         wanted = jax.grad(lambda p: jnp.mean(loss(jax.lax.scan(lambda h, x: step(p, h, x), h, xs)[1], None)))(params)
-        for estimator in (jbptt.full_bptt(step, loss), jbptt.full_bptt(step, loss, segment=2)):
+        for estimator in (jbptt.full_bptt(step, loss), jbptt.full_bptt(step, loss, plan=jbptt.Plan(2))):
             batch = jbptt.Batch(xs)
             found = jax.jit(estimator.update)(params, estimator.init(params, h, batch), batch)[0].grads
             jax.tree.map(lambda a, b: print(float(jnp.max(jnp.abs(a - b)))), found, wanted)

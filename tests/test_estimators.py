@@ -10,7 +10,17 @@ import pytest
 from contract import ESTIMATORS
 from problems import assert_close, cut
 
-from jbptt import Batch, Estimator, adaptive_bptt, full_bptt, gated_bptt, randomized_bptt, truncated_bptt, truncation
+from jbptt import (
+    Batch,
+    Estimator,
+    Plan,
+    adaptive_bptt,
+    full_bptt,
+    gated_bptt,
+    randomized_bptt,
+    truncated_bptt,
+    truncation,
+)
 
 NUM_STEPS = 6
 
@@ -36,7 +46,7 @@ def banded(window):
 CHUNKS = np.arange(NUM_STEPS) // 2
 DECLARED = {
     "full": (full_bptt, np.tri(NUM_STEPS)),
-    "full, in segments": (functools.partial(full_bptt, segment=2), np.tri(NUM_STEPS)),
+    "full, in segments": (functools.partial(full_bptt, plan=Plan(2)), np.tri(NUM_STEPS)),
     "blocks": (functools.partial(truncated_bptt, window=2), np.tri(NUM_STEPS) * (CHUNKS[:, None] == CHUNKS)),
     "strides": (  # the two losses of a chunk go back to where the chunk before begins
         functools.partial(truncated_bptt, window=4, stride=2),
@@ -89,11 +99,11 @@ COUNTS = {
     "strides of 2": (functools.partial(truncated_bptt, window=4, stride=2), 3 * (4 + 4 * 4 // 2 + 4 + 4 - 2)),
     "sliding": (functools.partial(truncated_bptt, window=4, stride=1), 3 * (4 + 4 * 4 // 1 + 4 + 4 - 1)),
     "full, one segment": (full_bptt, 12),
-    "full, segments of 4": (functools.partial(full_bptt, segment=4), 12 + 8),
-    "full, segments of 5": (functools.partial(full_bptt, segment=5), 12 + 10),
+    "full, segments of 4": (functools.partial(full_bptt, plan=Plan(4)), 12 + 8),
+    "full, segments of 5": (functools.partial(full_bptt, plan=Plan(5)), 12 + 10),
     "blocks of 4": (functools.partial(truncated_bptt, window=4), 12),
     "blocks of 12": (functools.partial(truncated_bptt, window=12), 12),
-    "randomized, segments of 4": (functools.partial(randomized_bptt, keep_prob=0.5, segment=4), 12 + 8),
+    "randomized, segments of 4": (functools.partial(randomized_bptt, keep_prob=0.5, plan=Plan(4)), 12 + 8),
 }
 
 

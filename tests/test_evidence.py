@@ -14,7 +14,8 @@ from jbptt.analysis import diagnosis, evidence, stuck
 from jbptt.analysis.blocks import candidate_windows, choose_blocks
 from jbptt.analysis.lags import linearise
 from jbptt.analysis.lyapunov import lyapunov_spectrum
-from jbptt.segments import gradient_sums
+from jbptt.problem import problem_of, trusted_problem
+from jbptt.segments import back_through
 
 
 @pytest.mark.parametrize(
@@ -88,17 +89,27 @@ def test_parts_of_a_batch(num_steps, batch_shape, sizes):
     assert len(counts) == num_parts == sizes and counts.min() > 0 and counts.max() <= 4 * counts.min()
 
 
+def exponent_of(step, params, carry, batch, batch_shape):
+    """The exponent along a forward pass of the step; the loss does not matter."""
+    loss = lambda y, target: jnp.zeros(batch_shape)
+    problem = trusted_problem(step, loss, params, carry, batch, None, batch_shape)
+    return evidence.leading_exponent(linearise(problem))
+
+
 def test_leading_exponent_against_a_product_of_jacobians():
     step, _, params, carry, batch = problems.make("gru", 9)
     mask = np.random.default_rng(2).random((9, 3)) < 0.7
-    run = functools.partial(evidence.leading_exponent, step, params, batch_shape=(3,))
 
     @jax.jit
     def look(mask):
         held = lambda h, inputs: (jnp.where(inputs[1][:, None], step(params, h, inputs[0])[0], h), h)
         carries = jax.lax.scan(held, carry, (batch.xs, mask))[1]
         one = jax.vmap(jax.jacrev(lambda h, x: step(params, h, x)[0]))
-        return carries, jax.vmap(one)(carries, batch.xs), run(carry, batch._replace(mask=mask), carries=[carries])
+        return (
+            carries,
+            jax.vmap(one)(carries, batch.xs),
+            exponent_of(step, params, carry, batch._replace(mask=mask), (3,)),
+        )
 
     _, jacobians, (mean, spread) = look(jnp.asarray(mask))
     exponents = []
@@ -119,7 +130,7 @@ def test_leading_exponent_is_the_first_of_the_spectrum():
     step, _, params, carry, batch = problems.make("tanh", 1500, examples=1)
     counting = lambda params, carry, x: ((carry[0] + 1, step(params, carry[1], x)[0]), None)
     start = jnp.zeros((), int), carry
-    run = lambda start: evidence.leading_exponent(counting, params, start, batch, batch_shape=(1,), carries=[None])
+    run = lambda start: exponent_of(counting, params, start, batch, (1,))
     spectrum = lambda: lyapunov_spectrum(counting, params, start, batch.xs, num_exponents=1, num_discarded=400)
     (exponent, spread), wanted = jax.jit(lambda: (run(start), spectrum()))()
     assert float(spread) == 0
@@ -142,7 +153,7 @@ def test_exponents_of_minus_infinity_and_nan(factors, wanted):
     @jax.jit
     def run(factors):
         batch = Batch(jnp.broadcast_to(factors, (6, 2)))
-        return evidence.leading_exponent(product, (), jnp.ones(2), batch, batch_shape=(2,), carries=[jnp.ones((6, 2))])
+        return exponent_of(product, (), jnp.ones(2), batch, (2,))
 
     np.testing.assert_allclose(run(jnp.array(factors)), wanted, atol=1e-12)
 
@@ -227,8 +238,8 @@ def test_the_bound_holds_beyond_what_was_measured(number):
 
     @jax.jit
     def look(params, carry, batch):
-        problem = linearise(step, loss, params, carry, batch, batch.targets.shape[1:2])
-        return diagnosis._lags(problem, None, 64, diagnosis._flat(gradient_sums(step, loss, params, carry, batch)[0]))
+        problem = problem_of(step, loss, params, carry, batch)
+        return diagnosis._lags(linearise(problem), 64, diagnosis._flat(back_through(problem).sums))
 
     profile, curve, kept = look(params, carry, batch)
     error = np.asarray(curve.relative_error)

@@ -10,7 +10,7 @@ import pytest
 from oracles import brute_force, python_loop
 from problems import EXAMPLES, assert_close, one_update
 
-from jbptt import Batch, cells, full_bptt, gated_bptt, randomized_bptt, truncated_bptt, truncation, unroll
+from jbptt import Batch, Plan, cells, full_bptt, gated_bptt, randomized_bptt, truncated_bptt, truncation, unroll
 
 WINDOW = 4
 LENGTHS = [1, 2, WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW + 2]
@@ -24,10 +24,10 @@ WINDOWED = {
 }
 ESTIMATORS = {
     "full": full_bptt,
-    "full, segment 3": functools.partial(full_bptt, segment=3),
+    "full, segment 3": functools.partial(full_bptt, plan=Plan(3)),
     **{name: functools.partial(truncated_bptt, window=w, stride=s) for name, (w, s) in WINDOWED.items()},
-    "keep_prob": functools.partial(randomized_bptt, keep_prob=0.6, segment=1),
-    "mean_length": functools.partial(randomized_bptt, mean_length=3.0, segment=3),
+    "keep_prob": functools.partial(randomized_bptt, keep_prob=0.6, plan=Plan(1)),
+    "mean_length": functools.partial(randomized_bptt, mean_length=3.0, plan=Plan(3)),
 }
 
 

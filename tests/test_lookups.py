@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from problems import assert_close, one_update, squared_error
 
-from jbptt import Batch, cells, full_bptt, lag_profile, truncated_bptt
+from jbptt import Batch, Plan, cells, full_bptt, lag_profile, truncated_bptt
 
 NUM_STEPS, ROWS, WIDTH = 7, 12, 3
 NUMBERS = np.random.default_rng(0)
@@ -59,7 +59,7 @@ STEPS = {
 }
 ESTIMATORS = {
     "full": (full_bptt, None),
-    "segments": (partial(full_bptt, segment=2), None),
+    "segments": (partial(full_bptt, plan=Plan(2)), None),
     "blocks": (partial(truncated_bptt, window=3), 3),
     "sliding": (partial(truncated_bptt, window=NUM_STEPS, stride=1), None),
 }
@@ -113,7 +113,7 @@ def test_rows_in_half_precision_add_up_in_float32():
 
 
 @pytest.mark.parametrize(
-    "make", [partial(truncated_bptt, window=8), partial(full_bptt, segment=8)], ids=["blocks", "segments"]
+    "make", [partial(truncated_bptt, window=8), partial(full_bptt, plan=Plan(8))], ids=["blocks", "segments"]
 )
 def test_no_gradient_of_the_whole_table_is_made_for_each_piece(make):
     """Temporary memory stays far below the table's 2 MiB, of which the result is the only copy."""

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jbptt import Batch, cells, full_bptt, randomized_bptt, truncated_bptt
-from jbptt.streams import windows_at_once
+from jbptt import Batch, Plan, cells, full_bptt, randomized_bptt, truncated_bptt
+from jbptt.problem import trusted_problem
+from jbptt.windows import blocks_at_once
 
 OPTIMIZED = True
 
@@ -64,7 +65,7 @@ def test_memory_of_estimators(name, examples, record_property):
     reference = temporary_bytes(plain(step), *shapes)
     shares = {
         "truncated": temporary_bytes(
-            estimated(truncated_bptt(step, squared_error, window=32, parallel_windows=1)), *shapes
+            estimated(truncated_bptt(step, squared_error, window=32, plan=Plan(parallel_windows=1))), *shapes
         )
         / reference,
         "full": temporary_bytes(estimated(full_bptt(step, squared_error)), *shapes) / reference,
@@ -81,16 +82,23 @@ def test_memory_of_windows_side_by_side(examples, most):
     """By default up to 64 windows of a single example, if their carries fit into a mebibyte; else one."""
     step, *shapes = problem("lstm", examples)
     default, one = (
-        temporary_bytes(estimated(truncated_bptt(step, squared_error, window=32, parallel_windows=number)), *shapes)
+        temporary_bytes(
+            estimated(truncated_bptt(step, squared_error, window=32, plan=Plan(parallel_windows=number))), *shapes
+        )
         for number in (None, 1)
     )
     assert one < default <= most if most else default == one
     wide, small = cells.lstm(CHANNELS, 2**14, dtype=jnp.float32), cells.rnn(CHANNELS, 4, dtype=jnp.float32)
 
     def chosen(cell, window, num_windows):
-        shapes = jax.eval_shape(lambda: (cell.init(jax.random.key(0)), cell.initial_carry()))
-        batch = Batch(jax.ShapeDtypeStruct((num_windows * window, CHANNELS), jnp.float32))
-        return windows_at_once(cell.step, *shapes, batch, window, ())
+        def of(params, carry, xs):
+            loss = lambda y, target: jnp.sum(y)
+            found.append(blocks_at_once(trusted_problem(cell.step, loss, params, carry, Batch(xs), None, ()), window))
+
+        found = []
+        params, carry = jax.eval_shape(lambda: (cell.init(jax.random.key(0)), cell.initial_carry()))
+        jax.eval_shape(of, params, carry, jax.ShapeDtypeStruct((num_windows * window, CHANNELS), jnp.float32))
+        return found[0]
 
     for window, number in ((32, 1), (4, 2), (2, 4)):  # the carries of a step take 128 KiB
         assert chosen(wide, window, 100) == number

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.sharding import Mesh, PartitionSpec
 from problems import assert_close, cut, one_update, squared_error, usual
 
-from jbptt import Batch, cells, full_bptt, truncated_bptt
+from jbptt import Batch, Plan, cells, full_bptt, truncated_bptt
 
 NUM_STEPS, WINDOW, EXAMPLES, HIDDEN = 7, 3, 2, 4
 NUMBERS = np.random.default_rng(0)
@@ -185,7 +185,7 @@ FIRST = [0] * NUM_STEPS
 BLOCKS = [0, 0, 0, 3, 3, 3, 6]
 WAYS = {
     "one segment": Way(full_bptt, FIRST),
-    "segments": Way(partial(full_bptt, segment=WINDOW), FIRST),
+    "segments": Way(partial(full_bptt, plan=Plan(WINDOW)), FIRST),
     "blocks": Way(partial(truncated_bptt, window=WINDOW), BLOCKS[:6], 6),
     "blocks with a rest": Way(partial(truncated_bptt, window=WINDOW), BLOCKS),
     "sliding": Way(partial(truncated_bptt, window=WINDOW, stride=1), [0, 0, 0, 1, 2, 3, 4]),
@@ -253,7 +253,7 @@ def test_without_a_rule_under_vmap(name):
     with_readout = cells.with_readout(core, lambda p, y: step(p, y, y)[1])
     for estimator in (
         blocks(stride=1),
-        blocks(parallel_windows=2),
+        blocks(plan=Plan(parallel_windows=2)),
         full_bptt(with_readout, squared_error),  # all readouts of a segment at once
     ):
         with pytest.raises(error, match=words):
@@ -262,7 +262,7 @@ def test_without_a_rule_under_vmap(name):
     # So many blocks of a single example go side by side where no one says and the step allows it.
     single = jax.tree.map(lambda a: jnp.resize(a, (32, 1, HIDDEN)), BATCH)
     run = lambda way: jax.jit(partial(one_update, way))(PARAMS, CARRY[:1], single)
-    found, wanted = run(blocks()), run(blocks(parallel_windows=1))
+    found, wanted = run(blocks()), run(blocks(plan=Plan(parallel_windows=1)))
     assert_close((found.loss, found.grads), (wanted.loss, wanted.grads))
 
 

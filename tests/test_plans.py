@@ -22,9 +22,9 @@ def test_a_plan_is_a_segment_and_more(make_estimator):
     problem = make("gru", T)
     found = [
         one_update(make_estimator(problem.step, problem.loss, **options), *problem[2:], jax.random.key(0)).grads
-        for options in ({}, {"segment": 5}, {"plan": Plan(5)}, {"plan": Plan()})
+        for options in ({}, {"plan": Plan(5)}, {"plan": Plan()})
     ]
-    assert_close(found[1:], found[:1] * 3)
+    assert_close(found[1:], found[:1] * 2)
 
 
 def test_plans_print_themselves():
@@ -40,7 +40,15 @@ def test_plans_print_themselves():
         (lambda: Plan(num_shards=0), "num_shards must be"),
         (lambda: Plan(num_shards=64), r"at most the number of devices, \d+, got 64.*jax_num_cpu_devices"),
         (lambda: full_bptt(None, None, plan=32), "plan must be a jbptt.Plan, got int"),
-        (lambda: full_bptt(None, None, segment=3, plan=Plan(3)), "segment=3 and a plan were given"),
+        (lambda: Plan(parallel_windows=0), "parallel_windows must be"),
+        (
+            lambda: full_bptt(None, None, plan=Plan(parallel_windows=3)),
+            "plan must leave parallel_windows at None, got 3: only the windows of truncated_bptt",
+        ),
+        (
+            lambda: jbptt.truncated_bptt(None, None, window=3, stride=1, plan=Plan(2)),
+            "plan must leave segment at None, got 2: windows that overlap",
+        ),
     ],
 )
 def test_wrong_plans(call, words):

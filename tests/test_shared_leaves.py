@@ -11,7 +11,7 @@ import pytest
 from contract import ESTIMATORS
 from problems import assert_close, assert_same_bits, one_update, squared_error, usual
 
-from jbptt import Batch, cells, lag_profile, truncated_bptt
+from jbptt import Batch, Plan, cells, lag_profile, truncated_bptt
 from jbptt.engine.facts import same_under_vmap
 
 WINDOW, WIDTH = 2, 3
@@ -63,7 +63,7 @@ def window_after_window(step, carry, batch, window=WINDOW):
 @pytest.mark.parametrize("num_steps", [32, 35])
 def test_blocks_are_window_after_window(kind, examples, num_steps, parallel):
     step, carry, batch = problem(num_steps, examples, kind)
-    estimator = truncated_bptt(step, squared_error, window=WINDOW, parallel_windows=parallel)
+    estimator = truncated_bptt(step, squared_error, window=WINDOW, plan=Plan(parallel_windows=parallel))
     estimate = jax.jit(partial(one_update, estimator))(W, carry, batch)
     assert_close((estimate.loss, estimate.grads), window_after_window(step, carry, batch))
 
@@ -90,7 +90,7 @@ def test_blocks_take_what_has_no_rule_for_vmap(num_steps):
 
     batch, loss = Batch(jnp.linspace(0, 3, num_steps * 3).reshape(num_steps, 3)), lambda y, _: jnp.sum(y**2)
     found, wanted = (
-        one_update(truncated_bptt(s, loss, window=2, parallel_windows=n), 0.5, jnp.zeros(3), batch)
+        one_update(truncated_bptt(s, loss, window=2, plan=Plan(parallel_windows=n)), 0.5, jnp.zeros(3), batch)
         for s, n in ((step, None), (inside, 1))
     )
     assert_close((found.loss, found.grads), (wanted.loss, wanted.grads))

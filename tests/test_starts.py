@@ -70,7 +70,7 @@ def cut_at(first):
 EXACT = jax.grad(mean_loss)(PARAMS)
 CASES = {
     "full": (full_bptt(step, loss), lambda: EXACT),
-    "segments": (full_bptt(step, loss, segment=3), lambda: EXACT),
+    "segments": (full_bptt(step, loss, plan=Plan(3)), lambda: EXACT),
     "one block": (truncated_bptt(step, loss, window=T), lambda: EXACT),
     "blocks": (truncated_bptt(step, loss, window=4), lambda: jax.grad(mean_loss)(PARAMS, truncation.fixed(T, 4))),
     "ragged blocks": (
@@ -78,7 +78,7 @@ CASES = {
         lambda: jax.grad(mean_loss)(PARAMS, truncation.fixed(T, 3)),
     ),
     "side by side": (
-        truncated_bptt(step, loss, window=2, parallel_windows=2),
+        truncated_bptt(step, loss, window=2, plan=Plan(parallel_windows=2)),
         lambda: jax.grad(mean_loss)(PARAMS, truncation.fixed(T, 2)),
     ),
     "sliding": (truncated_bptt(step, loss, window=3, stride=1), lambda: cut_at(truncation.window_coverage(T, 3, 1))),

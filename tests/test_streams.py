@@ -11,7 +11,8 @@ import pytest
 from oracles import brute_force
 from problems import EXAMPLES, assert_close, cut
 
-from jbptt import Batch, full_bptt, gated_bptt, truncated_bptt, truncation
+from jbptt import Batch, Plan, full_bptt, gated_bptt, truncated_bptt, truncation
+from jbptt.testing import measured_coverage
 
 NUM_STEPS = 11
 SPLITS = [(1,) * 11, (4, 4, 3), (2, 1, 4, 4)]
@@ -62,6 +63,22 @@ def test_every_cut_in_two_gives_the_whole():
     for first in range(1, NUM_STEPS):
         total, live = stream(update, init, params, carry, batch, (first, NUM_STEPS - first))
         assert_close((total.grad_sum, total.loss_sum, live), (whole.grad_sum, whole.loss_sum, last))
+
+
+@pytest.mark.parametrize(("window", "stride"), [(3, None), (4, None), (4, 2), (3, 1), (9, None)])
+def test_updates_that_are_streams_of_their_own(window, stride):
+    """No window reaches behind its update, whose first begins with it; the state is the carry alone."""
+    make = functools.partial(truncated_bptt, window=window, stride=stride, streams=False)
+    found = measured_coverage(make, NUM_STEPS, split=[7, 4])
+    wanted = np.zeros((11, 11))
+    for part in (slice(0, 7), slice(7, 11)):
+        wanted[part, part] = truncation.window_coverage(part.stop - part.start, window, stride or window)
+    np.testing.assert_allclose(found, wanted, atol=1e-12)
+    step, loss, params, carry, batch = problems.make("tanh", 7)
+    estimator = make(step, loss)
+    state = estimator.init(params, carry, batch)
+    after = estimator.update(params, state, batch)[1]
+    assert state.history is state.phase is after.history is after.phase is None
 
 
 def test_reach_grows_with_the_stream_up_to_the_window():
@@ -158,7 +175,7 @@ def test_windows_of_a_single_example_go_back_side_by_side(batch_shape, num_steps
     batch = Batch(*jnp.asarray(np.random.default_rng(0).normal(size=(2, num_steps, *batch_shape))))
     found, programs = {}, {}
     for parallel in (None, 1, 17):
-        estimator = truncated_bptt(step, lambda y, t: (y - t) ** 2, window=2, parallel_windows=parallel)
+        estimator = truncated_bptt(step, lambda y, t: (y - t) ** 2, window=2, plan=Plan(parallel_windows=parallel))
         state = estimator.init(0.9, jnp.zeros(batch_shape), batch)
         found[parallel] = jax.jit(estimator.update)(0.9, state, batch)
         programs[parallel] = str(jax.make_jaxpr(estimator.update)(0.9, state, batch))

@@ -10,7 +10,7 @@ import pytest
 from oracles import python_loop
 from problems import EXAMPLES, assert_close, assert_same_bits
 
-from jbptt import gated_bptt, truncation, unroll
+from jbptt import Plan, gated_bptt, truncation, unroll
 
 NUM_STEPS = 6
 GATES = np.array([1.0, 0.0, 2.5, -1.0, 0.0, 0.3])
@@ -192,7 +192,7 @@ def gated_road(cell, road):
     @jax.jit
     def run(gates):
         if road.startswith("gated"):
-            estimator = gated_bptt(by_step_and_example(step), loss, gates_fn=lambda key, t: gates, segment=segment)
+            estimator = gated_bptt(by_step_and_example(step), loss, gates_fn=lambda key, t: gates, plan=Plan(segment))
             estimate = problems.one_update(estimator, params, carry, batch)
             return (estimate.loss_sum,), (estimate.grad_sum,)
 

@@ -11,6 +11,7 @@ from problems import assert_close, one_update
 
 from jbptt import (
     Batch,
+    Plan,
     adjoints,
     full_bptt,
     gated_bptt,
@@ -71,7 +72,7 @@ def test_derivative_of_two_updates(name):
 
 GATED = {
     "gated, in segments": lambda p, c: (
-        one_update(gated_bptt(step, loss, gates_fn=lambda key, num_steps: GATES, segment=2), p, c, BATCH).grads
+        one_update(gated_bptt(step, loss, gates_fn=lambda key, num_steps: GATES, plan=Plan(2)), p, c, BATCH).grads
     ),
     "adjoints": lambda p, c: adjoints(step, loss, p, c, BATCH, gates=GATES),
     "lag_profile": lambda p, c: lag_profile(step, loss, p, c, BATCH, max_lag=4, gates=GATES),
@@ -88,7 +89,7 @@ def test_derivative_of_what_is_gated(name):
 def test_the_segment_changes_no_derivative():
     """Nor does the way in which the same cuts are written."""
     cuts = lambda key, num_steps: truncation.fixed(num_steps, 4)
-    ways = [gated_bptt(step, loss, gates_fn=cuts, segment=n) for n in (None, 2)] + [
+    ways = [gated_bptt(step, loss, gates_fn=cuts, plan=Plan(n)) for n in (None, 2)] + [
         truncated_bptt(step, loss, window=4)
     ]
     hypergradients = [

@@ -11,6 +11,7 @@ import pytest
 
 from jbptt import (
     Batch,
+    Plan,
     cells,
     diagnose,
     full_bptt,
@@ -86,7 +87,7 @@ def test_no_examples():
 def test_counts_must_be_positive_integers(value):
     if value is not None:  # None means: as the window, or a default
         refused(lambda: truncated_bptt(STEP, LOSS, window=4, stride=value), "stride", "got", str(value))
-        refused(lambda: full_bptt(STEP, LOSS, segment=value), "segment", "got", str(value))
+        refused(lambda: Plan(segment=value), "segment", "got", str(value))
         refused(lambda: unroll(STEP, PARAMS, CARRY, BATCH.xs, segment=value), "segment", "got", str(value))
     refused(lambda: truncated_bptt(STEP, LOSS, window=value), "window", "got", str(value))
     refused(lambda: truncation.fixed(5, value), "window", str(value))

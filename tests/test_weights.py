@@ -10,11 +10,11 @@ from jax.experimental import sparse
 from jax.extend.core import jaxprs_in_params
 from problems import assert_close, one_update, squared_error
 
-from jbptt import Batch, cells, full_bptt, lag_profile, truncated_bptt, truncation_curve
+from jbptt import Batch, Plan, cells, full_bptt, lag_profile, truncated_bptt, truncation_curve
 from jbptt.engine import forward_backward
 from jbptt.engine.cutting import cut
 from jbptt.engine.weight_products import split_step
-from jbptt.segments import parts_of, paths_of
+from jbptt.problem import problem_of
 
 NUM_STEPS, EXAMPLES, INPUT, HIDDEN = 7, 3, 2, 4
 NUMBERS = np.random.default_rng(0)
@@ -152,7 +152,7 @@ def test_gradient_of_any_step(name, with_readout, segment, chunk_bytes, monkeypa
         _, ys = jax.lax.scan(partial(step, params), carry, batch.xs)
         return jnp.mean(jax.vmap(loss)(ys, batch.targets))
 
-    estimator = full_bptt(step, loss, segment=segment)
+    estimator = full_bptt(step, loss, plan=Plan(segment))
     estimate, _ = jax.jit(estimator.update)(params, estimator.init(params, carry, batch), batch)
     value, grads = jax.jit(jax.value_and_grad(mean_loss))(params)
     assert_close((estimate.loss, estimate.grads), (value, grads))
@@ -215,13 +215,9 @@ def test_what_is_kept_of_a_step(kind, number):
     """Arrays of the carry's size: the gates and what a derivative needs of them, nothing twice, nothing cheap."""
     cell = getattr(cells, kind)(INPUT, HIDDEN)
     carry = cell.initial_carry((EXAMPLES,))
-    parts, params, batch = (
-        parts_of(cell.step, squared_error),
-        cell.init(jax.random.key(0)),
-        Batch(draw(1, EXAMPLES, INPUT)),
-    )
-    live = paths_of(parts, params, carry, batch._replace(targets=batch.xs[..., :1]))
-    kept = cut(cell.step, params, carry, batch.xs[0], live).program.kept
+    params, xs = cell.init(jax.random.key(0)), draw(1, EXAMPLES, INPUT)
+    live = problem_of(cell.step, squared_error, params, carry, Batch(xs, xs[..., :1])).live
+    kept = cut(cell.step, params, carry, xs[0], live).program.kept
     assert [v.aval.shape for v in kept] == [(EXAMPLES, HIDDEN)] * number
 
 
@@ -297,7 +293,7 @@ def test_effects_take_place_once_a_step():
     params, batch = {"x": W_X, "h": W_H, "b": BIAS}, Batch(draw(6, EXAMPLES, INPUT), draw(6, EXAMPLES, HIDDEN))
     batch = batch._replace(xs=batch.xs.at[:, 0, 0].set(jnp.arange(6)))
     for segment, expected in ((6, [*range(6)]), (3, [0, 1, 2, 0, 1, 2, 3, 4, 5])):
-        estimator = full_bptt(step, squared_error, segment=segment)
+        estimator = full_bptt(step, squared_error, plan=Plan(segment))
         seen.clear()
         jax.block_until_ready(estimator.update(params, estimator.init(params, ZEROS, batch), batch))
         jax.effects_barrier()

@@ -10,13 +10,10 @@ from jax import lax
 from jbptt import validation
 from jbptt.analysis.jacobians import check_differentiable
 from jbptt.arrays import align_leading, is_inexact, split_inexact, times_gate, widened
-from jbptt.engine import parallel_pullback, pullback
-from jbptt.executables import run
-from jbptt.losses import batch_steps, loss_weights
+from jbptt.losses import loss_weights
 from jbptt.norms import inner, norm, normalised, scaled_norm
-from jbptt.recurrence import trajectory
-from jbptt.segments import add_losses, parts_of, paths_of
-from jbptt.starts import start_of
+from jbptt.problem import Problem, answer, problem_of
+from jbptt.segments import pass_forward
 from jbptt.types import Batch, Carry, Loss, Params, Step
 
 
@@ -194,40 +191,34 @@ def adjoint_alignment(
       ValueError: max_lag < 2 or > T/2; no inexact carry leaf; carries without the batch shape; what
         `full_bptt` raises.
     """
-    num_steps, batch_shape = validation.check_problem(step, loss, params, carry, batch, gates)
-    carry = start_of(carry, params)
-    validation.check_per_example(step, loss, params, carry, batch, batch_shape, "the alignment is measured per example")
-    check_differentiable(carry)
-    max_lag = check_max_lag(max_lag, num_steps)
-    return run(_adjoint_alignment, (step, loss), (batch_shape, max_lag), params, carry, batch, key, gates)
+    why = "the alignment is measured per example"
+    problem = problem_of(step, loss, params, carry, batch, gates, per_example=why)
+    check_differentiable(problem.carry)
+    max_lag = check_max_lag(max_lag, problem.num_steps)
+    return answer(_adjoint_alignment, problem, max_lag, given=(key,))
 
 
-def _adjoint_alignment(step, loss, batch_shape, max_lag, params, carry, batch, key, gates) -> AdjointAlignment:
-    num_steps = batch_steps(batch)
-    parts, inputs = parts_of(step, loss), (batch.xs, batch.mask)
-    live = paths_of(parts, params, carry, batch)
-    _, (carries, outputs) = trajectory(parts.core, params, carry, inputs, None, num_steps)
-    _, outputs_bar = add_losses(parts, params, outputs, batch, live, None)
+def _adjoint_alignment(problem: Problem, max_lag: int, key: jax.Array | None) -> AdjointAlignment:
+    _, _, carries, _, outputs_bar = pass_forward(problem)
     like, _ = split_inexact(carries)
 
     def narrow(vectors):
         return [v.astype(leaf.dtype) for v, leaf in zip(vectors, like, strict=True)]
 
     def pull_one(step_s, direction):
-        carry_s, inputs_s = step_s
-        _, one = pullback(parts.core, params, carry_s, inputs_s, live._replace(outputs=(False,) * len(outputs_bar)))
-        return one(narrow(direction), outputs_bar, None)[1]
+        return problem.without_losses.pullback(*step_s)(narrow(direction), outputs_bar, None)[1]
 
-    _, pull = parallel_pullback(parts.core, params, carries, inputs, num_steps, live)
+    pull = problem.parallel_pullback(carries, problem.inputs, problem.num_steps)
 
     def pull_all(one_on, outputs_bar):
         cotangents = pull(narrow(one_on), outputs_bar, None)[1]
-        return cotangents if gates is None else [times_gate(c, jnp.asarray(gates)) for c in cotangents]
+        return cotangents if problem.gates is None else [times_gate(c, problem.gates) for c in cotangents]
 
-    start = random_directions(split_inexact(carry)[0], jax.random.key(0) if key is None else key, len(batch_shape))
-    weights = jnp.abs(loss_weights(batch, jnp.zeros((num_steps, *batch_shape))))
-    unmasked = loss_weights(batch._replace(weights=None), weights) != 0
-    directions, ages = far_directions(pull_one, start, (carries, inputs), unmasked)
+    num_leading, carry = len(problem.batch_shape), problem.carry
+    start = random_directions(split_inexact(carry)[0], jax.random.key(0) if key is None else key, num_leading)
+    weights = jnp.abs(problem.loss_weights())
+    unmasked = loss_weights(problem.batch._replace(weights=None), weights) != 0
+    directions, ages = far_directions(pull_one, start, (carries, problem.inputs), unmasked)
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in like)
     means = scan_angles(pull_all, outputs_bar, directions, ages >= 2 * max_lag, weights, max_lag, eps)
     filled = iter(directions)

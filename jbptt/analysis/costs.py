@@ -108,12 +108,3 @@ def measure_cost(
 
 def _estimate(update, params, state, batch) -> Estimate:
     return update(params, state, batch)[0]
-
-
-def fresh_blocks(estimator: Estimator, window: int) -> Estimator:
-    """Block truncation told to expect whole windows: for one update alone no history is kept."""
-
-    def init(params, carry, batch, key=None):
-        return estimator.init(params, carry, jax.tree.map(lambda a: a[:window], batch), key=key)
-
-    return estimator._replace(init=init)

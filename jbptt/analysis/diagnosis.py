@@ -13,7 +13,7 @@ from jax.flatten_util import ravel_pytree
 from jbptt import truncation, validation
 from jbptt.analysis.advice import TOLERANCES
 from jbptt.analysis.blocks import candidate_windows, choose_blocks, gradients_in_turn
-from jbptt.analysis.costs import fresh_blocks, measure_cost
+from jbptt.analysis.costs import measure_cost
 from jbptt.analysis.evidence import (
     curvature_along,
     fit_decay,
@@ -24,6 +24,7 @@ from jbptt.analysis.evidence import (
 from jbptt.analysis.findings import Diagnosis
 from jbptt.analysis.lags import (
     LagProfile,
+    Linearised,
     TruncationCurve,
     curve_reader,
     curve_start,
@@ -36,11 +37,10 @@ from jbptt.analysis.stuck import share_stuck, stays_zero
 from jbptt.arrays import align_leading, weighted_mean
 from jbptt.bias_bound import bound_bias
 from jbptt.estimators import full_bptt, truncated_bptt
-from jbptt.executables import WeakCache, is_traced, run
-from jbptt.losses import batch_steps
+from jbptt.executables import WeakCache, is_traced
 from jbptt.norms import norm
-from jbptt.segments import Sums, gradient_sums
-from jbptt.starts import start_of
+from jbptt.problem import Problem, answer, problem_of
+from jbptt.segments import Sums, back_through
 from jbptt.types import Batch, Carry, Estimator, Loss, Params, Step
 
 MEASURES_ARRAYS = "measure=True needs arrays, got traced values; pass measure=False under jit and vmap"
@@ -99,67 +99,62 @@ def diagnose(
       ValueError: a learning rate that is not > 0; measure where something is traced; what `truncation_curve` and
         `lag_profile` raise.
     """
-    num_steps, batch_shape = validation.check_problem(step, loss, params, carry, batch, gates)
-    given, carry = carry, start_of(carry, params)
-    validation.check_per_example(step, loss, params, carry, batch, batch_shape, "the gradient is measured per example")
-    gates = None if gates is None else jnp.asarray(gates)
+    why = "the gradient is measured per example"
+    problem = problem_of(step, loss, params, carry, batch, gates, per_example=why)
     num_repeats = validation.check_positive_integer("num_repeats", num_repeats)
     if learning_rate is not None:
         validation.check_above("learning_rate", learning_rate, 0, "it scales the step down the gradient")
-    data = params, carry, batch, gates, learning_rate
-    traced = is_traced(data)
+    traced = is_traced((params, problem.carry, batch, gates, learning_rate))
     if measure and traced:
         raise ValueError(MEASURES_ARRAYS)
-    largest = min(num_steps, 512) if max_window is None else max_window
-    largest = min(validation.check_positive_integer("max_window", largest), num_steps)
+    largest = min(problem.num_steps, 512) if max_window is None else max_window
+    largest = min(validation.check_positive_integer("max_window", largest), problem.num_steps)
 
     if traced:
-        found = _read(step, loss, batch_shape, largest, *data)
+        found = answer(_read, problem, largest, given=(learning_rate,))
     else:
         with jax.debug_nans(False), jax.debug_infs(False):  # here they are answers: what has no value, what is broken
-            found = run(_read, (step, loss), (batch_shape, largest), *data)
+            found = answer(_read, problem, largest, given=(learning_rate,))
     if isinstance(found.verdict_index, Tracer):  # or what the step closes over is traced
         if measure:
             raise ValueError(MEASURES_ARRAYS)
-        search = partial(nonfinite_of, step, loss, num_steps, params, carry, batch, gates)
+        search = partial(answer, nonfinite_of, problem)
         return replace(found, nonfinite=lax.cond(found.verdict_index == 3, search, lambda: found.nonfinite))
     if found.verdict == "non-finite":
-        nonfinite = run(nonfinite_of, (step, loss), (num_steps,), params, carry, batch, gates)
-        found = replace(found, nonfinite=nonfinite)
-    return _with_cost(found, step, loss, params, given, batch, num_repeats) if measure else found
+        found = replace(found, nonfinite=answer(nonfinite_of, problem))
+    return _with_cost(found, step, loss, params, carry, batch, num_repeats) if measure else found
 
 
-def _read(step, loss, batch_shape, largest, params, carry, batch, gates, learning_rate) -> Diagnosis:
+def _read(problem: Problem, largest: int, learning_rate: float | jax.Array | None) -> Diagnosis:
     """Everything but the search for what is not finite and the costs, as one program."""
-    num_steps = batch_steps(batch)
-    sums, sizes, (blocks, block_error) = _blocks(step, loss, batch_shape, params, carry, batch, gates)
-    problem = linearise(step, loss, params, carry, batch, batch_shape)
-    profile, curve, kept = _lags(problem, gates, largest, sums)
+    sums, sizes, (blocks, block_error) = _blocks(problem)
+    linearised = linearise(problem)
+    profile, curve, kept = _lags(linearised, largest, sums)
+    weights, carries, num_steps = linearised.weights, linearised.carries, problem.num_steps
 
-    num_lags, num_used_steps = _used_steps(problem.weights, batch.mask, largest)
-    smallest = max((float(jnp.finfo(c.dtype).tiny) for c in problem.carries), default=0.0)
-    heaviest = jnp.max(jnp.abs(problem.weights))  # the adjoints carry their loss's weight
+    num_lags, num_used_steps = _used_steps(weights, problem.batch.mask, largest)
+    smallest = max((float(jnp.finfo(c.dtype).tiny) for c in carries), default=0.0)
+    heaviest = jnp.max(jnp.abs(weights))  # the adjoints carry their loss's weight
     decay = fit_decay(profile.cotangent_norms, num_lags, smallest / jnp.where(heaviest > 0, heaviest, 1))
-    decay = decay._replace(underflow=decay.underflow | starts_below_precision(step, loss, params, batch, problem))
+    decay = decay._replace(underflow=decay.underflow | starts_below_precision(linearised))
     broken = ~jnp.isfinite(sizes[0]) | ~jnp.isfinite(sums.loss) | (decay.verdict_index == 3)
     verdict = jnp.where(broken, 3, decay.verdict_index)
     bound = bound_bias(*profile, kept, num_lags=num_lags, tolerances=TOLERANCES)
-    exponent, exponent_spread = leading_exponent(
-        step, params, carry, batch, batch_shape=batch_shape, carries=problem.carries
-    )
-    immovable = stays_zero(step, params, problem.path, batch)
-    saturated, dead = share_stuck(problem.carries, immovable, batch.mask, batch_shape)
+    exponent, exponent_spread = leading_exponent(linearised)
+    immovable = stays_zero(problem.step, problem.params, linearised.passed.carries, problem.batch)
+    saturated, dead = share_stuck(carries, immovable, problem.batch.mask, problem.batch_shape)
     curvature = None
     if learning_rate is not None:
         learning_rate = jnp.asarray(learning_rate)
-        flat, unflatten = ravel_pytree(params)
+        flat, unflatten = ravel_pytree(problem.params)
 
         def mean_gradient(flat):
-            there = _flat(gradient_sums(step, loss, unflatten(flat), carry, batch)[0])
+            there = replace(problem, params=unflatten(flat), gates=None)
+            there = _flat(back_through(there).sums)
             return weighted_mean(there.grad, there.weight)
 
         curvature = curvature_along(sums.grad, mean_gradient, flat)
-    nonfinite = jax.eval_shape(partial(nonfinite_of, step, loss, num_steps), params, carry, batch, gates)
+    nonfinite = jax.eval_shape(partial(nonfinite_of, problem))
     return Diagnosis(
         **decay._replace(verdict_index=verdict)._asdict(),
         sliding_window=jnp.where(broken, 0, first_windows(curve.relative_error, TOLERANCES, num_steps)),
@@ -180,7 +175,7 @@ def _read(step, loss, batch_shape, largest, params, carry, batch, gates, learnin
         curve=curve,
         num_used_steps=num_used_steps,
         num_steps=num_steps,
-        num_carry_leaves=len(problem.carries),
+        num_carry_leaves=len(carries),
         unread=problem.live.unread,
         learning_rate=learning_rate,
         curvature=curvature,
@@ -197,9 +192,9 @@ def _used_steps(weights, mask, largest) -> tuple[jax.Array, jax.Array]:
     return jnp.minimum(jnp.max(last), largest), jnp.max(jnp.sum(leads, axis=0))
 
 
-def _blocks(step, loss, batch_shape, params, carry, batch, gates) -> tuple[Sums, jax.Array, tuple]:
+def _blocks(problem: Problem) -> tuple[Sums, jax.Array, tuple]:
     """The exact sums, the norm of the mean gradient of the whole and of each part, windows of blocks and errors."""
-    num_steps = batch_steps(batch)
+    num_steps, batch, gates, batch_shape = problem.num_steps, problem.batch, problem.gates, problem.batch_shape
     windows, tried = candidate_windows(num_steps)
     part_of, num_parts = split_batch(num_steps, batch_shape)
 
@@ -208,15 +203,16 @@ def _blocks(step, loss, batch_shape, params, carry, batch, gates) -> tuple[Sums,
         gated = cuts if gates is None else jnp.where(cuts == 0, 0, gates)
         weights = jnp.ones(num_steps, jnp.float32) if batch.weights is None else jnp.asarray(batch.weights)
         chosen = jnp.where((part < 0) | (part_of == part), align_leading(weights, part_of.ndim), 0)
-        return _flat(gradient_sums(step, loss, params, carry, batch._replace(weights=chosen), gated)[0])
+        cut = problem.on(problem.carry, batch._replace(weights=chosen), gated)
+        return _flat(back_through(cut).sums)
 
     sums, sizes, errors = gradients_in_turn(gradient, tried, num_parts)
     return sums, sizes, choose_blocks(errors, tried, windows, TOLERANCES)
 
 
-def _lags(problem, gates, largest, sums) -> tuple[LagProfile, TruncationCurve, jax.Array]:
+def _lags(linearised: Linearised, largest: int, sums: Sums) -> tuple[LagProfile, TruncationCurve, jax.Array]:
     """Profile, curve and the norm of what each sliding window leaves: one pass over the lags serves all."""
-    read_profile, read_curve = profile_reader(problem, signed=False), curve_reader(sums.grad)
+    read_profile, read_curve = profile_reader(linearised.weights, signed=False), curve_reader(sums.grad)
 
     def read(state, lag, cotangents, grad):
         grad = ravel_pytree(grad)[0]
@@ -224,7 +220,7 @@ def _lags(problem, gates, largest, sums) -> tuple[LagProfile, TruncationCurve, j
         state, curve = read_curve(state, lag, cotangents, grad)
         return state, (profile, curve, weighted_mean(norm(state[0]), jnp.abs(sums.weight)))
 
-    profile, curve, kept = scan_lags(problem, gates, largest, read, curve_start(sums.grad))
+    profile, curve, kept = scan_lags(linearised, largest, read, curve_start(sums.grad))
     return LagProfile(*profile), TruncationCurve(jnp.arange(1, largest + 1), *curve), kept
 
 
@@ -250,7 +246,7 @@ _ESTIMATORS = WeakCache()
 def _recommended(blocks, sliding, step, loss) -> dict[str, Estimator]:
     estimators = {"full": full_bptt(step, loss)}
     for window in blocks:
-        estimators[f"block {window}"] = fresh_blocks(truncated_bptt(step, loss, window=window), window)
+        estimators[f"block {window}"] = truncated_bptt(step, loss, window=window, streams=False)
     for window in sliding:
         estimators[f"sliding {window}"] = truncated_bptt(step, loss, window=window, stride=1)
     return estimators

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -13,12 +14,8 @@ from jbptt.analysis.advice import CHANGE
 from jbptt.analysis.lags import Linearised
 from jbptt.arrays import align_leading, split_inexact
 from jbptt.bias_bound import slope_of
-from jbptt.cells import split_readout
-from jbptt.losses import batch_steps
 from jbptt.norms import inner, norm, normalised, unit
-from jbptt.recurrence import held, trajectory
-from jbptt.segments import add_losses, parts_of
-from jbptt.types import Batch, Carry, Loss, Params, Step
+from jbptt.segments import add_losses
 
 NUM_PARTS = 16
 
@@ -92,9 +89,7 @@ def fit_decay(norms: jax.Array, num_lags: Any = None, smallest: Any = None) -> D
     )
 
 
-def leading_exponent(
-    step: Step, params: Params, carry: Carry, batch: Batch, *, batch_shape: tuple, carries: list
-) -> tuple[jax.Array, jax.Array]:
+def leading_exponent(linearised: Linearised) -> tuple[jax.Array, jax.Array]:
     """The mean and the spread over examples of the leading Lyapunov exponent, in nats per step.
 
         v ← J_tᵀ v / ‖J_tᵀ v‖ for t = T−1 … 0,   λ₁ = mean over t of ln ‖J_tᵀ v‖
@@ -103,22 +98,21 @@ def leading_exponent(
     overflows nor underflows, and a step needs no derivative but the one its gradient needs. Masked steps
     do not count, nor does the first quarter of the others, on which v turns. An exponent is −∞ where the state
     is wiped out on the way (a reset, dead units), NaN where no example's derivatives are finite; the
-    spread is the standard deviation over examples. One backward pass; `carries` are the inexact leaves of
-    the carries that enter the steps (`Linearised.carries`).
+    spread is the standard deviation over examples. One backward pass.
     """
-    core, _ = split_readout(step)
-    num_steps, ndim = batch_steps(batch), len(batch_shape)
-    leaves, structure = jax.tree.flatten(carry)
-    if len(leaves) > len(carries):  # integers and keys have a path of their own
-        _, (path, _) = trajectory(core, params, carry, batch.xs, batch.mask, num_steps)
-    else:
-        path = structure.unflatten(carries)
+    problem, path = linearised.problem, linearised.passed.carries
+    batch, carry, batch_shape, num_steps = problem.batch, problem.carry, problem.batch_shape, problem.num_steps
+    ndim = len(batch_shape)
     random = np.random.default_rng(0)
 
     def back(cotangents, inputs):
-        carry_t, *more = inputs
+        carry_t, inputs_t = inputs
         leaves, rebuild = split_inexact(carry_t)
-        pull = jax.vjp(lambda leaves: split_inexact(held(core)(params, rebuild(leaves), more)[0])[0], leaves)[1]
+
+        def run(leaves):
+            return split_inexact(problem.parts.core(problem.params, rebuild(leaves), inputs_t)[0])[0]
+
+        pull = jax.vjp(run, leaves)[1]
         (cotangents,) = pull(cotangents)
         growth = norm(cotangents, ndim)
         return [unit(c, growth).astype(c.dtype) for c in cotangents], growth
@@ -128,7 +122,7 @@ def leading_exponent(
     start = [
         jnp.zeros_like(c) + (d / length).astype(c.dtype) for d, c in zip(drawn, split_inexact(carry)[0], strict=True)
     ]
-    growths = lax.scan(back, start, (path, batch.xs, batch.mask), reverse=True)[1]
+    growths = lax.scan(back, start, (path, problem.inputs), reverse=True)[1]
     mask = jnp.ones(num_steps, bool) if batch.mask is None else jnp.asarray(batch.mask)
     number = jnp.cumsum(mask, axis=0)
     counted = mask & (number <= number[-1] - number[-1] // 4)
@@ -141,18 +135,18 @@ def leading_exponent(
     return mean, jnp.sqrt(jnp.mean(deviations**2, where=valid))
 
 
-def starts_below_precision(step: Step, loss: Loss, params: Params, batch: Batch, problem: Linearised) -> jax.Array:
+def starts_below_precision(linearised: Linearised) -> jax.Array:
     """Whether the losses' cotangents are zero at the outputs only because they are smaller than the dtype can hold.
 
     One more backward pass through losses and readout, with weights as large as the dtype bears.
     """
-    tiny = max((float(jnp.finfo(leaf.dtype).tiny) for leaf in problem.outputs_bar), default=1.0)
-    heaviest = jnp.max(jnp.abs(problem.weights))
-    weights = problem.weights / jnp.where(heaviest > 0, heaviest, 1) * min(1 / tiny, 1e30)
-    heavy = batch._replace(weights=weights)
-    larger = add_losses(parts_of(step, loss), params, problem.outputs, heavy, problem.live, None)[1]
+    problem, passed, _, _, weights = linearised
+    tiny = max((float(jnp.finfo(leaf.dtype).tiny) for leaf in passed.outputs_bar), default=1.0)
+    heaviest = jnp.max(jnp.abs(weights))
+    heavy = weights / jnp.where(heaviest > 0, heaviest, 1) * min(1 / tiny, 1e30)
+    larger = add_losses(replace(problem, batch=problem.batch._replace(weights=heavy)), passed.outputs)[1]
     zero, still_zero = (
-        jnp.all(jnp.array([jnp.all(leaf == 0) for leaf in bar])) for bar in (problem.outputs_bar, larger)
+        jnp.all(jnp.array([jnp.all(leaf == 0) for leaf in bar])) for bar in (passed.outputs_bar, larger)
     )
     return zero & ~still_zero
 

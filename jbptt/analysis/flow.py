@@ -1,21 +1,18 @@
 """Adjoints, and how much each loss depends on each earlier state."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jbptt import validation
 from jbptt.arrays import is_inexact, split_inexact, steps_from, times_gate, weighted_mean, zeros_along
-from jbptt.engine import Paths, chosen, pullback
-from jbptt.executables import run
-from jbptt.losses import batch_steps, loss_weights
+from jbptt.engine import chosen
 from jbptt.norms import in_units_of, inner, leafwise, norm, normalised
-from jbptt.recurrence import trajectory
-from jbptt.segments import add_losses, back_through_segment, gradient_sums, parts_of, paths_of
-from jbptt.starts import start_of
+from jbptt.problem import Problem, answer, problem_of
+from jbptt.segments import back_through, back_through_segment, pass_forward
 from jbptt.types import Batch, Carry, Loss, Params, Step
 
 
@@ -51,30 +48,24 @@ def adjoints(
     Raises:
       ValueError: what `full_bptt` raises.
     """
-    validation.check_problem(step, loss, params, carry, batch, gates)
-    return run(adjoints_of, (step, loss), (), params, start_of(carry, params), batch, gates)
+    return answer(adjoints_of, problem_of(step, loss, params, carry, batch, gates))
 
 
-def adjoints_of(step, loss, params, carry, batch, gates) -> Adjoints:
+def adjoints_of(problem: Problem) -> Adjoints:
     """`adjoints` of what has passed the border."""
-    batch, gates = jax.tree.map(jnp.asarray, (batch, gates))
-    parts, num_steps, inputs = parts_of(step, loss), batch_steps(batch), (batch.xs, batch.mask)
-    live = paths_of(parts, params, carry, batch)
-    last, (entering, outputs) = trajectory(parts.core, params, carry, inputs, None, num_steps)
-    sums, outputs_bar = add_losses(parts, params, outputs, batch, live, None)
+    sums, last, entering, _, outputs_bar = pass_forward(problem)
     outputs_bar = [weighted_mean(bar, sums.weight).astype(bar.dtype) for bar in outputs_bar]
 
     def one_step_back(cotangents, inputs):
         carry_t, inputs_t, gate_t, outputs_bar_t = inputs
-        _, pull = pullback(parts.core, params, carry_t, inputs_t, live)
-        _, cotangents = pull(cotangents, outputs_bar_t, None)
+        _, cotangents = problem.pullback(carry_t, inputs_t)(cotangents, outputs_bar_t, None)
         if gate_t is not None:
             cotangents = [times_gate(c, gate_t) for c in cotangents]
         return cotangents, cotangents
 
     nothing = [jnp.zeros_like(leaf) for leaf in split_inexact(last)[0]]
-    steps = entering, inputs, gates, outputs_bar
-    _, cotangents = jax.lax.scan(one_step_back, nothing, steps, num_steps, reverse=True)
+    steps = entering, problem.inputs, problem.gates, outputs_bar
+    _, cotangents = jax.lax.scan(one_step_back, nothing, steps, problem.num_steps, reverse=True)
     cotangents = [jnp.concatenate([a, b[None]]) for a, b in zip(cotangents, nothing, strict=True)]
     carries = jax.tree.map(lambda a, b: jnp.concatenate([a, jnp.asarray(b)[None]]), entering, last)
     filled = iter(cotangents)
@@ -119,22 +110,18 @@ def gradient_flow(
     Raises:
       ValueError: carries that do not begin with the batch shape; what `full_bptt` raises.
     """
-    _, batch_shape = validation.check_problem(step, loss, params, carry, batch, gates)
-    carry = start_of(carry, params)
-    validation.check_per_example(step, loss, params, carry, batch, batch_shape, "the flow is measured per example")
-    return run(_gradient_flow, (step, loss), (batch_shape, bool(per_leaf)), params, carry, batch, gates)
+    why = "the flow is measured per example"
+    problem = problem_of(step, loss, params, carry, batch, gates, per_example=why)
+    return answer(_gradient_flow, problem, bool(per_leaf))
 
 
-def _gradient_flow(step, loss, batch_shape, per_leaf, params, carry, batch, gates) -> Any:
-    batch, gates = jax.tree.map(jnp.asarray, (batch._replace(weights=None), gates))
-    num_steps, parts = batch_steps(batch), parts_of(step, loss)
-    live = paths_of(parts, params, carry, batch)
-    _, (carries, outputs) = trajectory(parts.core, params, carry, (batch.xs, batch.mask), None, num_steps)
-    _, outputs_bar = add_losses(parts, params, outputs, batch, live, None)
-    inputs = carries, (batch.xs, batch.mask), gates, outputs_bar
-    one_back = partial(_one_step_back, parts.core, live, params)
-    norms = _adjoint_norms(one_back, inputs, num_steps, leafwise(norm) if per_leaf else norm)
-    counted = loss_weights(batch, jnp.zeros((num_steps, *batch_shape))).reshape(num_steps, -1).sum(1)[:, None]
+def _gradient_flow(problem: Problem, per_leaf: bool) -> Any:
+    problem = replace(problem, batch=problem.batch._replace(weights=None))
+    num_steps, passed = problem.num_steps, pass_forward(problem)
+    inputs = passed.carries, problem.inputs, problem.gates, passed.outputs_bar
+    norm_fn = leafwise(norm) if per_leaf else norm
+    norms = _adjoint_norms(partial(_one_step_back, problem), inputs, num_steps, norm_fn)
+    counted = problem.loss_weights().reshape(num_steps, -1).sum(1)[:, None]
     # The loss of an earlier step has cotangent 0 here, and 0 times an infinite Jacobian is NaN.
     meets = (counted > 0) & jnp.tri(num_steps, dtype=bool)
     return jax.tree.map(lambda a: jnp.where(meets, a.T / jnp.sqrt(jnp.maximum(counted, 1)), 0), norms)
@@ -161,13 +148,14 @@ def _adjoint_norms(one_back: Callable, inputs: Any, num_steps: int, norm_fn: Any
     return jax.tree.map(lambda *parts: jnp.concatenate(parts[::-1]), *rows)
 
 
-def _one_step_back(core: Step, live: Paths, params: Params, cotangents: list, inputs: Any) -> list:
+def _one_step_back(problem: Problem, cotangents: list, inputs: Any) -> list:
     """Takes the cotangents of all later losses back through one step, and starts that of its own loss."""
+    live = problem.live
     place, carry, given, gate, outputs_bar = inputs
     leaves, rebuild = split_inexact(carry)
 
     def run(leaves):
-        after, outputs = core(params, rebuild(leaves), given)
+        after, outputs = problem.parts.core(problem.params, rebuild(leaves), given)
         return chosen(split_inexact(after)[0], live.carries), chosen(split_inexact(outputs)[0], live.outputs)
 
     (emitted, read), pull = jax.vjp(run, leaves)
@@ -221,27 +209,22 @@ def gradient_sources(
     Raises:
       ValueError: what `full_bptt` raises.
     """
-    validation.check_problem(step, loss, params, carry, batch, gates)
-    return run(_gradient_sources, (step, loss), (), params, start_of(carry, params), batch, gates)
+    return answer(_gradient_sources, problem_of(step, loss, params, carry, batch, gates))
 
 
-def _gradient_sources(step, loss, params, carry, batch, gates) -> GradientSources:
-    batch, gates = jax.tree.map(jnp.asarray, (batch, gates))
-    num_steps, path = batch_steps(batch), adjoints_of(step, loss, params, carry, batch, gates)
-    parts = parts_of(step, loss)
-    live = paths_of(parts, params, carry, batch)
-    exact, _ = gradient_sums(step, loss, params, carry, batch, gates)
+def _gradient_sources(problem: Problem) -> GradientSources:
+    path, exact = adjoints_of(problem), back_through(problem).sums
     in_its_units, direction = in_units_of(exact.grad), normalised(exact.grad)
 
     def one(inputs):  # the gates are in the cotangents already
         i, entering, emitted = inputs
-        piece = steps_from(batch, i, 1)
+        source = problem.on(entering, steps_from(problem.batch, i, 1))
         cotangent = [c * exact.weight.astype(c.dtype) for c in emitted]
-        source = back_through_segment(parts, live, params, entering, piece, None, cotangent, None).sums.grad
+        source = back_through_segment(source, cotangent).sums.grad
         share = inner(in_its_units(source), direction)
         mean = jax.tree.map(lambda a: weighted_mean(a, exact.weight), source)
         return norm(mean), leafwise(norm)(mean), share
 
     entering = jax.tree.map(lambda a: a[:-1], path.carries)
     emitted = [c[1:] for c in carry_cotangents(path)]
-    return GradientSources(*jax.lax.map(one, (jnp.arange(num_steps), entering, emitted)))
+    return GradientSources(*jax.lax.map(one, (jnp.arange(problem.num_steps), entering, emitted)))

@@ -14,9 +14,8 @@ from jbptt import validation
 from jbptt.analysis.jacobians import check_system, flat_carry, step_jacobian
 from jbptt.analysis.linalg.scaled_svd import Graded, from_rows, log_singular_values, push
 from jbptt.arrays import widened
-from jbptt.cells import split_readout
 from jbptt.executables import run
-from jbptt.recurrence import held, trajectory
+from jbptt.recurrence import held_core, states
 from jbptt.starts import start_of
 from jbptt.types import Carry, Params, PyTree, Step
 
@@ -144,14 +143,14 @@ def _jacobian_products(step, num_steps, numbers, params, carry, xs, mask, start)
     slots = np.full(unique[-1], len(unique))  # where the product after each step is kept; out of range: nowhere
     slots[unique - 1] = np.arange(len(unique))
 
-    core, _ = split_readout(step)
+    core = held_core(step)
     inputs, first = jax.tree.map(jnp.asarray, (xs, mask)), jnp.asarray(start).astype(int)
-    _, (carries, _) = trajectory(core, params, carry, xs, mask, num_steps)
+    carries = states(step, params, carry, xs, mask, num_steps)
 
     def body(state, k):
         frame, matrix, kept = state
         now = jax.tree.map(lambda a: a[jnp.clip(first + k, 0, num_steps - 1)], (carries, inputs))
-        jacobian = widened(step_jacobian(held(core), params, *now))
+        jacobian = widened(step_jacobian(core, params, *now))
         frame, matrix = push(jacobian, frame, matrix)
         kept = jax.tree.map(lambda all, new: all.at[jnp.asarray(slots)[k]].set(new, mode="drop"), kept, matrix)
         return (frame, matrix, kept), None

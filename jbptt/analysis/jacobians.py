@@ -10,10 +10,9 @@ from jax import lax
 
 from jbptt import slips, validation
 from jbptt.arrays import is_inexact, real_vector, split_inexact
-from jbptt.cells import split_readout
 from jbptt.clipping.cotangents import clips_cotangents
 from jbptt.executables import run
-from jbptt.recurrence import held, trajectory
+from jbptt.recurrence import held_core, states
 from jbptt.starts import start_of
 from jbptt.types import Carry, Params, PyTree, Step
 
@@ -129,6 +128,5 @@ def step_jacobians(
 
 
 def _step_jacobians(step, num_steps, params, carry, xs, mask) -> jax.Array:
-    core, _ = split_readout(step)
-    _, (carries, _) = trajectory(core, params, carry, xs, mask, num_steps)
-    return jax.vmap(lambda c, x: step_jacobian(held(core), params, c, x))(carries, (xs, mask))
+    carries, core = states(step, params, carry, xs, mask, num_steps), held_core(step)
+    return jax.vmap(lambda c, x: step_jacobian(core, params, c, x))(carries, (xs, mask))

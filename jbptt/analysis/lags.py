@@ -17,13 +17,9 @@ import jax.numpy as jnp
 
 from jbptt import validation
 from jbptt.arrays import align_leading, split_inexact, times_gate, weighted_mean
-from jbptt.engine import Paths, parallel_pullback
-from jbptt.executables import run
-from jbptt.losses import batch_steps, loss_weights
 from jbptt.norms import compared_leafwise, compared_with, leafwise, norm
-from jbptt.recurrence import trajectory
-from jbptt.segments import add_losses, gradient_sums, parts_of, paths_of
-from jbptt.starts import start_of
+from jbptt.problem import Problem, answer, problem_of
+from jbptt.segments import ForwardPass, back_through, pass_forward
 from jbptt.types import Batch, Carry, Loss, Params, Step
 
 
@@ -64,43 +60,34 @@ class Linearised(NamedTuple):
     """One forward pass, linearised at every step.
 
     Attributes:
-      pull: the way back through all steps at once (`engine.parallel_pullback`).
-      outputs_bar: `w_t ∂ℓ_t` in the core's outputs, inexact leaves `[T, ...]`.
+      problem: what was linearised.
+      passed: its forward pass; the gradient in `passed.sums` is what the readout adds at lag 0.
+      pull: the way back through all steps at once (`Problem.parallel_pullback`).
       carries: the inexact leaves of the carries that enter the steps, `[T, ...]`.
-      path: those carries, all leaves.
-      outputs: the core's, `[T, ...]`.
-      readout_grad: what the readout adds to the gradient at lag 0.
       weights: `mask · weights`, `[T, *batch]`.
-      live: which leaves have cotangents.
     """
 
+    problem: Problem
+    passed: ForwardPass
     pull: Callable
-    outputs_bar: list
     carries: list
-    path: Carry
-    outputs: Any
-    readout_grad: Params
     weights: jax.Array
-    live: Paths
 
 
-def linearise(step: Step, loss: Loss, params: Params, carry: Carry, batch: Batch, batch_shape: tuple) -> Linearised:
+def linearise(problem: Problem) -> Linearised:
     """Runs forward once and linearises every step at its own carry."""
-    parts, num_steps, inputs = parts_of(step, loss), batch_steps(batch), (batch.xs, batch.mask)
-    live = paths_of(parts, params, carry, batch)
-    _, (carries, outputs) = trajectory(parts.core, params, carry, inputs, None, num_steps)
-    sums, outputs_bar = add_losses(parts, params, outputs, batch, live, None)
-    _, pull = parallel_pullback(parts.core, params, carries, inputs, num_steps, live)
-    weights = loss_weights(batch, jnp.zeros((num_steps, *batch_shape)))
-    return Linearised(pull, outputs_bar, split_inexact(carries)[0], carries, outputs, sums.grad, weights, live)
+    passed = pass_forward(problem)
+    pull = problem.parallel_pullback(passed.carries, problem.inputs, problem.num_steps)
+    return Linearised(problem, passed, pull, split_inexact(passed.carries)[0], problem.loss_weights())
 
 
-def scan_lags(problem: Linearised, gates: jax.Array | None, num_lags: int, read: Callable, state: Any):
+def scan_lags(linearised: Linearised, num_lags: int, read: Callable, state: Any):
     """Goes back lag by lag: `read(state, lag, V, D) -> (state, row)`; returns the rows of all lags."""
+    passed, gates = linearised.passed, linearised.problem.gates
 
     def body(running, lag):
         one_on, outputs_bar, readout_grad, state = running
-        grad, cotangents = problem.pull(one_on, outputs_bar, readout_grad)
+        grad, cotangents = linearised.pull(one_on, outputs_bar, readout_grad)
         if gates is not None:
             cotangents = [times_gate(c, gates) for c in cotangents]
         state, row = read(state, lag, cotangents, grad)
@@ -108,7 +95,8 @@ def scan_lags(problem: Linearised, gates: jax.Array | None, num_lags: int, read:
         return (one_on, *jax.tree.map(jnp.zeros_like, (outputs_bar, readout_grad)), state), row
 
     # The losses enter at lag 0 and nothing after it: one body, compiled once, serves every lag.
-    start = [jnp.zeros_like(c) for c in problem.carries], problem.outputs_bar, problem.readout_grad, state
+    at_rest = [jnp.zeros_like(c) for c in linearised.carries]
+    start = at_rest, passed.outputs_bar, passed.sums.grad, state
     return jax.lax.scan(body, start, jnp.arange(num_lags))[1]
 
 
@@ -140,25 +128,22 @@ def lag_profile(
     Raises:
       ValueError: max_lag < 1 or > T; carries without the batch shape; what `full_bptt` raises.
     """
-    num_steps, batch_shape = validation.check_problem(step, loss, params, carry, batch, gates)
-    carry = start_of(carry, params)
-    validation.check_per_example(step, loss, params, carry, batch, batch_shape, "the profile is measured per example")
+    why = "the profile is measured per example"
+    problem = problem_of(step, loss, params, carry, batch, gates, per_example=why)
     max_lag = validation.check_positive_integer("max_lag", max_lag)
-    if max_lag > num_steps:
-        raise ValueError(f"max_lag must be <= T = {num_steps}, got {max_lag}; there are no pairs further apart")
-    settings = batch_shape, max_lag, bool(per_leaf)
-    return run(_lag_profile, (step, loss), settings, params, carry, batch, gates)
+    if max_lag > problem.num_steps:
+        raise ValueError(f"max_lag must be <= T = {problem.num_steps}, got {max_lag}; there are no pairs further apart")
+    return answer(_lag_profile, problem, max_lag, bool(per_leaf))
 
 
-def _lag_profile(step, loss, batch_shape, max_lag, per_leaf, params, carry, batch, gates) -> LagProfile:
-    gates = None if gates is None else jnp.asarray(gates)
-    problem = linearise(step, loss, params, carry, batch, batch_shape)
-    return LagProfile(*scan_lags(problem, gates, max_lag, profile_reader(problem, per_leaf), None))
+def _lag_profile(problem: Problem, max_lag: int, per_leaf: bool) -> LagProfile:
+    linearised = linearise(problem)
+    return LagProfile(*scan_lags(linearised, max_lag, profile_reader(linearised.weights, per_leaf), None))
 
 
-def profile_reader(problem: Linearised, per_leaf: bool = False, signed: bool = True) -> Callable:
+def profile_reader(weights: jax.Array, per_leaf: bool = False, signed: bool = True) -> Callable:
     """Reads one lag of a `LagProfile`, for `scan_lags`; not `signed`: the mean over pairs weighs them by |w|."""
-    weights, total = problem.weights, jnp.abs(jnp.sum(problem.weights))
+    total = jnp.abs(jnp.sum(weights))
     norm_fn = leafwise(norm) if per_leaf else norm
 
     def read(state, lag, cotangents, grad):
@@ -212,19 +197,14 @@ def truncation_curve(
     Raises:
       ValueError: max_window < 1; what `full_bptt` raises.
     """
-    _, batch_shape = validation.check_problem(step, loss, params, carry, batch, gates)
-    carry = start_of(carry, params)
+    problem = problem_of(step, loss, params, carry, batch, gates)
     max_window = validation.check_positive_integer("max_window", max_window)
-    settings = batch_shape, max_window, bool(per_leaf)
-    return run(_truncation_curve, (step, loss), settings, params, carry, batch, gates)
+    return answer(_truncation_curve, problem, max_window, bool(per_leaf))
 
 
-def _truncation_curve(step, loss, batch_shape, max_window, per_leaf, params, carry, batch, gates) -> TruncationCurve:
-    gates = None if gates is None else jnp.asarray(gates)
-    exact = gradient_sums(step, loss, params, carry, batch, gates)[0].grad
-
-    problem = linearise(step, loss, params, carry, batch, batch_shape)
-    rows = scan_lags(problem, gates, max_window, curve_reader(exact, per_leaf), curve_start(exact))
+def _truncation_curve(problem: Problem, max_window: int, per_leaf: bool) -> TruncationCurve:
+    exact = back_through(problem).sums.grad
+    rows = scan_lags(linearise(problem), max_window, curve_reader(exact, per_leaf), curve_start(exact))
     return TruncationCurve(jnp.arange(1, max_window + 1), *rows)
 
 

@@ -13,17 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
 
-from jbptt import validation
 from jbptt.analysis.culprits import Culprit, Looked, Places, search
 from jbptt.analysis.flow import adjoints_of, carry_cotangents
 from jbptt.arrays import align_leading, is_inexact, split_inexact, times_gate, weighted_mean, zero_masked
 from jbptt.engine import chosen
-from jbptt.executables import run
-from jbptt.losses import counted_steps, loss_weights, step_losses, weighted_losses, where_counted
+from jbptt.losses import counted_steps, loss_weights, step_losses, weighted_losses
 from jbptt.norms import one_if_zero
+from jbptt.problem import Problem, answer, problem_of, trusted_problem
 from jbptt.recurrence import held, trajectory
-from jbptt.segments import parts_of, paths_of
-from jbptt.starts import start_of
 from jbptt.types import Batch, Carry, Loss, Params, PyTree, Step
 
 PHASES = ("given", "forward", "backward")
@@ -125,25 +122,13 @@ def find_nonfinite(
     >>> print(find_nonfinite(step, lambda y, target: y, 0.5, -jnp.inf, batch))
     first not finite: y, on the way forward at step 2 (not finite before it, but absorbed: carry)
     """
-    num_steps, _ = validation.check_problem(step, loss, params, carry, batch, gates)
-    return run(nonfinite_of, (step, loss), (num_steps,), params, start_of(carry, params), batch, gates)
+    return answer(nonfinite_of, problem_of(step, loss, params, carry, batch, gates))
 
 
-def nonfinite_of(step, loss, num_steps, params, carry, batch, gates) -> NonFinite:
+def nonfinite_of(problem: Problem) -> NonFinite:
     """`find_nonfinite` of what has passed the border."""
-    gates = None if gates is None else jnp.asarray(gates)
-    trees = _Trees(params, carry, batch, gates)
-    catalogue = _catalogue(step, trees, num_steps)
-    return _result(search(partial(_look, step, loss, trees, catalogue), catalogue.places), catalogue)
-
-
-class _Trees(NamedTuple):
-    """What is given."""
-
-    params: Params
-    carry: Carry
-    batch: Batch
-    gates: jax.Array | None
+    catalogue = _catalogue(problem)
+    return _result(search(partial(_look, problem, catalogue), catalogue.places), catalogue)
 
 
 class _Catalogue(NamedTuple):
@@ -164,9 +149,10 @@ class _Catalogue(NamedTuple):
     places: Places
 
 
-def _catalogue(step: Step, trees: _Trees, num_steps: int) -> _Catalogue:
-    params, carry, batch, gates = trees
-    run = partial(trajectory, step, length=num_steps)
+def _catalogue(problem: Problem) -> _Catalogue:
+    params, carry, batch, gates = problem.params, problem.carry, problem.batch, problem.gates
+    num_steps = problem.num_steps
+    run = partial(trajectory, problem.step, length=num_steps)
     _, (_, ys) = jax.eval_shape(run, params, carry, batch.xs, batch.mask)
     forward = {"xs": batch.xs, "gates": gates, "carry": carry, "y": ys, "targets": batch.targets}
     forward |= {"weights": batch.weights, "loss": jnp.zeros(())}
@@ -195,12 +181,12 @@ def _made_finite(tree: PyTree, flags: list[Any]) -> PyTree:
     return rebuild([jnp.where(align_leading(flag, a.ndim), stand_in(a), a) for a, flag in pairs])
 
 
-def _look(step: Step, loss: Loss, trees: _Trees, catalogue: _Catalogue, place: jax.Array, spared: jax.Array) -> Looked:
+def _look(problem: Problem, catalogue: _Catalogue, place: jax.Array, spared: jax.Array) -> Looked:
     """One run with all up to `place` made finite, but for the column `spared` at that place itself.
 
     Outcomes: the loss of every step, their weighted mean, and back from the last step the adjoints and gradients.
     """
-    places = catalogue.places
+    places, given = catalogue.places, problem.batch
     limit = place - places.num_start - places.width * jnp.arange(places.num_steps)
 
     def settle(prefix, tree, limit):
@@ -209,17 +195,19 @@ def _look(step: Step, loss: Loss, trees: _Trees, catalogue: _Catalogue, place: j
 
     def settled_step(params, carry, inputs):
         x, limit = inputs
-        after, y = step(params, carry, x)
+        after, y = problem.step(params, carry, x)
         return settle("carry", after, limit), settle("y", y, limit)
 
-    params, carry = _made_finite(trees[:2], [place >= i for i in range(places.num_start)])
-    gates = settle("gates", trees.gates, limit)
-    xs, targets, weights = (settle(name, getattr(trees.batch, name), limit) for name in ("xs", "targets", "weights"))
-    batch = Batch((xs, limit), targets, trees.batch.mask, weights)
+    at_start = problem.params, problem.carry
+    params, carry = _made_finite(at_start, [place >= i for i in range(places.num_start)])
+    gates = settle("gates", problem.gates, limit)
+    xs, targets, weights = (settle(name, getattr(given, name), limit) for name in ("xs", "targets", "weights"))
+    batch = Batch((xs, limit), targets, given.mask, weights)
+    settled = trusted_problem(settled_step, problem.loss, params, carry, batch, gates, problem.batch_shape)
 
-    path = adjoints_of(settled_step, loss, params, carry, batch, gates)
+    path = adjoints_of(settled)
     _, (_, ys) = trajectory(settled_step, params, carry, batch.xs, batch.mask, places.num_steps)
-    losses, _ = step_losses(where_counted(loss), ys, batch)
+    losses, _ = step_losses(settled.parts.loss, ys, batch)
     after = jax.tree.map(lambda a: a[1:], path.carries)
 
     per_step = jax.vmap(zero_masked)
@@ -236,27 +224,26 @@ def _look(step: Step, loss: Loss, trees: _Trees, catalogue: _Catalogue, place: j
     weight, mean = jnp.sum(by_loss), jnp.sum(jnp.where(by_loss == 0, 0, by_loss * losses))
     entering = jax.tree.map(lambda a: a[:-1], path.carries)
     emitted = [c[1:] for c in carry_cotangents(path)]
-    live = paths_of(parts_of(settled_step, loss), params, carry, batch)
-    one_back = partial(_step_back, settled_step, loss, live, params, weight)
+    one_back = partial(_step_back, settled, weight)
     back = jax.lax.map(one_back, (entering, emitted, batch, gates))
     lost = there[:, -1] & (limit < places.width - 1)  # a loss that is made finite counts as finite
     outcomes = lost, ~jnp.isfinite(weighted_mean(mean, weight))[None], back[::-1].reshape(-1)
     return Looked(_bad((params, carry)), there, jnp.concatenate(outcomes))
 
 
-def _step_back(step, loss, live, params, total, inputs):
+def _step_back(problem: Problem, total: jax.Array, inputs: Any) -> jax.Array:
     """Which leaves of the carry's adjoint and of the gradient one step's derivative makes non-finite."""
     carry, cotangents, batch, gate = inputs
     leaves, rebuild = split_inexact(carry)
 
     def run(params, leaves):
-        after, y = held(step)(params, rebuild(leaves), (batch.xs, batch.mask))
+        after, y = held(problem.step)(params, rebuild(leaves), (batch.xs, batch.mask))
         one = jax.tree.map(lambda a: a[None], (y, batch))
-        value, _ = weighted_losses(where_counted(loss), *one)
-        return chosen(split_inexact(after)[0], live.carries), value / one_if_zero(total)
+        value, _ = weighted_losses(problem.parts.loss, *one)
+        return chosen(split_inexact(after)[0], problem.live.carries), value / one_if_zero(total)
 
-    (_, value), pull = jax.vjp(run, params, leaves)
-    grad, adjoint = pull((chosen(cotangents, live.carries), jnp.ones_like(value)))
+    (_, value), pull = jax.vjp(run, problem.params, leaves)
+    grad, adjoint = pull((chosen(cotangents, problem.live.carries), jnp.ones_like(value)))
     if gate is not None:
         adjoint = [times_gate(a, gate) for a in adjoint]
     return jnp.concatenate([_bad(adjoint), _bad(grad)])

@@ -10,10 +10,10 @@ from jax.core import Tracer
 
 from jbptt import validation
 from jbptt.analysis.costs import Cost, measure_cost
-from jbptt.division import check_division
 from jbptt.estimators import full_bptt
 from jbptt.executables import WeakCache
-from jbptt.plans import Plan
+from jbptt.plans import Plan, check_division
+from jbptt.problem import check_problem, problem_of
 from jbptt.recurrence import default_segment
 from jbptt.starts import kept, start_shapes
 from jbptt.types import Batch, Carry, Loss, Params, Step
@@ -27,13 +27,14 @@ def candidate_plans(step: Step, loss: Loss, params: Params, carry: Carry, batch:
 
     All devices only where the examples can be divided over them.
     """
-    num_steps, batch_shape = validation.check_problem(step, loss, params, carry, batch)
+    problem = problem_of(step, loss, params, carry, batch)
+    num_steps = problem.num_steps
     default = default_segment(num_steps)
     lengths = [segment for segment in (*SEGMENTS, num_steps) if segment <= num_steps and segment != default]
     segments, num_devices, shards = [None, *dict.fromkeys(lengths)], jax.device_count(), [1]
     if num_devices > 1:
         with contextlib.suppress(ValueError):
-            check_division(step, loss, params, start_shapes(carry, params), batch, batch_shape, num_devices)
+            check_division(problem, num_devices)
             shards.append(num_devices)
     return tuple(Plan(segment, number) for number in shards for segment in segments)
 
@@ -71,7 +72,7 @@ def choose_plan(
       ValueError: no candidates, num_repeats < 1, a budget ≤ 0 or unknown sizes under it, no candidate within the budget
         (it names the smallest), called while tracing; what `full_bptt` raises.
     """
-    validation.check_problem(step, loss, params, carry, batch)
+    check_problem(step, loss, params, carry, batch)
     carry = kept(carry)
     if memory_budget is not None:
         validation.check_above("memory_budget", memory_budget, 0, "no plan needs so little")

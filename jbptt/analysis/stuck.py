@@ -4,9 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from jbptt.arrays import align_leading, split_inexact
-from jbptt.cells import split_readout
 from jbptt.norms import norm, one_if_zero
-from jbptt.recurrence import held
+from jbptt.recurrence import held_core
 from jbptt.types import Batch, Carry, Params, Step
 
 NUDGE = 1e-3  # of a leaf's root mean square
@@ -54,13 +53,13 @@ def stays_zero(step: Step, params: Params, carries: Carry, batch: Batch) -> list
       carries: what enters the steps, leaves `[T, ...]`.
       batch: its inputs and mask.
     """
-    core, _ = split_readout(step)
+    core = held_core(step)
     leaves, rebuild = split_inexact(jax.tree.map(jnp.asarray, (params, carries, batch.xs)))
 
     def emitted(size):
         moved = [_nudged(leaf, jax.random.key(i), size) for i, leaf in enumerate(leaves)]
         params, carry, xs = rebuild(moved)
-        after = jax.vmap(held(core), in_axes=(None, 0, 0))(params, carry, (xs, batch.mask))[0]
+        after = jax.vmap(core, in_axes=(None, 0, 0))(params, carry, (xs, batch.mask))[0]
         return split_inexact(after)[0]
 
     return [(a == 0) & (b == 0) for a, b in zip(emitted(NUDGE), emitted(-NUDGE), strict=True)]

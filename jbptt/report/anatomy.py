@@ -18,8 +18,9 @@ from jbptt.experiments import tasks
 from jbptt.experiments.outcomes import Remedies
 from jbptt.experiments.remedies import compare_remedies
 from jbptt.norms import norm
+from jbptt.problem import problem_of
 from jbptt.report.measurements import Effort, Model, Progress, Trained, one_at_a_time
-from jbptt.segments import gradient_sums
+from jbptt.segments import back_through
 from jbptt.types import Batch
 
 RADII = (0.5, 0.9, 1.0, 1.1, 1.5)
@@ -104,7 +105,8 @@ def growth(model: Model, batch: Batch, progress: Progress) -> dict[str, Any]:
 
         def of_length(length):
             last = jnp.arange(num_steps) == length - 1
-            sums, _ = gradient_sums(step, loss, params, model.carry, batch._replace(weights=last.astype(jnp.float32)))
+            weighted = batch._replace(weights=last.astype(jnp.float32))
+            sums = back_through(problem_of(step, loss, params, model.carry, weighted)).sums
             grads = jax.tree.map(lambda g: weighted_mean(g, sums.weight), sums.grad)
             return norm(grads), norm(clip.update(grads, clip.init(grads))[0])
 

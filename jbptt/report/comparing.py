@@ -13,7 +13,7 @@ import optax
 from jbptt import cells, clipping, truncation, validation
 from jbptt.adaptive import adaptive_bptt
 from jbptt.analysis.comparison import PER_ESTIMATOR, Comparison, compare
-from jbptt.analysis.costs import Cost, fresh_blocks, measure_cost
+from jbptt.analysis.costs import Cost, measure_cost
 from jbptt.cells import Cell
 from jbptt.estimators import full_bptt, randomized_bptt, truncated_bptt
 from jbptt.experiments import tasks
@@ -124,7 +124,7 @@ def estimators_of(settings: ComparisonSettings, step: Step, loss: Loss) -> dict[
     """What is compared, by name; full BPTT first."""
     found = {"full": full_bptt(step, loss)}
     for window in dict.fromkeys(settings.window):
-        found[f"blocks of {window}"] = fresh_blocks(truncated_bptt(step, loss, window=window), window)
+        found[f"blocks of {window}"] = truncated_bptt(step, loss, window=window, streams=False)
         found[f"sliding {window}"] = truncated_bptt(step, loss, window=window, stride=1)
     for keep_prob in dict.fromkeys(settings.keep_prob):
         found[f"keep {keep_prob}"] = randomized_bptt(step, loss, keep_prob=keep_prob)

@@ -12,7 +12,7 @@ import optax
 
 from jbptt import cells, clipping
 from jbptt.analysis.advice import TOLERANCES
-from jbptt.analysis.costs import fresh_blocks, measure_cost
+from jbptt.analysis.costs import measure_cost
 from jbptt.analysis.diagnosis import diagnose
 from jbptt.analysis.evidence import fit_decay
 from jbptt.analysis.findings import VERDICTS, Diagnosis
@@ -218,7 +218,7 @@ def _costs(trained: Trained, found: Diagnosis, effort: Effort) -> list[dict[str,
     sizes = [w for w in effort.cost_windows if w < found.num_steps]
     estimators = {("full", found.num_steps): full_bptt(step, loss)}
     for window in sorted({*sizes, *map(int, found.block_window[: effort.cost_tolerances])} - {0, found.num_steps}):
-        estimators["block", window] = fresh_blocks(truncated_bptt(step, loss, window=window), window)
+        estimators["block", window] = truncated_bptt(step, loss, window=window, streams=False)
     for window in sorted({*sizes, *map(int, found.sliding_window[: effort.cost_tolerances])} - {0}):
         estimators["sliding", window] = truncated_bptt(step, loss, window=window, stride=1)
     # On one device, whatever --cores says: the numbers of two reports stay comparable.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbptt.analysis.comparison import PER_ESTIMATOR, compare
-from jbptt.analysis.costs import fresh_blocks, measure_cost
+from jbptt.analysis.costs import measure_cost
 from jbptt.analysis.lags import LagProfile
 from jbptt.analysis.window_lengths import optimize_schedule
 from jbptt.estimators import full_bptt, randomized_bptt, truncated_bptt
@@ -27,7 +27,7 @@ def plain_cuts(step: Step, loss: Loss, keep_prob: float, num_steps: int) -> dict
     window = max(1, min(num_steps, round(1 / (1 - keep_prob)))) if keep_prob < 1 else num_steps
     return {
         "full": full_bptt(step, loss),
-        f"blocks of {window}": fresh_blocks(truncated_bptt(step, loss, window=window), window),
+        f"blocks of {window}": truncated_bptt(step, loss, window=window, streams=False),
         f"π = {keep_prob:g}": randomized_bptt(step, loss, keep_prob=keep_prob),
         f"π = {keep_prob:g}, no 1/π": randomized_bptt(step, loss, keep_prob=keep_prob, reweight=False),
     }

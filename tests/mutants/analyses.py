@@ -35,13 +35,13 @@ ANALYSES = (
         "weighted_mean(bar, sums.weight).astype(bar.dtype)",
         "bar",
     ),
-    Mutant("adjoints_without_gates", FLOW, "adjoints_of", "inputs, gates", "inputs, None"),
+    Mutant("adjoints_without_gates", FLOW, "adjoints_of", "problem.gates", "None"),
     Mutant(
         "adjoints_ignore_the_mask",
         FLOW,
         "adjoints_of",
-        "entering, inputs",
-        "entering, (batch.xs, None)",
+        "entering, problem.inputs",
+        "entering, (problem.batch.xs, None)",
     ),
     Mutant("flow_is_weighted", FLOW, "_gradient_flow", "batch._replace(weights=None)", "batch"),
     Mutant(
@@ -59,7 +59,7 @@ ANALYSES = (
         "rows.append",
         "row = jax.tree.map(lambda a: jnp.roll(a, -1, 0), row)\nrows.append",
     ),
-    Mutant("flow_without_gates", FLOW, "_gradient_flow", "gates, outputs_bar", "None, outputs_bar"),
+    Mutant("flow_without_gates", FLOW, "_gradient_flow", "problem.gates", "None"),
     Mutant("flow_loss_one_place_off", FLOW, "_one_step_back", "a.at[place]", "a.at[place - 1]"),
     Mutant(
         "flow_stage_mixes_up_its_losses",
@@ -80,8 +80,8 @@ ANALYSES = (
         "sources_of_the_ungated_gradient",
         FLOW,
         "_gradient_sources",
-        "gradient_sums(step, loss, params, carry, batch, gates)",
-        "gradient_sums(step, loss, params, carry, batch)",
+        "back_through(problem)",
+        "back_through(replace(problem, gates=None))",
     ),
     Mutant(
         "lag_gate_one_step_off",
@@ -123,8 +123,8 @@ ANALYSES = (
         "curve_without_readout_gradient",
         LAGS,
         "scan_lags",
-        "problem.pull(one_on, outputs_bar, readout_grad)",
-        "problem.pull(one_on, outputs_bar, None)",
+        "linearised.pull(one_on, outputs_bar, readout_grad)",
+        "linearised.pull(one_on, outputs_bar, None)",
     ),
     Mutant(
         "profile_weighs_by_the_source",
@@ -203,8 +203,8 @@ ANALYSES = (
         "jacobian_of_a_masked_step",
         JACOBIANS,
         "_step_jacobians",
-        "step_jacobian(held(core), params, c, x)",
-        "step_jacobian(core, params, c, x[0])",
+        "step_jacobian(core, params, c, x)",
+        "step_jacobian(core, params, c, (x[0], None))",
     ),
     Mutant(
         "jacobian_hides_a_state_that_is_not_finite",
@@ -312,7 +312,7 @@ ANALYSES = (
         "alignment_across_closed_gates",
         ALIGNMENT,
         "_adjoint_alignment",
-        "if gates is None",
+        "if problem.gates is None",
         "if True",
     ),
     # Lyapunov exponents

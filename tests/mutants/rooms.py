@@ -17,7 +17,8 @@ JAXPRS = Room("jaxprs", ("test_weights", "test_by_hand"))
 WEIGHT_PRODUCTS = Room("weight_products", ("test_weights", "test_by_hand"))
 WEIGHT_USES = Room("weight_uses", ("test_weights", "test_lookups"))
 FORWARD_BACKWARD = Room("forward_backward", ("test_weights", "test_by_hand", "test_scan"))
-DIVISION = Room("division", ("test_configurations",))
+PLANS = Room("plans", ("test_configurations",))
+PAST_STEPS = Room("past_steps", ("test_streams", "test_batches"))
 ARRAYS = Room("arrays", ("test_batches", "test_unroll", "test_by_hand"))
 LOSSES = Room("losses", ("test_batches", "test_faults"))
 ENGINE = Room("engine", ("test_by_hand", "test_streams"))
@@ -29,8 +30,10 @@ SEGMENTS = Room(
     "segments",
     ("test_by_hand", "test_starts", "test_streams", "test_batches", "test_gradients"),
 )
-WINDOWS = Room("windows", ("test_by_hand", "test_streams", "test_batches", "test_gradients"))
-STREAMS = Room("streams", ("test_streams", "test_contract", "test_batches"))
+WINDOWS = Room(
+    "windows",
+    ("test_streams", "test_by_hand", "test_contract", "test_batches", "test_gradients"),
+)
 ESTIMATORS = Room("estimators", ("test_streams", "test_randomized", "test_batches"))
 BIAS_BOUND = Room("bias_bound", ("test_evidence", "test_adaptive"))
 ADAPTIVE = Room("adaptive", ("test_adaptive",))
