@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jbptt import truncation, validation
-from jbptt.arrays import align_leading, is_key, split_inexact, weighted_mean, widened
+from jbptt.arrays import align_leading, is_key, one_if_zero, split_inexact, weighted_mean, widened
 from jbptt.bias_bound import TAIL_LAGS, bound_bias
 from jbptt.norms import norm
 from jbptt.past_steps import PastSteps, empty_history, latest
@@ -96,7 +96,7 @@ def adaptive_bptt(
       ValueError: tolerance or smoothing out of range, max_window < 1; carries without the batch shape; a plan with a
         segment or parallel_windows; what `full_bptt` raises.
     """
-    validation.check_between("tolerance", tolerance, 0, 1, "a bias of 1 is a gradient of nothing")
+    validation.check_between("tolerance", tolerance, 0, 1, "0.1 means a bias of 10 %")
     max_window = validation.check_positive_integer("max_window", max_window)
     if smoothing != 0:
         validation.check_between("smoothing", smoothing, 0, 1, "the past must fade; 0 keeps only the last probe")
@@ -142,7 +142,7 @@ def adaptive_bptt(
         validation.check_history(state.history, batch, problem.batch_shape)
         updated = planned(plan, run, problem, state.history, (state.means, state.window))
         means, total = updated.seen
-        size = norm(updated.sums.grad) / jnp.where(total > 0, total, 1)  # weights of both signs: per |w|, as the probes
+        size = norm(updated.sums.grad) / one_if_zero(total)  # weights of both signs: per |w|, as the probes
         window, bounds = choose_window(means, size, tolerance, 1 - smoothing**3)
         info = {"window": state.window, "bias_bound": bounds[state.window - 1], "next_window": window}
         return estimate_of(updated, start, **info), AdaptiveState(updated.carry, updated.history, means, window)

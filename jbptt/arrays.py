@@ -59,11 +59,15 @@ def align_leading(array: jax.Array, ndim: int) -> jax.Array:
     return jnp.reshape(array, jnp.shape(array) + (1,) * (ndim - jnp.ndim(array)))
 
 
+def one_if_zero(divisor: jax.Array) -> jax.Array:
+    """A divisor with 1 in the place of 0, so that `0 / one_if_zero(0)` is 0 and has a derivative."""
+    return jnp.where(divisor == 0, 1, divisor)
+
+
 def weighted_mean(total: jax.Array, weight: jax.Array) -> jax.Array:
     """`total / weight` along leading axes; 0 where the weight is 0."""
     weight = align_leading(weight, jnp.ndim(total))
-    safe = jnp.where(weight == 0, 1, weight)
-    return jnp.where(weight == 0, jnp.zeros_like(total), total / safe)
+    return jnp.where(weight == 0, jnp.zeros_like(total), total / one_if_zero(weight))
 
 
 def widened_dtype(*dtypes: Any) -> Any:

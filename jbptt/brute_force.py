@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jbptt.arrays import align_leading, is_inexact, real_vector
-from jbptt.norms import one_if_zero
+from jbptt.arrays import align_leading, is_inexact, one_if_zero, real_vector
 from jbptt.problem import check_problem
 from jbptt.starts import start_of
 from jbptt.types import Batch, Carry, Loss, Params, Step

@@ -8,13 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import tree_util
 
-from jbptt.arrays import align_leading, widened_dtype
+from jbptt.arrays import align_leading, one_if_zero, widened_dtype
 from jbptt.types import PyTree
-
-
-def one_if_zero(divisor: jax.Array) -> jax.Array:
-    """A divisor with 1 in the place of 0, so that `0 / one_if_zero(0)` is 0 and has a derivative."""
-    return jnp.where(divisor == 0, 1, divisor)
 
 
 def unit(array: jax.Array, largest: jax.Array) -> jax.Array:

@@ -16,10 +16,10 @@ from jax.scipy import stats
 from jax.tree_util import keystr, tree_leaves_with_path
 
 from jbptt import validation
-from jbptt.arrays import real_vector
+from jbptt.arrays import one_if_zero, real_vector
 from jbptt.brute_force import brute_force_gradient as brute_force_gradient
 from jbptt.brute_force import frozen_loss as frozen_loss
-from jbptt.norms import norm, one_if_zero
+from jbptt.norms import norm
 from jbptt.probes import assert_coverage as assert_coverage
 from jbptt.probes import declared_coverage
 from jbptt.probes import measured_coverage as measured_coverage

@@ -84,7 +84,7 @@ def check_between(name: str, value: Any, low: float, high: float, why: str) -> N
 
 def check_mean_length(value: Any) -> None:
     """A ValueError unless windows of this mean length, in steps, are longer than one step."""
-    check_above("mean_length", value, 1, "every window of one step would cut everywhere")
+    check_above("mean_length", value, 1, "with 1 the gradient would be cut at every step")
 
 
 def check_seed(seed: Any) -> int:

@@ -11,9 +11,9 @@ from jax.flatten_util import ravel_pytree
 
 from jbptt import cells
 from jbptt.analysis.jacobians import check_system, push_tangents
-from jbptt.arrays import widened
+from jbptt.arrays import one_if_zero, widened
 from jbptt.executables import run
-from jbptt.norms import norm, one_if_zero
+from jbptt.norms import norm
 from jbptt.recurrence import states
 from jbptt.starts import start_of
 from jbptt.types import Carry, Params, PyTree, Step

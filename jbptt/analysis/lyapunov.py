@@ -16,9 +16,9 @@ from jax import lax
 from jbptt import slips, validation
 from jbptt.analysis.jacobians import check_differentiable, flat_carry, push_tangents
 from jbptt.analysis.linalg.scaled_svd import times_power
-from jbptt.arrays import split_time, steps_from, widened_dtype
+from jbptt.arrays import one_if_zero, split_time, steps_from, widened_dtype
 from jbptt.executables import run
-from jbptt.norms import max_or_nan, norm, one_if_zero
+from jbptt.norms import max_or_nan, norm
 from jbptt.recurrence import default_segment, unroll
 from jbptt.starts import start_of
 from jbptt.types import Carry, Params, PyTree, Step

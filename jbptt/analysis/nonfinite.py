@@ -15,10 +15,9 @@ from jax.tree_util import keystr, tree_leaves_with_path
 
 from jbptt.analysis.culprits import Culprit, Looked, Places, search
 from jbptt.analysis.flow import adjoints_of, carry_cotangents
-from jbptt.arrays import align_leading, is_inexact, split_inexact, times_gate, weighted_mean, zero_masked
+from jbptt.arrays import align_leading, is_inexact, one_if_zero, split_inexact, times_gate, weighted_mean, zero_masked
 from jbptt.engine import chosen
 from jbptt.losses import counted_steps, loss_weights, step_losses, weighted_losses
-from jbptt.norms import one_if_zero
 from jbptt.problem import Problem, answer, problem_of, trusted_problem
 from jbptt.recurrence import held, trajectory
 from jbptt.types import Batch, Carry, Loss, Params, PyTree, Step

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from jbptt.arrays import align_leading, split_inexact
-from jbptt.norms import norm, one_if_zero
+from jbptt.arrays import align_leading, one_if_zero, split_inexact
+from jbptt.norms import norm
 from jbptt.recurrence import held_core
 from jbptt.types import Batch, Carry, Params, Step
 

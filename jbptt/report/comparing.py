@@ -86,7 +86,7 @@ def check_comparison_settings(settings: ComparisonSettings) -> None:
     if settings.text is not None and settings.task != "text":
         raise ValueError(f"text is read by the task text only, got task {settings.task}; leave one of them out")
     if settings.tolerance is not None:
-        validation.check_between("tolerance", settings.tolerance, 0, 1, "a bias of 1 is a gradient of nothing")
+        validation.check_between("tolerance", settings.tolerance, 0, 1, "0.1 means a bias of 10 %")
         if not settings.window:
             raise ValueError("tolerance needs a window, the longest that may be taken; pass --window")
 

@@ -112,7 +112,7 @@ CORE = (
         "zero_weight_divides",
         ARRAYS,
         "weighted_mean",
-        "jnp.where(weight == 0, jnp.zeros_like(total), total / safe)",
+        "jnp.where(weight == 0, jnp.zeros_like(total), total / one_if_zero(weight))",
         "total / weight",
     ),
     Mutant(

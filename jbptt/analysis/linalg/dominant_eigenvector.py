@@ -9,7 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jbptt.norms import norm, normalised, one_if_zero
+from jbptt.arrays import one_if_zero
+from jbptt.norms import norm, normalised
 
 CASES = ("aligns", "tie", "complex pair", "orthogonal start", "defective")
 """What `Alignment.case` may say."""

@@ -19,8 +19,8 @@ from jax.core import Tracer
 
 from jbptt import slips, validation
 from jbptt.analysis.linalg.dominant_eigenvector import CASES, classify, decompose
-from jbptt.arrays import widened_dtype
-from jbptt.norms import max_or_nan, norm, normalised, one_if_zero, unit
+from jbptt.arrays import one_if_zero, widened_dtype
+from jbptt.norms import max_or_nan, norm, normalised, unit
 
 
 class Alignment(NamedTuple):

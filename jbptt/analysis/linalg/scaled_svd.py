@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jbptt.norms import one_if_zero
+from jbptt.arrays import one_if_zero
 
 ZERO = -(2**30)
 MAX_SWEEPS = 40
