@@ -13,7 +13,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from jbptt import engine
 from jbptt.arrays import inexact_leaves, is_inexact, steps_from
-from jbptt.engine import Paths, chosen, say_that_the_plain_one_runs
+from jbptt.engine import Paths, chosen, warn_that_the_plain_engine_runs
 from jbptt.recurrence import first_order_gate, gated
 from jbptt.types import Carry, Params, PyTree
 
@@ -186,7 +186,7 @@ class Recurrence:
                 found = self.back(moving, consts, init, inputs, gates, kept, carry_bar, ys_bar)
                 return moving.gradients(*found), None, None
             except Exception as error:  # what f raises, it has raised already
-                say_that_the_plain_one_runs(error)
+                warn_that_the_plain_engine_runs(error)
 
             def plainly(floating):
                 consts, init, inputs = given(floating, still)

@@ -217,7 +217,7 @@ def test_what_is_kept_of_a_step(kind, number):
     carry = cell.initial_carry((EXAMPLES,))
     params, xs = cell.init(jax.random.key(0)), draw(1, EXAMPLES, INPUT)
     live = problem_of(cell.step, squared_error, params, carry, Batch(xs, xs[..., :1])).live
-    kept = cut(cell.step, params, carry, xs[0], live).program.kept
+    kept = cut(cell.step, params, carry, xs[0], live).program.stacked
     assert [v.aval.shape for v in kept] == [(EXAMPLES, HIDDEN)] * number
 
 

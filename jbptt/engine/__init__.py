@@ -1,33 +1,40 @@
 """The engine: all that reads the program of a user's step, behind one door.
 
-Two engines stand behind it. The fast one (`cutting`, `weight_products`) reads programs through `jax.extend`, which
-promises nothing from one release to the next; the plain one (`plain`) is public JAX and says in its loop what is
-computed. Where the fast one cannot be imported, or cannot read a program, the plain one runs, and a warning says so
-once.
+Two engines stand behind it. The fast one (`fast`) reads programs through `jax.extend`, which
+promises nothing from one release to the next. The plain one (`plain`) is public JAX, and its loop
+is the equation. Where the fast one cannot be imported, or cannot read a program, the plain one runs
+and a warning says so once.
 
-    segment_vjp(step, …)                    many steps one after another, and the way back through them
+    segment_vjp(step, …)                    many steps one after another, and the way back
     pullback(step, …), parallel_pullback    one step, or many side by side
     paths, dependences, same_under_vmap, …  questions to a program, answered without running it
 
 How the fast one goes back through a segment of S steps:
 
-    split_step      `weight_products`   traces the step, finds its products with weights, runs once what depends on
-                                        the parameters alone. Gives a `SplitStep`.
-    cut             `cutting`           traces what is left and its pullback as one program, and divides its equations
-                                        between two loops. Gives `Loops`.
-    Loops.forward   `forward_backward`  a scan, which leaves what is kept of every step as `Stacks`, `[S, ...]`.
-    Loops.backward  `forward_backward`  a scan in reverse, which emits z̄_t of every product z_t = a_t W. After each
-                                        chunk of steps `add_products` adds Σ_t a_tᵀ z̄_t to W̄.
+    split_step      `weight_products`   Traces the step, finds its products with weights, and runs
+                                        once what depends on the parameters alone: a `SplitStep`.
+                                        (`splitting` divides the program, `weight_uses` knows what
+                                        a product with a weight is.)
+    cut             `cutting`           Traces what is left and its pullback as one program, and
+                                        divides its equations between two loops: `Loops`.
+                                        (`loop_programs` holds what they are made of.)
+    Loops.forward   `forward_backward`  A scan. What the way back needs of every step is left as
+                                        `Stacks`, `[S, ...]` (`stacks`).
+    Loops.backward  `forward_backward`  A scan in reverse, which emits z̄_t for every product
+                                        z_t = a_t W. After each chunk of steps `add_products` adds
+                                        Σ_t a_tᵀ z̄_t to W̄.
 
-Words: a name is a variable of a program (a jaxpr), an atom a variable or a literal. `x_bar` is the cotangent of x. A
-step receives a carry and emits the next one. `live` says which leaves a loss reads. `others` is what the loop uses of
-the parameters outside products and lookups. `known` is what has the same value in every step. `wide` is float32 at
-least.
+Words. A *variable* stands for an array in a program (a jaxpr), an *atom* is a variable or a
+literal. A step receives `carry` and emits `next_carry`. `x_bar` is the cotangent of x. `live` says
+which leaves a loss reads. *Invariant* is what is the same in every step. `loop_params` are the
+parameters that the step uses outside products and lookups, such as a bias: only the loop can sum
+their gradients. *Wide* is float32 at least.
 """
 
 import warnings
 from collections.abc import Callable
 from functools import partial, wraps
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +42,7 @@ from jax import lax
 
 from jbptt.arrays import widened
 from jbptt.engine import plain
-from jbptt.engine.dependence import Paths, chosen, dependences, paths
+from jbptt.engine.dependence import Paths, chosen, dependences, paths, replaced
 from jbptt.engine.facts import calls, draws, same_under_vmap
 from jbptt.types import Carry, Params, PyTree, Step
 
@@ -52,56 +59,65 @@ __all__ = [
     "dependences",
     "draws",
     "fast",
+    "fast_or_plain",
     "parallel_pullback",
     "paths",
     "pullback",
+    "replaced",
     "same_under_vmap",
-    "say_that_the_plain_one_runs",
     "segment_vjp",
+    "warn_that_the_plain_engine_runs",
 ]
 
 
-def say_that_the_plain_one_runs(cause: Exception | None) -> None:
-    """A warning, which Python shows once for each place."""
+def warn_that_the_plain_engine_runs(cause: Exception | None) -> None:
+    """A RuntimeWarning; Python shows each text once."""
     warnings.warn(
-        f"the plain engine runs, slower and with more memory: {type(cause).__name__} in the fast one: {cause}. The "
-        "numbers are right; please report it",
+        f"the plain engine runs, slower and with more memory: {type(cause).__name__} in the fast "
+        f"one: {cause}. The numbers are right; please report it",
         RuntimeWarning,
         stacklevel=2,
     )
 
 
-def _fast_or_plain(name: str) -> Callable:
-    """The function of this name, of the fast engine where that works."""
-    plainly = getattr(plain, name)
+def fast_or_plain(fast_way: Callable, plain_way: Callable, *arguments: Any) -> Any:
+    """`fast_way(*arguments)`; if that raises, a warning and `plain_way(*arguments)`."""
+    try:
+        return fast_way(*arguments)
+    except Exception as error:
+        # The plain way first: an error of the user's own step is raised here again, unwarned.
+        results = plain_way(*arguments)
+        warn_that_the_plain_engine_runs(error)
+        return results
 
-    @wraps(plainly)
+
+def _of_either_engine(name: str) -> Callable:
+    """The function of this name that both engines have, `(…) -> (results, way back)`.
+
+    The fast one's as long as it works: it may fail going forward, or only on the way back.
+    """
+    plain_function = getattr(plain, name)
+
+    @wraps(plain_function)
     def run(*arguments):
         if fast is None:
-            say_that_the_plain_one_runs(import_error)
-            return plainly(*arguments)
-        try:
-            results, back = getattr(fast, name)(*arguments)
-        except Exception as error:  # what the user's step raises, the plain engine raises too
-            found = plainly(*arguments)
-            say_that_the_plain_one_runs(error)
-            return found
+            warn_that_the_plain_engine_runs(import_error)
+            return plain_function(*arguments)
 
-        def either_back(*cotangents):
-            try:
-                return back(*cotangents)
-            except Exception as error:
-                found = plainly(*arguments)[1](*cotangents)
-                say_that_the_plain_one_runs(error)
-                return found
+        def plain_back(*cotangents):
+            return plain_function(*arguments)[1](*cotangents)
 
-        return results, either_back
+        def run_fast(*arguments):
+            results, fast_back = getattr(fast, name)(*arguments)
+            return results, partial(fast_or_plain, fast_back, plain_back)
+
+        return fast_or_plain(run_fast, plain_function, *arguments)
 
     return run
 
 
-segment_vjp = _fast_or_plain("segment_vjp")
-pullback = _fast_or_plain("pullback")
+segment_vjp = _of_either_engine("segment_vjp")
+pullback = _of_either_engine("pullback")
 
 
 def parallel_pullback(
@@ -109,25 +125,27 @@ def parallel_pullback(
 ) -> tuple[tuple, Callable]:
     """`pullback` of all steps at once, each at its own cached (carry, input), leaves `[T, ...]`."""
 
-    def all_at_once(params, carries, inputs):
+    def all_steps(params, carries, inputs):
         return jax.vmap(partial(step, params), axis_size=num_steps)(carries, inputs)
 
-    results, back = pullback(all_at_once, params, carries, inputs, live)
+    results, back_at_once = pullback(all_steps, params, carries, inputs, live)
 
-    def one_by_one(carry_bar, outputs_bar, total):
-        def body(total, inputs_t):
-            (carry_t, x_t), *bars = inputs_t
-            return pullback(step, params, carry_t, x_t, live)[1](*bars, total)
+    def back_one_by_one(next_carries_bar, outputs_bar, total):
+        def body(total, at_t):
+            carry_t, inputs_t, *bars_t = at_t
+            return pullback(step, params, carry_t, inputs_t, live)[1](*bars_t, total)
 
-        return lax.scan(body, total, ((carries, inputs), carry_bar, outputs_bar), num_steps)
+        if total is None:
+            total = jax.tree.map(lambda a: jnp.zeros_like(widened(a)), params)
+        return lax.scan(body, total, (carries, inputs, next_carries_bar, outputs_bar), num_steps)
 
-    def all_or_one(carry_bar, outputs_bar, total):
+    def back(*cotangents_and_total):
         try:
-            return back(carry_bar, outputs_bar, total)
+            return back_at_once(*cotangents_and_total)
         except (NotImplementedError, ValueError):
-            # JAX has the derivative of every step, but not that of their vmap: a ValueError for products with sparse
-            # weights, NotImplementedError for a callback in a rule. Any other error comes again from the steps alone.
-            start = jax.tree.map(lambda a: jnp.zeros_like(widened(a)), params) if total is None else total
-            return one_by_one(carry_bar, outputs_bar, start)
+            # JAX has the derivative of every step, but not that of their vmap: a ValueError for
+            # products with sparse weights, NotImplementedError for a callback in a rule. Any other
+            # error of these types comes again from the steps one by one.
+            return back_one_by_one(*cotangents_and_total)
 
-    return results, all_or_one
+    return results, back

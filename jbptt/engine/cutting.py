@@ -1,12 +1,16 @@
 """The two loops of a segment, cut out of the program of one step and its derivative.
 
-A step and its pullback are traced as one program. What does not depend on the cotangents belongs to the forward loop,
-the rest to the backward loop; between them a cut decides what is kept of every step. What would cost more
-to compute again than to read back is kept: matrix products, transcendental functions, whatever is not known to be
-cheap. Elementwise sums and products, `where` and changes of shape are computed again if that needs at most one array
-more, and no larger one. What is kept is kept once: the carry that
-a step emits is the one that the next receives, an output that is a carry is no second array, and what the weights need
-is formed after the loops (`weight_products`).
+A step and its pullback are traced as one program. What does not depend on the cotangents belongs to
+the forward loop, the rest to the backward loop. Between them a cut decides what is stacked, step by
+step, for the way back:
+
+- What would cost more to compute again than to read back: matrix products, transcendental
+  functions, whatever is not known to be cheap.
+- Elementwise sums and products, `where` and changes of shape are computed again, if that needs at
+  most one array more, and no larger one.
+- Nothing twice: the carry that a step emits is the one that the next receives, an output that is a
+  carry is no second array, and what the weights need is formed after the loops
+  (`weight_products`).
 
 On CPU the time of a scanned backward pass goes into every extra `[S, ...]` array that is written.
 """
@@ -17,106 +21,153 @@ import jax
 from jax import lax
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 
-from jbptt.arrays import inexact_leaves, is_inexact
+from jbptt.arrays import is_inexact
 from jbptt.engine.dependence import Paths, chosen
-from jbptt.engine.forward_backward import Loops, LoopsProgram, Names, needed, num_bytes, reached_from
-from jbptt.engine.jaxprs import as_arrays, inlined, names_of
+from jbptt.engine.forward_backward import Loops, num_bytes
+from jbptt.engine.jaxprs import (
+    as_arrays,
+    inlined,
+    needed,
+    operands_of,
+    reached_from,
+    variables_of,
+)
+from jbptt.engine.loop_programs import LoopPrograms, StepVariables
 from jbptt.engine.primitives import CHEAP
 from jbptt.engine.weight_products import SplitStep, split_step
 from jbptt.types import Carry, Params, PyTree, Step
 
 
 def _joint_program(
-    split: SplitStep, carry: Carry, inputs: PyTree, live: Paths, of_inputs: tuple[bool, ...]
-) -> tuple[ClosedJaxpr, Names, Any]:
-    """One step and its pullback as one program, its names, and the structure of the outputs."""
+    split: SplitStep,
+    carry: Carry,
+    inputs: PyTree,
+    live: Paths,
+    perturbed: tuple[bool, ...] | None,
+) -> tuple[ClosedJaxpr, StepVariables, Any]:
+    """One step and its pullback as one program, its variables, and the structure of the outputs."""
     zeros = split.zeros(carry, inputs)
 
-    def joint(others, carry, inputs, bars):
-        (after, outputs, operands), pull = split.vjp(others, zeros, carry, inputs, live, of_inputs)
-        return after, outputs, operands, *pull(bars)
+    def joint(loop_params, carry, inputs, bars):
+        results, pull = split.vjp(loop_params, zeros, carry, inputs, live, perturbed)
+        return *results, *pull(bars)
 
-    after, (outputs, _) = jax.eval_shape(split.step, split.others, carry, (inputs, zeros))
-    of_loss = chosen(inexact_leaves(after), live.carries), chosen(inexact_leaves(outputs), live.outputs)
-    # Only the types of the bars matter here: shape, dtype, placement.
-    groups = split.others, carry, inputs, tuple([lax.full_like(s, 0) for s in shapes] for shapes in of_loss)
-    closed, results = inlined(joint, *groups)
-    # The fields of Names are in this order: the groups given, then the results of joint.
-    given, made = iter(closed.jaxpr.invars), iter(closed.jaxpr.outvars)
-    ins = [[next(given) for _ in jax.tree.leaves(group)] for group in groups]
-    outs = [[next(made) for _ in jax.tree.leaves(group)] for group in results]
-    return closed, Names(*ins, *outs), jax.tree.structure(outputs)
+    next_carry, (outputs, _) = jax.eval_shape(split.step, split.loop_params, carry, (inputs, zeros))
+    shapes = live.leaves(next_carry, outputs)
+    arguments = (
+        split.loop_params,
+        carry,
+        inputs,
+        # Only the types of the cotangents matter here: shape, dtype, placement.
+        jax.tree.map(lambda shape: lax.full_like(shape, 0), shapes),
+    )
+    closed, results = inlined(joint, *arguments)
+    # The fields of StepVariables are the arguments and the results of `joint`, in this order.
+    ins = jax.tree.unflatten(jax.tree.structure(arguments), closed.jaxpr.invars)
+    outs = jax.tree.unflatten(jax.tree.structure(results), closed.jaxpr.outvars)
+    variables = StepVariables(*map(jax.tree.leaves, (*ins, *outs)))
+    return closed, variables, jax.tree.structure(outputs)
 
 
-def _again(forward: list[JaxprEqn], wanted: list[Var], free: set[Var], kept: list[Var]) -> set[int]:
-    """Which equations to evaluate again, by id, so that the backward loop has `wanted`; all else goes to `kept`.
+def _recompute(
+    forward: list[JaxprEqn], wanted: list[Var], free: set[Var], stacked: list[Var]
+) -> tuple[list[JaxprEqn], list[Var]]:
+    """Which equations to evaluate again, so that the backward loop has `wanted`, and the stacks.
 
-    `free` is what that loop has anyway.
+    free: what that loop has without a stack. stacked: what has a stack anyway; it grows by what is
+    too dear to compute again.
     """
     producers = {v: equation for equation in forward for v in equation.outvars}
-    again: set[int] = set()
+    again, stacked = set(), list(stacked)
+
+    def is_at_hand(v):
+        return v in free or v in stacked
 
     def is_cheap(v):
         equation = producers[v]
-        unknown = [u for u in names_of(equation.invars) if u not in free and u not in kept]
-        small = all(num_bytes(u) <= num_bytes(v) for u in unknown)
-        return equation.primitive.name in CHEAP and len(unknown) <= 1 and small
+        missing = [u for u in variables_of(equation.invars) if not is_at_hand(u)]
+        is_small = all(num_bytes(u) <= num_bytes(v) for u in missing)
+        return equation.primitive.name in CHEAP and len(missing) <= 1 and is_small
 
     def visit(v):
-        if v in free or v in kept or id(producers[v]) in again:
+        if is_at_hand(v) or id(producers[v]) in again:
             return
-        if is_cheap(v):
-            again.add(id(producers[v]))
-            for u in names_of(producers[v].invars):
-                visit(u)
-        else:
-            kept.append(v)
+        if not is_cheap(v):
+            stacked.append(v)
+            return
+        again.add(id(producers[v]))
+        for operand in variables_of(producers[v].invars):
+            visit(operand)
 
+    # What is dear comes first: once it is stacked, more of the rest is cheap.
     for v in sorted(wanted, key=lambda v: v in producers and is_cheap(v)):
         visit(v)
-    return again
+    return [equation for equation in forward if id(equation) in again], stacked
 
 
 def cut(
-    step: Step, params: Params, carry: Carry, inputs: PyTree, live: Paths, of_inputs: tuple[bool, ...] = ()
+    step: Step,
+    params: Params,
+    carry: Carry,
+    inputs: PyTree,
+    live: Paths,
+    perturbed: tuple[bool, ...] | None = None,
 ) -> Loops:
-    """The loops of `step` for arguments of these shapes, whose leaves have cotangents where `live` says so.
+    """The loops of `step` for arguments of these shapes, with cotangents where `live` says so.
 
-    `of_inputs`: which inexact leaves of the inputs are differentiated too; () for none.
+    perturbed: which inexact leaves of the inputs are differentiated too; None for none.
     """
     split = split_step(step, params, carry, inputs)
-    closed, names, outputs = _joint_program(split, carry, inputs, live, of_inputs)
+    closed, variables, outputs = _joint_program(split, carry, inputs, live, perturbed)
     jaxpr = closed.jaxpr
     # What depends on a cotangent belongs to the backward loop, all else to the forward loop.
-    of_bars = reached_from(names.bars, jaxpr.eqns)
-    backward = [equation for equation in jaxpr.eqns if of_bars.intersection(names_of(equation.invars))]
-    forward = [equation for equation in jaxpr.eqns if not of_bars.intersection(names_of(equation.invars))]
-    known = [*jaxpr.constvars, *names.others]
-    results = names.results
-    backward = needed(backward, results)
-    # The backward loop has these without keeping them: what is the same in all steps, and the inputs.
-    everywhere, emitted = {*known, *names.inputs}, names_of(names.after)
-    # Outputs and operands are needed as stacks anyway. Of what the backward loop reads, _again decides the rest.
-    kept = [v for v in names_of([*names.outputs, *names.operands]) if v not in everywhere and v not in names.carry]
-    wanted = [v for v in names_of([*(v for e in backward for v in e.invars), *results]) if v not in of_bars]
-    again = _again(forward, wanted, {*everywhere, *names.carry, *emitted}, kept)
-    # Carries count as free so far, received or emitted. Those that are used are kept now, each once.
-    used = names_of(
-        [*wanted, *names.outputs, *names.operands, *(v for e in forward if id(e) in again for v in e.invars)]
-    )
-    kept += [v for v in emitted if v in used and v not in everywhere and v not in kept]
-    # A carry that a step receives is the one emitted a step before: its stack, read one step behind, serves for both.
-    # Where the emitted one has no stack of its own (a constant, an input, a carry handed on), the received one is kept.
+    of_bars = reached_from(variables.bars, jaxpr.eqns)
+    forward, backward = [], []
+    for equation in jaxpr.eqns:
+        is_backward = of_bars.intersection(variables_of(equation.invars))
+        (backward if is_backward else forward).append(equation)
+    backward = needed(backward, variables.results)
+
+    # The backward loop has these without a stack of their own: invariants and inputs.
+    invariant = [*jaxpr.constvars, *variables.loop_params]
+    at_hand = {*invariant, *variables.inputs}
+    received, emitted = variables.carry, variables_of(variables.next_carry)
+    # Outputs and operands are needed as stacks anyway. Of what the backward loop reads,
+    # `_recompute` decides the rest. Carries count as free at first, received or emitted.
+    after_the_loop = variables_of([*variables.outputs, *variables.operands])
+    stacked = [v for v in after_the_loop if v not in at_hand and v not in received]
+    wanted = variables_of([*operands_of(backward), *variables.results])
+    wanted = [v for v in wanted if v not in of_bars]
+    recomputed, stacked = _recompute(forward, wanted, {*at_hand, *received, *emitted}, stacked)
+    # Those carries that are used get their stacks now, each once.
+    used = {*wanted, *after_the_loop, *variables_of(operands_of(recomputed))}
+    stacked += [v for v in emitted if v in used and v not in at_hand and v not in stacked]
+    # A carry that a step receives is the one emitted a step before: the stack of that, read one
+    # step behind, serves for both. Where the emitted one can have none (a constant, an input, a
+    # carry handed on), the received one is stacked.
     lagged = []
-    for name, after in zip(names.carry, names.after, strict=True):
-        if name in used and name not in kept:
-            shifted = not isinstance(after, Literal) and after not in everywhere and after not in names.carry
-            (lagged if shifted else kept).append(name)
-            kept += [after] if shifted and after not in kept else []
-    # The equations of both loops in the program's order; what is computed again opens the backward loop.
-    ahead = needed(forward, [*names.after, *kept])
-    back = [equation for equation in forward if id(equation) in again] + backward
-    inexact = [v for v, leaf in zip(names.inputs, jax.tree.leaves(inputs), strict=True) if is_inexact(leaf)]
-    moving = chosen(inexact, of_inputs) if of_inputs else []
-    program = LoopsProgram(jaxpr, names, known, ahead, back, kept, lagged, outputs, live, moving)
-    return Loops(program, split, [*as_arrays(closed.consts), *split.others])
+    for before, after in zip(received, variables.next_carry, strict=True):
+        if before not in used or before in stacked:
+            continue
+        if isinstance(after, Literal) or after in at_hand or after in received:
+            stacked.append(before)
+            continue
+        lagged.append(before)
+        if after not in stacked:
+            stacked.append(after)
+
+    leaves = zip(variables.inputs, jax.tree.leaves(inputs), strict=True)
+    inexact_inputs = [v for v, leaf in leaves if is_inexact(leaf)]
+    program = LoopPrograms(
+        jaxpr=jaxpr,
+        variables=variables,
+        invariant=invariant,
+        forward=needed(forward, [*variables.next_carry, *stacked]),
+        backward=[*recomputed, *backward],
+        stacked=stacked,
+        lagged=lagged,
+        outputs=outputs,
+        live=live,
+        perturbed_inputs=[] if perturbed is None else chosen(inexact_inputs, perturbed),
+    )
+    return Loops(program, split, [*as_arrays(closed.consts), *split.loop_params])

@@ -1,6 +1,6 @@
-"""What depends on what, read off a traced program: where no gradient can flow, before anything runs."""
+"""What depends on what, read off a traced program: where no gradient can flow; nothing runs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,71 +10,86 @@ from jbptt.arrays import inexact_leaves, split_inexact
 from jbptt.engine.primitives import CALLS
 from jbptt.types import Carry, Loss, Params, PyTree, Step
 
-Sources = frozenset[int]
+Sources = frozenset[int]  # numbers of input leaves
 
 
 def dependences(function: Callable, *arguments: Any) -> list[Sources]:
-    """For each output leaf of `function(*arguments)`, which input leaves (by number) it may depend on.
+    """For each output leaf of `function(*arguments)`, the numbers of the inputs it may depend on.
 
-    One traversal of the program, inner programs included. An equation that is not known to hold a program makes all
-    its outputs depend on all its inputs, so an input that is missing here has no influence for certain, and one that
-    is listed may have none.
+    One traversal of the program, inner programs included. An equation that is not known to hold a
+    program makes all its outputs depend on all its inputs. So an input that is missing here has no
+    influence for certain, and one that is listed may have none.
     """
-    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
-    return _outputs(jaxpr, [frozenset([i]) for i in range(len(jaxpr.invars))])
+    return jax.tree.leaves(_dependence_tree(function, *arguments))
 
 
-def _outputs(jaxpr: Any, inputs: list[Sources]) -> list[Sources]:
+def _dependence_tree(function: Callable, *arguments: Any) -> PyTree:
+    """`dependences` in the structure of the result."""
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    inputs = [frozenset([i]) for i in range(len(closed.jaxpr.invars))]
+    return jax.tree.unflatten(jax.tree.structure(shapes), _sources_of_outputs(closed.jaxpr, inputs))
+
+
+def _union(sources: Sequence[Sources]) -> Sources:
+    return frozenset().union(*sources)
+
+
+def _sources_of_outputs(jaxpr: Any, inputs: list[Sources]) -> list[Sources]:
     """The sources of a program's outputs, from those of its inputs. Constants have none."""
-    known: dict[Any, Sources] = dict(zip(jaxpr.invars, inputs, strict=True))
+    sources: dict[Any, Sources] = dict(zip(jaxpr.invars, inputs, strict=True))
 
-    def of(atom):
-        return frozenset() if hasattr(atom, "val") else known.get(atom, frozenset())
+    def sources_of(atom):
+        is_literal = hasattr(atom, "val")
+        return frozenset() if is_literal else sources.get(atom, frozenset())
 
     for equation in jaxpr.eqns:
-        given = [of(atom) for atom in equation.invars]
-        known.update(zip(equation.outvars, _through(equation, given), strict=True))
-        if equation.effects:  # a mutable array holds from here on what may have been written into it
-            mutable = [a for a in equation.invars if hasattr(a.aval, "inner_aval")]
-            known.update(dict.fromkeys(mutable, frozenset().union(*given)))
-    return [of(atom) for atom in jaxpr.outvars]
+        operands = list(map(sources_of, equation.invars))
+        sources.update(zip(equation.outvars, _through(equation, operands), strict=True))
+        if equation.effects:  # a mutable array holds from here on what may have been written to it
+            mutable = [atom for atom in equation.invars if hasattr(atom.aval, "inner_aval")]
+            sources.update(dict.fromkeys(mutable, _union(operands)))
+    return list(map(sources_of, jaxpr.outvars))
 
 
-def _through(equation: Any, inputs: list[Sources]) -> list[Sources]:
+def _through(equation: Any, operands: list[Sources]) -> list[Sources]:
     """The sources of an equation's outputs, from those of its operands."""
     name, params = equation.primitive.name, equation.params
-    if equation.effects:
-        return [frozenset().union(*inputs)] * len(equation.outvars)
-    if name in CALLS and CALLS[name] in params:
-        inner = params[CALLS[name]]
-        return _outputs(getattr(inner, "jaxpr", inner), inputs)
-    if name == "scan":
-        first, num_carry = params["num_consts"], params["num_carry"]
-        consts, carry, xs = inputs[:first], inputs[first : first + num_carry], inputs[first + num_carry :]
-
-        def body(carry):
-            return _outputs(params["jaxpr"].jaxpr, [*consts, *carry, *xs])
-
-        carry = _settled(lambda carry: body(carry)[:num_carry], carry)
-        return [*carry, *body(carry)[num_carry:]]
-    if name == "cond":
-        branches = [_outputs(branch.jaxpr, inputs[1:]) for branch in params["branches"]]
-        return [inputs[0].union(*found) for found in zip(*branches, strict=True)]
-    return [frozenset().union(*inputs)] * len(equation.outvars)
+    if not equation.effects:
+        if name in CALLS and CALLS[name] in params:
+            program = params[CALLS[name]]
+            return _sources_of_outputs(getattr(program, "jaxpr", program), operands)
+        if name == "scan":
+            return _through_scan(params, operands)
+        if name == "cond":
+            index, *operands = operands
+            branches = [_sources_of_outputs(b.jaxpr, operands) for b in params["branches"]]
+            return [_union([index, *outputs]) for outputs in zip(*branches, strict=True)]
+    return [_union(operands)] * len(equation.outvars)
 
 
-def _settled(step: Callable, carry: list[Sources]) -> list[Sources]:
-    """The sources of a loop's carry after any number of steps."""
-    while (grown := [a | b for a, b in zip(carry, step(carry), strict=True)]) != carry:
+def _through_scan(params: dict, operands: list[Sources]) -> list[Sources]:
+    """Those of the carry after any number of steps, then those of the outputs."""
+    num_consts, num_carry = params["num_consts"], params["num_carry"]
+    consts, carry = operands[:num_consts], operands[num_consts : num_consts + num_carry]
+    xs = operands[num_consts + num_carry :]
+
+    def body(carry):
+        results = _sources_of_outputs(params["jaxpr"].jaxpr, [*consts, *carry, *xs])
+        return results[:num_carry], results[num_carry:]
+
+    while True:
+        next_carry, ys = body(carry)
+        grown = [a | b for a, b in zip(carry, next_carry, strict=True)]
+        if grown == carry:
+            return [*carry, *ys]
         carry = grown
-    return carry
 
 
 class Paths(NamedTuple):
     """Where cotangents flow in one step: a bool for each inexact leaf, and for each parameter.
 
-    JAX has no cotangent of what no loss reads. An array of zeros in its place is not the same: where the derivative
-    is not finite (a norm at 0), 0·inf makes NaN of a gradient that is finite.
+    JAX has no cotangent of what no loss reads. An array of zeros in its place is not the same:
+    where the derivative is not finite (a norm at 0), 0·inf makes NaN of a gradient that is finite.
 
     Attributes:
       ys: the loss reads it.
@@ -92,86 +107,127 @@ class Paths(NamedTuple):
     unread: tuple[str, ...]
     reason: str
 
+    def leaves(self, next_carry: Carry, outputs: PyTree) -> tuple[list, list]:
+        """The leaves of a step's results that have cotangents: of the carry, of the outputs."""
+        carry_leaves, output_leaves = inexact_leaves(next_carry), inexact_leaves(outputs)
+        return chosen(carry_leaves, self.carries), chosen(output_leaves, self.outputs)
 
-def paths(core: Step, readout: Callable, loss: Loss, params: Params, carry: Carry, x: PyTree, target: PyTree) -> Paths:
-    """The paths of one step, from its derivative, in which `stop_gradient`, rounding and integers leave no trace.
 
-    Over any number of steps: a carry leaf is read if a leaf that is read depends on it in the next step. Arguments
-    may be shapes; three small programs are traced, nothing runs.
+def paths(
+    core: Step,
+    readout: Callable,
+    loss: Loss,
+    params: Params,
+    carry: Carry,
+    x: PyTree,
+    target: PyTree,
+) -> Paths:
+    """The paths of one step, from its derivative: `stop_gradient`, rounding and integers have none.
+
+    Over any number of steps: a carry leaf is read if a leaf that is read depends on it in the next
+    step. Arguments may be shapes; three small programs are traced, nothing runs.
     """
-    after, outputs = jax.eval_shape(core, params, carry, x)
+    next_carry, outputs = jax.eval_shape(core, params, carry, x)
     y = jax.eval_shape(readout, params, outputs)
-    value = jax.eval_shape(_value_of(loss), y, target)
-    emitted, given = inexact_leaves(after), inexact_leaves(outputs)
-    num_params = len(jax.tree.leaves(params))
+    of_loss = _flow_back(_value_of(loss), (), y, target)
+    of_readout = _flow_back(readout, params, outputs)
+    of_core = _flow_back(core, params, carry, x)
 
-    def pull_loss(cotangent, y, target):
-        leaves, rebuild = split_inexact(y)
-        return jax.vjp(lambda leaves: _value_of(loss)(rebuild(leaves), target), leaves)[1](cotangent)
+    # Backwards, as cotangents go: from the loss to y, through the readout, through the core.
+    ys = _reached(of_loss.leaves, {0})
+    outputs_read = _reached(of_readout.leaves, _numbers(ys))
+    num_carries = len(inexact_leaves(next_carry))
+    # The core's cotangents are those of its carry, then those of its outputs.
+    bars = {num_carries + i for i in _numbers(outputs_read)}
+    # What is read of the carry received is read of the carry that the step before emits.
+    while not (grown := _numbers(_reached(of_core.leaves, bars))) <= bars:
+        bars |= grown
+    carries = tuple(i in bars for i in range(num_carries))
+    by_readout = _reached(of_readout.params, _numbers(ys))
+    by_core = _reached(of_core.params, bars)
+    params_read = tuple(a or b for a, b in zip(by_readout, by_core, strict=True))
 
-    def pull_readout(cotangents, params, outputs):
-        leaves, rebuild = split_inexact(outputs)
-
-        def run(params, leaves):
-            return split_inexact(readout(params, rebuild(leaves)))[0]
-
-        return jax.vjp(run, params, leaves)[1](cotangents), readout(params, outputs)
-
-    def pull_core(cotangents, params, carry, x):
-        leaves, rebuild = split_inexact(carry)
-
-        def run(params, leaves):
-            after, outputs = core(params, rebuild(leaves), x)
-            return (split_inexact(after)[0], split_inexact(outputs)[0]), (after, outputs)
-
-        _, pull, results = jax.vjp(run, params, leaves, has_aux=True)
-        return pull(cotangents), results
-
-    ys = tuple(0 in found for found in dependences(pull_loss, value, y, target))
-    by_readout = dependences(pull_readout, inexact_leaves(y), params, outputs)
-    reached = {i for i, is_read in enumerate(ys) if is_read}
-    from_readout = [bool(found & reached) for found in by_readout[: num_params + len(given)]]
-    outputs_read = tuple(from_readout[num_params:])
-
-    by_core = dependences(pull_core, (emitted, given), params, carry, x)
-    reached = {len(emitted) + i for i, is_read in enumerate(outputs_read) if is_read}
-    to_carries = by_core[num_params : num_params + len(emitted)]
-    while (more := {i for i, found in enumerate(to_carries) if found & reached} | reached) != reached:
-        reached = more
-    from_core = [bool(found & reached) for found in by_core[:num_params]]
-    params_read = tuple(a or b for a, b in zip(from_readout[:num_params], from_core, strict=True))
-
-    looks = [
-        (len(ys), frozenset().union(*by_readout[num_params + len(given) :])),
-        (len(emitted) + len(given), frozenset().union(*by_core[num_params + len(emitted) :])),
-    ]
     names = [f"params{keystr(path)}" for path, _ in tree_leaves_with_path(params)]
-    unread = tuple(name for i, name in enumerate(names) if not any(first + i in looked for first, looked in looks))
-    reason = "" if any(params_read) or not num_params else "no path leads from params to the loss"
-    if num_params and not any(ys):
+    looks = zip(names, of_readout.looks_at, of_core.looks_at, strict=True)
+    unread = tuple(name for name, in_readout, in_core in looks if not in_readout | in_core)
+    reason = ""
+    if names and not any(params_read):
+        reason = "no path leads from params to the loss"
+    if names and not any(ys):
         reason = "the loss does not depend on y"
-    carries = tuple(i in reached for i in range(len(emitted)))
     return Paths(ys, outputs_read, carries, params_read, unread, reason)
 
 
+class _Flow(NamedTuple):
+    """Through one function `(params, tree, …)`, backwards.
+
+    Attributes:
+      params: for each leaf of the parameters, which cotangents reach it, by number among those of
+        the inexact leaves of the results.
+      leaves: the same for each inexact leaf of `tree`.
+      looks_at: for each leaf of the parameters, whether a result depends on it.
+    """
+
+    params: list[Sources]
+    leaves: list[Sources]
+    looks_at: list[bool]
+
+
+def _flow_back(function: Callable, params: Params, tree: PyTree, *others: Any) -> _Flow:
+    def pullback_and_results(bars, params, tree, *others):
+        leaves, rebuild = split_inexact(tree)
+
+        def run(params, leaves):
+            results = function(params, rebuild(leaves), *others)
+            return inexact_leaves(results), results
+
+        _, pull, results = jax.vjp(run, params, leaves, has_aux=True)
+        return pull(bars), results
+
+    bars = inexact_leaves(jax.eval_shape(function, params, tree, *others))
+    by_bars, by_all = _dependence_tree(pullback_and_results, bars, params, tree, *others)
+    params_bar, leaves_bar = by_bars
+    of_results = _union(jax.tree.leaves(by_all))
+    # Behind the cotangents the parameters are the next inputs.
+    looks_at = [len(bars) + i in of_results for i in range(len(jax.tree.leaves(params)))]
+    return _Flow(jax.tree.leaves(params_bar), leaves_bar, looks_at)
+
+
+def _reached(sources: list[Sources], bars: set[int]) -> tuple[bool, ...]:
+    """For each of the sources, whether one of these cotangents is among them."""
+    return tuple(not bars.isdisjoint(of_one) for of_one in sources)
+
+
+def _numbers(flags: Sequence[bool]) -> set[int]:
+    """The numbers of those that are True."""
+    return {i for i, flag in enumerate(flags) if flag}
+
+
 def _value_of(loss: Loss) -> Callable:
-    def value(y, target):
+    def value(_, y, target):
         result = loss(y, target)
         return result[0] if isinstance(result, tuple) else result
 
     return value
 
 
-def chosen(leaves: list, which: tuple[bool, ...]) -> list:
+def chosen(leaves: Sequence, which: Sequence[bool]) -> list:
     """The leaves for which `which` says so."""
     return [leaf for leaf, is_chosen in zip(leaves, which, strict=True) if is_chosen]
 
 
+def replaced(leaves: Sequence, which: Sequence[bool], new: Sequence) -> list:
+    """The leaves, those that `which` chooses replaced by the `new` ones, in order."""
+    new_leaves = iter(new)
+    pairs = zip(leaves, which, strict=True)
+    return [next(new_leaves) if is_chosen else leaf for leaf, is_chosen in pairs]
+
+
 def inner_programs(equation: Any) -> list[Any]:
     """The programs that an equation holds, whatever it does with them."""
-    found = []
-    for value in equation.params.values():
-        for one in value if isinstance(value, tuple | list) else [value]:
-            one = getattr(one, "jaxpr", one)
-            found += [one] if hasattr(one, "eqns") else []
-    return found
+    programs = []
+    for parameter in equation.params.values():
+        for value in parameter if isinstance(parameter, tuple | list) else [parameter]:
+            program = getattr(value, "jaxpr", value)
+            programs += [program] if hasattr(program, "eqns") else []
+    return programs

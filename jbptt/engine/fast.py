@@ -14,24 +14,34 @@ from jbptt.types import Carry, Params, PyTree, Step
 __all__ = ["Loops", "closed_over", "cut", "pullback", "segment_vjp"]
 
 
-def pullback(step: Step, params: Params, carry: Carry, inputs: PyTree, live: Paths) -> tuple[tuple, Callable]:
-    """A step's results `(carry, outputs)`, and the way back through it, which is linear.
-
-    The way back takes (cotangents of the carry emitted, cotangents of the outputs, a running total or None) and gives
-    (the total plus the gradient, and the cotangents of the carry received). Cotangents are lists over inexact leaves;
-    those of leaves that no loss reads, as `live` says, are not looked at.
-    """
+def pullback(
+    step: Step,
+    params: Params,
+    carry: Carry,
+    inputs: PyTree,
+    live: Paths,
+) -> tuple[tuple, Callable]:
+    """A step's results `(next_carry, outputs)` and the way back; see `plain.pullback`."""
     split = split_step(step, params, carry, inputs)
-    (after, outputs, operands), pull = split.vjp(split.others, split.zeros(carry, inputs), carry, inputs, live)
+    results, pull = split.vjp(
+        split.loop_params,
+        split.zeros(carry, inputs),
+        carry,
+        inputs,
+        live,
+    )
+    next_carry, outputs, operands = results
 
-    def back(carry_bar, outputs_bar, total):
-        bars = chosen(carry_bar, live.carries), chosen(outputs_bar, live.outputs)
-        others_bar, products_bar, cotangents, _ = pull(bars)
-        one_step = [a[None] for a in operands], [bar[None] for bar in products_bar]
-        grads = split.add_products(split.first_sums(total), *one_step)
-        return split.gradient(grads, others_bar), cotangents
+    def back(next_carry_bar, outputs_bar, total):
+        bars = chosen(next_carry_bar, live.carries), chosen(outputs_bar, live.outputs)
+        loop_params_bar, products_bar, carry_bar, _ = pull(bars)
+        # `add_products` takes stacks over steps: here of one step.
+        operand_stacks = [operand[None] for operand in operands]
+        bar_stacks = [bar[None] for bar in products_bar]
+        sums = split.add_products(split.first_sums(total), operand_stacks, bar_stacks)
+        return split.gradient(sums, loop_params_bar), carry_bar
 
-    return (after, outputs), back
+    return (next_carry, outputs), back
 
 
 def segment_vjp(
@@ -39,9 +49,10 @@ def segment_vjp(
 ) -> tuple[tuple[Carry, PyTree], Callable]:
     """The carry after all steps and their outputs, and the way back; see `plain.segment_vjp`."""
     loops = cut(step, params, carry, jax.tree.map(lambda a: a[0], inputs), live)
-    after, outputs, stacks = loops.forward(carry, inputs, num_steps)
+    last_carry, outputs, stacks = loops.forward(carry, inputs, num_steps)
 
-    def back(cotangents, outputs_bar, gates, total):
-        return loops.backward(stacks, cotangents, outputs_bar, gates, total)[:2]
+    def back(last_carry_bar, outputs_bar, gates, total):
+        carry_bar, total, _ = loops.backward(stacks, last_carry_bar, outputs_bar, gates, total)
+        return carry_bar, total
 
-    return (after, outputs), back
+    return (last_carry, outputs), back

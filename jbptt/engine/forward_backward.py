@@ -1,18 +1,19 @@
-"""The forward and the backward loop of one step, run."""
+"""The forward and the backward loop of one step, run over a segment."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import JaxprEqn, Literal, Var
 
 from jbptt.arrays import times_gate
-from jbptt.engine.dependence import Paths, chosen
-from jbptt.engine.jaxprs import evaluate, names_of, read
+from jbptt.engine.dependence import chosen
+from jbptt.engine.jaxprs import Values, evaluate, operands_of, read, variables_of
+from jbptt.engine.loop_programs import LoopPrograms
 from jbptt.engine.stacks import Layout, Stacks
 from jbptt.engine.weight_products import SplitStep
 from jbptt.types import Carry, Params, PyTree
@@ -25,268 +26,246 @@ def num_bytes(v: Any) -> int:
     return v.aval.size * v.aval.dtype.itemsize
 
 
-def needed(equations: list[JaxprEqn], results: list[Any]) -> list[JaxprEqn]:
-    """The equations that lead to `results`, in order."""
-    wanted, kept = set(names_of(results)), []
-    for equation in reversed(equations):
-        if wanted.intersection(equation.outvars) or equation.effects:
-            wanted.update(names_of(equation.invars))
-            kept.append(equation)
-    return kept[::-1]
-
-
-class Names(NamedTuple):
-    """The variables of one step and its pullback by what they are: lists over leaves, bars over inexact leaves."""
-
-    others: list[Var]  # see `OfParams.others`
-    carry: list[Var]
-    inputs: list[Var]
-    bars: list[Var]  # cotangents of the carry emitted, then of the outputs
-    after: list[Any]
-    outputs: list[Any]
-    operands: list[Any]
-    others_bar: list[Any]
-    products_bar: list[Any]  # None where it is zero
-    carry_bar: list[Any]
-    inputs_bar: list[Any]
-
-    @property
-    def results(self) -> list[Any]:
-        """What the backward loop is for."""
-        found = [*self.others_bar, *self.products_bar, *self.carry_bar, *self.inputs_bar]
-        return [atom for atom in found if atom is not None]
-
-
-def reached_from(sources: list[Var], equations: list[JaxprEqn]) -> set[Var]:
-    """`sources`, and all that is computed from them."""
-    reached = set(sources)
-    for equation in equations:
-        if reached.intersection(names_of(equation.invars)):
-            reached.update(equation.outvars)
-    return reached
+def _at(array: jax.Array, t: jax.Array) -> jax.Array:
+    return lax.dynamic_index_in_dim(array, t, keepdims=False)
 
 
 def _chunk_length(num_steps: int, bytes_per_step: int) -> int:
-    """How many steps go back before their cotangents are used: the largest divisor of all steps that fits.
+    """How many steps go back before their cotangents are used.
 
-    All of them where that is less than half of what fits: a prime number of steps would give chunks of one.
+    The largest divisor of all steps that fits. All of them where that is less than half of what
+    fits: a prime number of steps would give chunks of one.
     """
     if not isinstance(bytes_per_step, int):  # of a symbolic number of examples
         return num_steps
     largest = max(1, min(num_steps, CHUNK_BYTES // max(bytes_per_step, 1)))
-    fitting = max(n for n in range(1, largest + 1) if num_steps % n == 0)
-    return fitting if 2 * fitting >= largest else num_steps
+    divisor = max(n for n in range(1, largest + 1) if num_steps % n == 0)
+    return divisor if 2 * divisor >= largest else num_steps
 
 
-def _transposed_once(equations: list[JaxprEqn], known: dict[Var, Any]) -> Callable:
-    """Evaluates products `a · Wᵀ` with a matrix that is the same in all steps, with Wᵀ formed once, before the loop."""
-    turned = {}
+def _transposed_once(equations: list[JaxprEqn], invariant: dict[Var, Any]) -> Callable:
+    """A replacement (see `evaluate`) for products `a · Wᵀ` with a matrix W that is invariant.
+
+    Wᵀ is formed once, before the loop.
+    """
+    transposed = {}
     for equation in equations:
-        if equation.primitive is lax.dot_general_p and not any(equation.params["dimension_numbers"][1]):
-            name: Any = equation.invars[1]
-            axes = equation.params["dimension_numbers"][0][1]
-            if not isinstance(name, Literal) and name in known and name.aval.ndim == 2 and tuple(axes) == (1,):
-                turned[id(equation)] = known[name].T
+        if equation.primitive is not lax.dot_general_p:
+            continue
+        (_, axes), batch_axes = equation.params["dimension_numbers"]
+        matrix: Any = equation.invars[1]
+        if any(batch_axes) or isinstance(matrix, Literal) or matrix not in invariant:
+            continue
+        if matrix.aval.ndim == 2 and tuple(axes) == (1,):
+            transposed[id(equation)] = invariant[matrix].T
 
     def multiply(equation, values):
-        if id(equation) not in turned:
+        if id(equation) not in transposed:
             return None
-        (axes, _), batch = equation.params["dimension_numbers"]
-        options = {**equation.params, "dimension_numbers": ((axes, (0,)), batch)}
-        return [lax.dot_general_p.bind(read(values, equation.invars[0]), turned[id(equation)], **options)]
+        (axes, _), batch_axes = equation.params["dimension_numbers"]
+        params = {**equation.params, "dimension_numbers": ((axes, (0,)), batch_axes)}
+        operand = read(values, equation.invars[0])
+        return [lax.dot_general_p.bind(operand, transposed[id(equation)], **params)]
 
     return multiply
 
 
-@dataclass(frozen=True, eq=False)
-class LoopsProgram:
-    """The program of both loops; it holds no array, so that it can be static data of a pytree.
-
-    Attributes:
-      jaxpr: one step and its pullback.
-      names: its variables by what they are.
-      known: the variables that are the same in all steps.
-      ahead: the equations of the forward loop.
-      back: those of the backward loop, what is computed again first.
-      kept: what the forward loop stacks.
-      lagged: carries received that are not kept: they are read off the stack of the carry emitted, one step behind.
-      outputs: the structure of a step's outputs.
-      live: which leaves have cotangents.
-      moving_inputs: the inputs whose cotangents are asked for.
-      zero: cotangents that are zero, since no loss reads what they belong to.
-    """
-
-    jaxpr: Jaxpr
-    names: Names
-    known: list[Var]
-    ahead: list[JaxprEqn]
-    back: list[JaxprEqn]
-    kept: list[Var]
-    lagged: list[Var]
-    outputs: Any
-    live: Paths
-    moving_inputs: list[Var]
-    zero: frozenset[Var] = frozenset()
-
-
-@partial(jax.tree_util.register_dataclass, data_fields=["split", "known"], meta_fields=["program"])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["split", "invariant_arrays"],
+    meta_fields=["program"],
+)
 @dataclass(frozen=True)
 class Loops:
     """Forward and backward loop of one step, with the arrays that all steps share."""
 
-    program: LoopsProgram
+    program: LoopPrograms
     split: SplitStep
-    known: list
+    invariant_arrays: list
+
+    @property
+    def invariant(self) -> Values:
+        """These arrays by variable."""
+        return dict(zip(self.program.invariant, self.invariant_arrays, strict=True))
+
+    def narrowed(self, carries: tuple[bool, ...], outputs: tuple[bool, ...]) -> "Loops":
+        """The loops for a loss that reads only these leaves of the last carry and the outputs."""
+        return replace(self, program=self.program.narrowed(carries, outputs))
 
     def forward(
         self, carry: Carry, inputs: PyTree, num_steps: int, reverse: bool = False
     ) -> tuple[Carry, PyTree, Stacks]:
-        """The carry after `num_steps` steps, their outputs, and what is kept of them; `reverse` as in `lax.scan`."""
-        program, names = self.program, self.program.names
-        first, structure = jax.tree.flatten(carry)
-        known = dict(zip(program.known, self.known, strict=True))
+        """The carry after `num_steps` steps, their outputs, and what the way back needs of them.
 
-        def body(leaves_t, inputs_t):
-            values = dict(zip([*names.carry, *names.inputs], [*leaves_t, *inputs_t], strict=True))
-            values = evaluate(program.jaxpr, program.ahead, {**known, **values})
-            return [read(values, v) for v in names.after], [values[v] for v in program.kept]
+        `reverse` as in `lax.scan`.
+        """
+        program, variables, invariant = self.program, self.program.variables, self.invariant
+        carry_leaves, structure = jax.tree.flatten(carry)
+        input_leaves = jax.tree.leaves(inputs)
 
-        inputs = jax.tree.leaves(inputs)
-        after, found = lax.scan(body, first, inputs, length=num_steps, reverse=reverse)
-        lagged = [
-            ((name, emitted), leaf)
-            for name, leaf, emitted in zip(names.carry, first, names.after, strict=True)
-            if name in program.lagged
-        ]
-        of = [*names.inputs, *program.kept]
-        layout = Layout(num_steps, program.known, of, [pair for pair, _ in lagged], reverse)
-        stacks = Stacks(layout, self.known, [*inputs, *found], [leaf for _, leaf in lagged])
-        outputs = [stacks.whole(v) for v in names.outputs]
-        return structure.unflatten(after), program.outputs.unflatten(outputs), stacks
+        def body(carry_t, inputs_t):
+            values = dict(zip(variables.carry, carry_t, strict=True))
+            values.update(zip(variables.inputs, inputs_t, strict=True))
+            values = evaluate(program.jaxpr, program.forward, {**invariant, **values})
+            next_carry = [read(values, atom) for atom in variables.next_carry]
+            return next_carry, [values[v] for v in program.stacked]
+
+        last_carry, stacked = lax.scan(body, carry_leaves, input_leaves, num_steps, reverse)
+        carries = zip(variables.carry, variables.next_carry, carry_leaves, strict=True)
+        lagged, first_carries = [], []
+        for received, emitted, leaf in carries:
+            if received in program.lagged:
+                lagged.append((received, emitted))
+                first_carries.append(leaf)
+        # The inputs are stacks as they are.
+        of_stacks = [*variables.inputs, *program.stacked]
+        layout = Layout(num_steps, program.invariant, of_stacks, lagged, reverse)
+        stacks = Stacks(layout, self.invariant_arrays, [*input_leaves, *stacked], first_carries)
+        outputs = [stacks.whole(atom) for atom in variables.outputs]
+        return structure.unflatten(last_carry), program.outputs.unflatten(outputs), stacks
 
     def backward(
-        self, stacks: Stacks, cotangents: list, outputs_bar: list, gates: jax.Array | None, total: Params | None
+        self,
+        stacks: Stacks,
+        last_carry_bar: list,
+        outputs_bar: list,
+        gates: jax.Array | None,
+        total: Params | None,
     ) -> tuple[list, Params, list]:
-        """The cotangents of the first carry, from those of the last and of the outputs; `total` plus the gradient.
+        """The cotangents of the first carry, from those of the last one and of the outputs.
 
-                λ_{t-1} = gates[t] · (J_tᵀ λ_t + (∂y_t/∂h_{t-1})ᵀ ȳ_t),     J_t = ∂h_t/∂h_{t-1}
+            λ_{t-1} = gates[t] · (J_tᵀ λ_t + (∂y_t/∂h_{t-1})ᵀ ȳ_t),     J_t = ∂h_t/∂h_{t-1}
 
-        And the cotangents of the inputs that were asked for, `[S, ...]`. The gate is part of what is computed here,
-        not of the program of the step: differentiating the result gives the derivative of these numbers, gates
-        included.
+        Then `total` plus the gradient, and the cotangents `[S, ...]` of the inputs that were asked
+        for. The gate is part of what is computed here, not of the program of the step:
+        differentiating the result gives the derivative of these numbers, gates included.
         """
-        program, names, live = self.program, self.program.names, self.program.live
-        known = dict(zip(program.known, self.known, strict=True))
         num_steps, reverse = stacks.layout.num_steps, stacks.layout.reverse
-        used = names_of([*(v for equation in program.back for v in equation.invars), *names.results])
-        saved = [name for name in used if name in stacks.of or name in stacks.lagged]
-        products_bar = [v for v in names.products_bar if v is not None]
-        # Of the products' cotangents those that this loop must emit; the rest are kept already, or always the same.
-        stacked_bars = [v for v in names_of(products_bar) if v not in saved and v not in known]
-        multiply = _transposed_once(program.back, known)
-        zero = [v for v in names.results if not isinstance(v, Literal) and v in program.zero]
-        length = _chunk_length(num_steps, sum(map(num_bytes, stacked_bars)))
-        outputs_bar = chosen(outputs_bar, live.outputs)
+        accumulators = self.split.program.accumulators
+        new_bars = self._new_bars(stacks)
+        length = _chunk_length(num_steps, sum(map(num_bytes, new_bars)))
+        body = self._step_back(stacks, outputs_bar, gates, new_bars)
+        first_sums = self.split.first_sums(total)
 
-        def run(equation, values):
-            missing = [v for v in names_of(equation.invars) if v in program.zero]
-            if missing and equation.primitive.name == "add_any":
-                return [read(values, v) for v in equation.invars if v not in missing]
-            values.update({v: jnp.zeros(v.aval.shape, v.aval.dtype) for v in missing})
-            return multiply(equation, values)
+        def chunk(state, weight_sums, start):
+            """Back through some steps; then their cotangents meet the operands in the cache."""
+            ts = start + jnp.arange(length)
+            state, (bars, inputs_bar) = lax.scan(body, state, ts, reverse=not reverse)
+            layout = Layout(length, self.program.invariant, new_bars, [], reverse)
+            bar_stacks = Stacks(layout, self.invariant_arrays, bars, [])
 
-        def body(state, t):
-            cotangents_t, sums = state
-            values = {**known, **{name: stacks.at(name, t) for name in saved}}
-            outputs_bar_t = [lax.dynamic_index_in_dim(bar, t, keepdims=False) for bar in outputs_bar]
-            bars = [*chosen(cotangents_t, live.carries), *outputs_bar_t]
-            values.update(zip(names.bars, bars, strict=True))
-            values = evaluate(program.jaxpr, program.back, values, run)
-            pairs = zip(sums, names.others_bar, strict=True)
-            sums = [one if v in zero else one + read(values, v) for one, v in pairs]
-            pairs = zip(cotangents_t, names.carry_bar, strict=True)
-            cotangents_t = [jnp.zeros_like(c) if v in zero else read(values, v) for c, v in pairs]
-            if gates is not None:
-                gate = lax.dynamic_index_in_dim(gates, t, keepdims=False)
-                cotangents_t = [times_gate(c, gate) for c in cotangents_t]
-            pairs = zip(program.moving_inputs, names.inputs_bar, strict=True)
-            inputs_bar_t = [jnp.zeros_like(stacks.at(x, t)) if v in zero else read(values, v) for x, v in pairs]
-            inputs_bar_t = list(map(jnp.asarray, inputs_bar_t))
-            return (cotangents_t, sums), ([values[v] for v in stacked_bars], inputs_bar_t)
+            def bar_of_chunk(atom):
+                if atom is None:
+                    return None
+                if atom in new_bars:
+                    return bar_stacks.whole(atom)
+                return stacks.piece(atom, start, length)
 
-        grads, homes = self.split.first_sums(total), self.split.program.homes
+            variables = self.program.variables
+            operands = [stacks.piece(atom, start, length) for atom in variables.operands]
+            products_bar = list(map(bar_of_chunk, variables.products_bar))
+            sums = {**first_sums, **dict(zip(accumulators, weight_sums, strict=True))}
+            sums = self.split.add_products(sums, operands, products_bar)
+            return state, [sums[v] for v in accumulators], inputs_bar
 
-        # One chunk: back through its steps; then their cotangents meet the operands while they are in the cache.
-        def chunk(state, grads, start):
-            (cotangents, sums), (bars_of_chunk, inputs_bar) = lax.scan(
-                body, state, start + jnp.arange(length), reverse=not reverse
-            )
-            layout = Layout(length, program.known, stacked_bars, [], reverse)
-            bars = Stacks(layout, self.known, bars_of_chunk, [])
-            operands = [stacks.piece(v, start, length) for v in names.operands]
-            products_bar = [
-                None if v is None else bars.whole(v) if v in stacked_bars else stacks.piece(v, start, length)
-                for v in names.products_bar
-            ]
-            grads = self.split.add_products(grads, operands, products_bar)
-            return (cotangents, sums), [grads[home] for home in homes], inputs_bar
-
-        state = cotangents, [jnp.zeros_like(value) for value in self.split.others]
+        state = last_carry_bar, [jnp.zeros_like(array) for array in self.split.loop_params]
+        weight_sums = [first_sums[v] for v in accumulators]
         if length == num_steps:
-            state, weight_sums, inputs_bar = chunk(state, grads, 0)
+            state, weight_sums, inputs_bar = chunk(state, weight_sums, 0)
         else:
+            # Several chunks: the weights' sums go from chunk to chunk. They are placed (and vary
+            # over devices) as what is added to them, not as the zeros that they begin with.
+            added = jax.eval_shape(lambda state: chunk(state, weight_sums, 0)[1], state)
+            pairs = zip(weight_sums, added, strict=True)
+            weight_sums = [weight_sum + lax.full_like(shape, 0) for weight_sum, shape in pairs]
 
-            def add(running, start):
+            def add_chunk(running, start):
                 state, weight_sums = running
-                state, weight_sums, inputs_bar = chunk(state, dict(zip(homes, weight_sums, strict=True)), start)
+                state, weight_sums, inputs_bar = chunk(state, weight_sums, start)
                 return (state, weight_sums), inputs_bar
 
-            # Several chunks: the weights' sums go from chunk to chunk.
-            # The sum is placed (and varies over devices) as what is added to it, not as the zeros that it begins with.
-            added = jax.eval_shape(lambda state: chunk(state, grads, 0)[1], state)
-            first = [grads[home] + lax.full_like(shape, 0) for home, shape in zip(homes, added, strict=True)]
-            starts = jnp.arange(0, num_steps, length)
-            (state, weight_sums), pieces = lax.scan(add, (state, first), starts, reverse=not reverse)
-            inputs_bar = [bar.reshape((num_steps, *bar.shape[2:])) for bar in pieces]
-        cotangents, sums = state
-        grads = {**grads, **dict(zip(homes, weight_sums, strict=True))}
-        return cotangents, self.split.gradient(grads, sums), inputs_bar
+            starts, running = jnp.arange(0, num_steps, length), (state, weight_sums)
+            running, inputs_bar = lax.scan(add_chunk, running, starts, reverse=not reverse)
+            state, weight_sums = running
+            inputs_bar = [bar.reshape((num_steps, *bar.shape[2:])) for bar in inputs_bar]
+        carry_bar, loop_sums = state
+        sums = {**first_sums, **dict(zip(accumulators, weight_sums, strict=True))}
+        return carry_bar, self.split.gradient(sums, loop_sums), inputs_bar
 
-    def narrowed(self, carries: tuple[bool, ...], outputs: tuple[bool, ...]) -> "Loops":
-        """The loops for a loss that reads only these leaves of the last carry and of the outputs.
+    def _saved(self, stacks: Stacks) -> list[Var]:
+        """What the backward loop reads from the stacks."""
+        reads = [*operands_of(self.program.backward), *self.program.variables.results]
+        return [v for v in variables_of(reads) if v in stacks.stacked or v in stacks.lagged]
 
-        A pullback is linear: an equation whose cotangents are all zero gives zeros, and is left out. (To run it on
-        zeros is not the same: 0·inf is NaN.) A carry leaf that is not read at the end may be read by a later step, so
-        `carries` grows until it no longer changes.
+    def _new_bars(self, stacks: Stacks) -> list[Var]:
+        """The products' cotangents that the backward loop must stack.
+
+        All but those that stand in stacks already, or are invariant.
         """
-        program, names, live = self.program, self.program.names, self.program.live
-        num_carries = sum(live.carries)
-        bars = dict(zip(names.bars[:num_carries], chosen(list(range(len(carries))), live.carries), strict=True))
-        read_outputs = chosen(list(outputs), live.outputs)
-        of_bars = reached_from(names.bars, program.back)
-        while True:
-            reads = [carries[i] for i in bars.values()] + read_outputs
-            nonzero = {name for name, is_read in zip(names.bars, reads, strict=True) if is_read}
-            back = []
-            for equation in program.back:
-                cotangents = of_bars.intersection(names_of(equation.invars))
-                if not cotangents or cotangents & nonzero:
-                    back.append(equation)
-                    nonzero.update(v for v in equation.outvars if v in of_bars)
-            flows = [not isinstance(v, Literal) and v in nonzero for v in names.carry_bar]
-            grown = tuple(a or b for a, b in zip(carries, flows, strict=True))
-            if grown == carries:
-                break
-            carries = grown
-        zero = frozenset(of_bars - nonzero)
-        fewer = names._replace(
-            bars=[v for v in names.bars if v in nonzero],
-            products_bar=[None if isinstance(v, Var) and v in zero else v for v in names.products_bar],
-        )
-        back = needed(back, fewer.results)
-        live = live._replace(
-            carries=tuple(a and b for a, b in zip(live.carries, carries, strict=True)),
-            outputs=tuple(a and b for a, b in zip(live.outputs, outputs, strict=True)),
-        )
-        program = replace(program, names=fewer, back=back, live=live, zero=zero)
-        return Loops(program, self.split, self.known)
+        atoms = [atom for atom in self.program.variables.products_bar if atom is not None]
+        known = {*self._saved(stacks), *self.program.invariant}
+        return [v for v in variables_of(atoms) if v not in known]
+
+    def _step_back(
+        self,
+        stacks: Stacks,
+        outputs_bar: list,
+        gates: jax.Array | None,
+        new_bars: list[Var],
+    ) -> Callable:
+        """The body of the backward loop, for `lax.scan`.
+
+        From (λ_t, sums over later steps of the cotangents of `loop_params`) and t it gives the same
+        one step before, and beside it (the cotangents `new_bars`, those of the inputs) of step t.
+        """
+        program, variables = self.program, self.program.variables
+        invariant, saved = self.invariant, self._saved(stacks)
+        live_outputs_bar = chosen(outputs_bar, program.live.outputs)
+        replacement = self._replacement()
+
+        def body(state, t):
+            next_carry_bar, loop_sums = state
+            values = {**invariant, **{v: stacks.at(v, t) for v in saved}}
+            bars = [*chosen(next_carry_bar, program.live.carries)]
+            bars += [_at(bar, t) for bar in live_outputs_bar]
+            values.update(zip(variables.bars, bars, strict=True))
+            values = evaluate(program.jaxpr, program.backward, values, replacement)
+
+            def added(loop_sum, atom):
+                return loop_sum if program.is_zero(atom) else loop_sum + read(values, atom)
+
+            def carry_bar_of(atom, bar):
+                return jnp.zeros_like(bar) if program.is_zero(atom) else read(values, atom)
+
+            def input_bar_of(atom, v):
+                is_zero = program.is_zero(atom)
+                return jnp.zeros_like(stacks.at(v, t)) if is_zero else read(values, atom)
+
+            loop_sums = list(map(added, loop_sums, variables.loop_params_bar))
+            carry_bar = list(map(carry_bar_of, variables.carry_bar, next_carry_bar))
+            if gates is not None:
+                gate = _at(gates, t)
+                carry_bar = [times_gate(bar, gate) for bar in carry_bar]
+            inputs_bar = map(input_bar_of, variables.inputs_bar, program.perturbed_inputs)
+            inputs_bar = list(map(jnp.asarray, inputs_bar))
+            return (carry_bar, loop_sums), ([values[v] for v in new_bars], inputs_bar)
+
+        return body
+
+    def _replacement(self) -> Callable:
+        """What replaces equations of the backward loop (see `evaluate`).
+
+        Those that read a cotangent which is zero, and was therefore not computed; and products with
+        an invariant matrix transposed.
+        """
+        program = self.program
+        multiply = _transposed_once(program.backward, self.invariant)
+
+        def replacement(equation, values):
+            zeros = [v for v in variables_of(equation.invars) if v in program.zero_bars]
+            if zeros and equation.primitive.name == "add_any":  # a sum of cotangents: of two
+                return [read(values, atom) for atom in equation.invars if atom not in zeros]
+            values.update({v: jnp.zeros(v.aval.shape, v.aval.dtype) for v in zeros})
+            return multiply(equation, values)
+
+        return replacement

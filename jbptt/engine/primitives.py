@@ -1,30 +1,44 @@
-"""JAX's operations by name: what they cost, and what is known of them. A name that is missing is only slower."""
+"""JAX's operations by name: what they cost, and what is known of them.
 
-# Programs that are called with the equation's own operands: by the name of the parameter that holds them.
-CALLS = {"jit": "jaxpr", "closed_call": "call_jaxpr", "remat2": "jaxpr", "custom_jvp_call": "call_jaxpr"}
+A name that is missing here costs speed, and no number.
+"""
 
-# Cheaper to compute again from one array than to write and read it.
+# Programs that are called with the equation's own operands: by the parameter that holds them.
+CALLS = {
+    "jit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "remat2": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+}
+
 # fmt: off
+# Cheaper to compute again from one array than to write and read it.
 CHEAP = frozenset((
-    "abs", "add", "add_any", "and", "broadcast_in_dim", "concatenate", "conj", "convert_element_type", "copy", "eq",
-    "expand_dims", "ge", "gt", "imag", "integer_pow", "is_finite", "le", "lt", "max", "min", "mul", "ne", "neg",
-    "not", "or", "pad", "pcast", "pvary", "real", "reduce_precision", "reshape", "rev", "select_n", "sign", "slice",
-    "split", "square", "squeeze", "stop_gradient", "sub", "transpose", "xor",
+    "abs", "add", "add_any", "and", "broadcast_in_dim", "concatenate", "conj",
+    "convert_element_type", "copy", "eq", "expand_dims", "ge", "gt", "imag", "integer_pow",
+    "is_finite", "le", "lt", "max", "min", "mul", "ne", "neg", "not", "or", "pad", "pcast", "pvary",
+    "real", "reduce_precision", "reshape", "rev", "select_n", "sign", "slice", "split", "square",
+    "squeeze", "stop_gradient", "sub", "transpose", "xor",
 ))
 # What only moves or repeats the numbers of its first argument.
 MOVES = frozenset((
-    "broadcast_in_dim", "dynamic_slice", "gather", "reshape", "rev", "slice", "split", "squeeze", "transpose",
+    "broadcast_in_dim", "dynamic_slice", "gather", "reshape", "rev", "slice", "split", "squeeze",
+    "transpose",
 ))
 # Repeat a scalar or an axis of one as often as the other argument has it.
 REPEATS = frozenset(("add", "atan2", "div", "max", "min", "mul", "pow", "rem", "sub"))
-# Give the same numbers side by side, under `vmap`, as one after another; of random numbers, threefry's alone.
+# Give the same numbers side by side, under `vmap`, as one after another.
 ALIKE = CHEAP | MOVES | frozenset((
-    "acos", "acosh", "argmax", "argmin", "asin", "asinh", "atan", "atan2", "atanh", "bitcast_convert_type", "cbrt",
-    "ceil", "clamp", "cos", "cosh", "cummax", "cummin", "cumprod", "cumsum", "digamma", "div", "dot_general",
-    "dynamic_update_slice", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "iota", "lgamma", "log", "log1p",
-    "logistic", "nextafter", "pow", "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_prod", "reduce_sum",
-    "rem", "round", "rsqrt", "scatter-add", "scatter_add", "shift_left", "shift_right_arithmetic",
-    "shift_right_logical", "sin", "sinh", "sqrt", "tan", "tanh",
+    "acos", "acosh", "argmax", "argmin", "asin", "asinh", "atan", "atan2", "atanh",
+    "bitcast_convert_type", "cbrt", "ceil", "clamp", "cos", "cosh", "cummax", "cummin", "cumprod",
+    "cumsum", "digamma", "div", "dot_general", "dynamic_update_slice", "erf", "erf_inv", "erfc",
+    "exp", "exp2", "expm1", "floor", "iota", "lgamma", "log", "log1p", "logistic", "nextafter",
+    "pow", "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_prod", "reduce_sum",
+    "rem", "round", "rsqrt", "scatter-add", "scatter_add", "shift_left",
+    "shift_right_arithmetic", "shift_right_logical", "sin", "sinh", "sqrt", "tan", "tanh",
 ))
-RANDOM = frozenset(("random_bits", "random_fold_in", "random_seed", "random_split", "random_unwrap", "random_wrap"))
+# So do these, for threefry keys alone.
+RANDOM = frozenset((
+    "random_bits", "random_fold_in", "random_seed", "random_split", "random_unwrap", "random_wrap",
+))
 # fmt: on

@@ -1,4 +1,4 @@
-"""One use of a weight in a step, a product or a lookup, and its gradient from all steps of a segment at once."""
+"""One use of a weight in a step, a product or a lookup, and its gradient from all steps at once."""
 
 import math
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from jbptt.arrays import is_inexact, widened_dtype
 
 
 class Product(NamedTuple):
-    """One `dot_general` with a weight: its equation, and on which side the weight stands."""
+    """One `dot_general` with a weight: its equation, and on which side (0, 1) the weight stands."""
 
     equation: JaxprEqn
     side: int
@@ -33,13 +33,21 @@ class Product(NamedTuple):
         sides.insert(self.side, weight)
         return lax.dot_general_p.bind(*sides, **self.equation.params)
 
-    def add_gradient(self, total: jax.Array, operands: list[jax.Array], cotangents: jax.Array) -> jax.Array:
+    def add_gradient(
+        self,
+        total: jax.Array,
+        operands: list[jax.Array],
+        bars: jax.Array,
+    ) -> jax.Array:
         """`total + Σ_t a_tᵀ z̄_t` from operands and cotangents `[S, ...]`."""
-        return total + weight_gradient(self, operands[0], cotangents).astype(total.dtype)
+        return total + weight_gradient(self, operands[0], bars).astype(total.dtype)
 
 
 class Lookup(NamedTuple):
-    """Rows (or any slices) of a table, at places that depend on carry or input: a `gather` or a `dynamic_slice`."""
+    """Rows (or any slices) of a table, at places that depend on carry or input.
+
+    Its equation is a `gather` or a `dynamic_slice`.
+    """
 
     equation: JaxprEqn
 
@@ -57,54 +65,69 @@ class Lookup(NamedTuple):
         """The rows of one step."""
         return self.equation.primitive.bind(table, *operands, **self.equation.params)
 
-    def add_gradient(self, total: jax.Array, operands: list[jax.Array], cotangents: jax.Array) -> jax.Array:
-        """Adds every row's cotangent into the table `total`; operands and cotangents `[S, ...]`."""
-        params = self.equation.params
+    def add_gradient(
+        self,
+        total: jax.Array,
+        operands: list[jax.Array],
+        bars: jax.Array,
+    ) -> jax.Array:
+        """Adds every row's cotangent to the table `total`; operands and cotangents `[S, ...]`."""
         if self.equation.primitive is lax.dynamic_slice_p:
-            axes = tuple(range(total.ndim))
-            places, offsets, left_out, into = jnp.stack(operands, -1), axes, (), axes
-            mode = lax.GatherScatterMode.CLIP  # as `dynamic_slice` moves what would reach over the edge
+            # One slice a step, with an index for each axis.
+            places = jnp.stack(operands, -1)
+            offset_axes = indexed_axes = tuple(range(total.ndim))
+            collapsed_axes = ()
+            # `dynamic_slice` moves inside what would reach over the edge.
+            mode = lax.GatherScatterMode.CLIP
         else:
-            numbers = params["dimension_numbers"]
-            places, offsets, left_out = operands[0], numbers.offset_dims, numbers.collapsed_slice_dims
-            into, mode = numbers.start_index_map, params["mode"]
-        shifted = tuple(axis + 1 for axis in offsets)  # behind the axis of the steps
-        numbers = lax.ScatterDimensionNumbers(shifted, left_out, into)
-        return lax.scatter_add(total, places, cotangents.astype(total.dtype), numbers, mode=mode)
+            places = operands[0]
+            numbers = self.equation.params["dimension_numbers"]
+            offset_axes, collapsed_axes = numbers.offset_dims, numbers.collapsed_slice_dims
+            indexed_axes = numbers.start_index_map
+            mode = self.equation.params["mode"]
+        numbers = lax.ScatterDimensionNumbers(
+            update_window_dims=tuple(axis + 1 for axis in offset_axes),  # the first is the steps'
+            inserted_window_dims=collapsed_axes,
+            scatter_dims_to_operand_dims=indexed_axes,
+        )
+        return lax.scatter_add(total, places, bars.astype(total.dtype), numbers, mode=mode)
 
 
-def _kept(ndim: int, contracted: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(axis for axis in range(ndim) if axis not in contracted)
+def _other_axes(ndim: int, axes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(axis for axis in range(ndim) if axis not in axes)
 
 
 def _as_matrix(array: jax.Array, columns: tuple[int, ...]) -> jax.Array:
-    """Rows: all other axes. Two axes contracted at once take XLA 2.5 times as long on CPU."""
-    rows = _kept(array.ndim, columns)
-    return array.transpose(*rows, *columns).reshape(
-        [math.prod(array.shape[i] for i in axes) for axes in (rows, columns)]
-    )
+    """These axes as columns, all others as rows.
+
+    Two axes contracted at once take XLA 2.5 times as long on CPU as one.
+    """
+    rows = _other_axes(array.ndim, columns)
+    shape = [math.prod(array.shape[axis] for axis in axes) for axes in (rows, columns)]
+    return array.transpose(*rows, *columns).reshape(shape)
 
 
-def weight_gradient(product: Product, operands: jax.Array, cotangents: jax.Array) -> jax.Array:
+def weight_gradient(product: Product, operands: jax.Array, bars: jax.Array) -> jax.Array:
     """`W̄ = Σ_t a_tᵀ z̄_t` from operands and cotangents `[S, ...]`, in float32 at least."""
-    axes = product.equation.params["dimension_numbers"][0]
-    of_operand, of_weight = tuple(axes[1 - product.side]), tuple(axes[product.side])
+    contracted, _ = product.equation.params["dimension_numbers"]
+    operand_axes, weight_axes = contracted[1 - product.side], contracted[product.side]
     shape = product.weight.aval.shape
-    kept = _kept(len(shape), of_weight)
-    # z has the kept axes of the left side first; S comes before all of them.
-    first = 1 if product.side == 0 else cotangents.ndim - len(kept)
-    left = _as_matrix(operands, tuple(axis + 1 for axis in of_operand))
-    right = _as_matrix(cotangents, tuple(range(first, first + len(kept))))
-    flat = lax.dot_general(
+    free_axes = _other_axes(len(shape), weight_axes)
+    # Of z the free axes of the left side come first; the axis of the steps comes before all.
+    first = 1 if product.side == 0 else bars.ndim - len(free_axes)
+    left = _as_matrix(operands, tuple(axis + 1 for axis in operand_axes))
+    right = _as_matrix(bars, tuple(range(first, first + len(free_axes))))
+    matrix = lax.dot_general(
         left,
         right,
         (((0,), (0,)), ((), ())),
         precision=product.equation.params["precision"],
         preferred_element_type=widened_dtype(left.dtype, right.dtype),
     )
-    order = (*of_weight, *kept)
-    back = sorted(range(len(shape)), key=order.__getitem__)
-    return flat.reshape([shape[axis] for axis in order]).transpose(back)
+    # Its rows are the contracted axes of W, its columns the free ones: back into W's order.
+    order = (*weight_axes, *free_axes)
+    inverse = sorted(range(len(shape)), key=order.__getitem__)
+    return matrix.reshape([shape[axis] for axis in order]).transpose(inverse)
 
 
 def _is_placed(aval: Any) -> bool:
@@ -112,25 +135,38 @@ def _is_placed(aval: Any) -> bool:
     return any(axis is not None for axis in getattr(getattr(aval, "sharding", None), "spec", ()))
 
 
-def weight_side(equation: JaxprEqn, fixed: set, learned: set) -> int | None:
-    """On which side of a `dot_general` a weight stands; None if that is not what the equation is."""
-    if equation.primitive is not lax.dot_general_p or any(equation.params["dimension_numbers"][1]):
+def weight_side(equation: JaxprEqn, invariant: set, learned: set) -> int | None:
+    """On which side of a `dot_general` a weight stands; None if that is not what the equation is.
+
+    invariant: the variables that are the same in every step. learned: those of them that depend on
+    a parameter.
+    """
+    if equation.primitive is not lax.dot_general_p:
         return None
-    weights = [i for i, v in enumerate(equation.invars) if not isinstance(v, Literal) and v in learned]
-    varying = [v for v in equation.invars if not isinstance(v, Literal) and v not in fixed]
-    inexact = all(is_inexact(v.aval) and not _is_placed(v.aval) for v in equation.invars)
-    return weights[0] if inexact and len(weights) == len(varying) == 1 else None
+    _, batch_axes = equation.params["dimension_numbers"]
+    if any(batch_axes):
+        return None
+    sides = list(enumerate(equation.invars))
+    weights = [i for i, v in sides if not isinstance(v, Literal) and v in learned]
+    varying = [i for i, v in sides if not isinstance(v, Literal) and v not in invariant]
+    if not all(is_inexact(v.aval) and not _is_placed(v.aval) for v in equation.invars):
+        return None
+    return weights[0] if len(weights) == len(varying) == 1 else None
 
 
-def is_lookup(equation: JaxprEqn, fixed: set, learned: set) -> bool:
-    """Whether an equation takes rows from a table, fewer numbers than the table has, at places that vary."""
+def is_lookup(equation: JaxprEqn, invariant: set, learned: set) -> bool:
+    """Whether an equation takes rows from a table, at places that vary, and not all of it."""
     if equation.primitive is lax.gather_p:
-        simple = not equation.params["dimension_numbers"].operand_batching_dims
+        is_simple = not equation.params["dimension_numbers"].operand_batching_dims
     else:
-        simple = equation.primitive is lax.dynamic_slice_p
-    if not simple or isinstance(equation.invars[0], Literal) or equation.invars[0] not in learned:
+        is_simple = equation.primitive is lax.dynamic_slice_p
+    if not is_simple:
         return False
-    table: Any = equation.invars[0].aval
-    rows: Any = equation.outvars[0].aval
-    varies = any(not isinstance(v, Literal) and v not in fixed for v in equation.invars[1:])
-    return varies and is_inexact(table) and not _is_placed(table) and rows.size < table.size
+    table, *places = equation.invars
+    if isinstance(table, Literal) or table not in learned:
+        return False
+    table_aval: Any = table.aval
+    rows_aval: Any = equation.outvars[0].aval
+    varies = any(not isinstance(v, Literal) and v not in invariant for v in places)
+    is_smaller = rows_aval.size < table_aval.size
+    return varies and is_smaller and is_inexact(table_aval) and not _is_placed(table_aval)

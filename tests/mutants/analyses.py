@@ -469,13 +469,13 @@ ANALYSES = (
         "jnp.array(True)",
     ),
     # what depends on what
-    Mutant("path_over_one_carry_only", DEPENDENCE, "paths", "while (more", "if (more"),
+    Mutant("path_over_one_carry_only", DEPENDENCE, "paths", "while not", "if not"),
     Mutant(
         "dependence_of_the_first_output_only",
         DEPENDENCE,
-        "_outputs",
-        ", _through(equation, given), strict=True",
-        "[:1], _through(equation, given), strict=False",
+        "_sources_of_outputs",
+        ", _through(equation, operands), strict=True",
+        "[:1], _through(equation, operands), strict=False",
     ),
     Mutant("path_to_every_parameter", DEPENDENCE, "paths", "any(params_read)", "all(params_read)"),
     # comparison and window lengths
