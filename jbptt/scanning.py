@@ -9,7 +9,7 @@ from jax import lax
 
 from jbptt import batch_axes, engine, validation
 from jbptt.arrays import zero_masked
-from jbptt.recurrence import held, unroll
+from jbptt.recurrence import held
 from jbptt.scan_vjp import Recurrence
 from jbptt.types import Batch, Carry, PyTree
 
@@ -27,36 +27,43 @@ def scan(
 ) -> tuple[Carry, PyTree]:
     """`lax.scan` with a faster backward pass that keeps less, for any recurrence and any loss.
 
-        h_t, y_t = f(h_{t-1}, x_t),     λ_{t-1} = gates[t] · (J_tᵀ λ_t + (∂y_t/∂h_{t-1})ᵀ ȳ_t),     J_t = ∂h_t/∂h_{t-1}
+        h_t, y_t = f(h_{t-1}, x_t),     J_t = ∂h_t/∂h_{t-1}
+        λ_{t-1} = gates[t] · (J_tᵀ λ_t + (∂y_t/∂h_{t-1})ᵀ ȳ_t)
 
-    The values are `lax.scan`'s. Reverse mode cuts the program of one step and its derivative into a forward and a
-    backward loop that keep between them only what is dear to compute, and forms the gradients of weights after the
-    loop, in float32 at least. Gradients flow into whatever `f` closes over, into `init` and into `xs`.
+    The values are `lax.scan`'s. Reverse mode cuts the program of one step and its derivative into a
+    forward and a backward loop that keep between them only what is dear to compute, and forms the
+    gradients of weights after the loop, in float32 at least. Gradients flow into whatever `f`
+    closes over, into `init` and into `xs`.
 
     A callback in `f` is called again where a segment is computed again.
 
-    Reverse mode of any order, and forward over reverse, work; under jit, vmap, scan, shard_map and checkpoint too.
-    Plain forward mode (`jax.jvp`, `jacfwd`) raises JAX's TypeError: use `lax.scan`, or `unroll`, for it.
+    Reverse mode of any order, and forward over reverse, work; under jit, vmap, scan, shard_map and
+    checkpoint too. Plain forward mode (`jax.jvp`, `jacfwd`) raises JAX's TypeError: use `lax.scan`,
+    or `unroll`, for it.
 
     Args:
       f: `(carry, x) -> (carry, y)`; may close over parameters, traced or not.
       init: the carry that enters step 0; floating leaves are differentiated, others pass.
       xs: leaves `[T, ...]`, or None with `length`.
       length: T, where `xs` has no leaves.
-      reverse: from the last step to the first, as in `lax.scan`. `gates[t]` and `mask[t]` belong to `xs[t]`.
-      segment: recompute in segments of this many steps on the way back: memory O(T/segment + segment) beyond
-        what is returned, for one more forward pass. None keeps the whole sequence.
-      gates: `[T]` or `[T, *batch]`, bool or real: what the gradient that crosses from step t into the carry that it
-        received is multiplied by. 0 every k steps is truncation to blocks of k. They are not differentiated, and a
-        second derivative is that of the gradient as returned.
-      mask: bool, `[T]` or `[T, *batch]`; a masked step holds the carry and gives `ys = 0`, whatever stands in xs.
+      reverse: from the last step to the first, as in `lax.scan`. `gates[t]` and `mask[t]` belong to
+        `xs[t]`.
+      segment: recompute in segments of this many steps on the way back: memory
+        O(T/segment + segment) beyond what is returned, for one more forward pass. None keeps the
+        whole sequence.
+      gates: `[T]` or `[T, *batch]`, bool or real: what the gradient that crosses from step t into
+        the carry that it received is multiplied by. 0 every k steps is truncation to blocks of k.
+        They are not differentiated, and a second derivative is that of the gradient as returned.
+      mask: bool, `[T]` or `[T, *batch]`; a masked step holds the carry and gives `ys = 0`, whatever
+        stands in xs.
 
     Returns:
       The last carry, and ys with leaves `[T, ...]`.
 
     Raises:
-      ValueError: lengths that disagree; gates or mask that do not fit the carry; a segment < 1; a mutable array
-        closed over, with gates, mask or segment. What `lax.scan` raises where the carry changes its type.
+      ValueError: lengths that disagree; gates or mask that do not fit the carry; a segment < 1; a
+        mutable array closed over, with gates, mask or segment. What `lax.scan` raises where the
+        carry changes its type.
 
     >>> def loss(w):  # the last output looks at all of them
     ...     _, ys = scan(lambda h, x: (w * h + x, w * h + x), 0.0, jnp.ones(3))
@@ -73,54 +80,57 @@ def scan(
     num_steps = validation.count_steps({"xs": xs, "gates": gates, "mask": mask}, length)
     init, xs, gates, mask = jax.tree.map(jnp.asarray, (init, xs, gates, mask))
     if engine.fast is None:
-        return _plain(f, init, xs, num_steps, reverse, segment, gates, mask)
-    init, step, consts = _traced(f, init, xs, length, reverse)
+        engine.warn_that_the_plain_engine_runs(engine.import_error)
+        # JAX says what is wrong with f.
+        jax.eval_shape(partial(lax.scan, f, length=length, reverse=reverse), init, xs)
+        step, consts = (lambda _, carry, x: f(carry, x)), []
+    else:
+        init, step, consts = _traced(f, init, xs, length, reverse)
     if gates is not None or mask is not None:
-        one = batch_axes.first_step(lambda _, c, x: f(c, x), None, (), init, Batch(xs))
-        validation.check_gates_and_mask(gates, mask, init, one)
+        problem = batch_axes.first_step(lambda _, c, x: f(c, x), None, (), init, Batch(xs))
+        validation.check_gates_and_mask(gates, mask, init, problem)
     if any(hasattr(jax.typeof(leaf), "inner_aval") for leaf in consts):
         if not (gates is mask is segment is None):
             raise ValueError(
-                "f closes over a mutable array, got gates, mask or segment beside it, which do not go with one: leave "
-                "them out, or put the array into the carry"
+                "f closes over a mutable array, got gates, mask or segment beside it, which do not "
+                "go with one: leave them out, or put the array into the carry"
             )
         return lax.scan(f, init, xs, length, reverse)
     recurrence = Recurrence(held(step), num_steps, reverse, min(segment or num_steps, num_steps))
-    carry, ys = recurrence.run(consts, init, (xs, mask), gates)
+    run = recurrence.plain if engine.fast is None else recurrence.run
+    carry, ys = run(consts, init, (xs, mask), gates)
     return carry, ys if mask is None else jax.vmap(zero_masked)(mask, ys)
 
 
-def _plain(f, init, xs, num_steps, reverse, segment, gates, mask) -> tuple[Carry, PyTree]:
-    """`unroll`, which is public JAX alone."""
+def _traced(
+    f: Callable,
+    init: Carry,
+    xs: PyTree,
+    length: int | None,
+    reverse: bool,
+) -> tuple[Carry, Callable, list]:
+    """The carry in the dtypes that it keeps, and f as `(consts, carry, x) -> (carry, y)`, consts.
 
-    def turned(tree):
-        return jax.tree.map(lambda a: jnp.flip(a, 0), tree) if reverse else tree
-
-    def step(_, carry, x):
-        return f(carry, x)
-
-    xs, gates, mask = turned((xs, gates, mask))
-    options: dict = {"gates": gates, "mask": mask, "segment": segment, "length": num_steps}
-    carry, ys = unroll(step, (), init, xs, **options)
-    return carry, turned(ys)
-
-
-def _traced(f: Callable, init: Carry, xs: PyTree, length: int | None, reverse: bool) -> tuple[Carry, Callable, list]:
-    """The carry in the dtypes that it keeps, f as `(consts, carry, x) -> (carry, y)`, and what f closes over."""
+    The consts are what f closes over.
+    """
 
     def trace(init):
-        x = jax.eval_shape(lambda: jax.tree.map(lambda a: a[0], xs))
-        return engine.fast.closed_over(f, init, x)
+        first_x = jax.eval_shape(lambda: jax.tree.map(lambda a: a[0], xs))
+        return engine.fast.closed_over(f, init, first_x)
 
     def types(tree):
-        return jax.tree.map(lambda a: (jnp.shape(a), a.dtype, getattr(a, "weak_type", False)), tree)
+        def type_of(leaf):
+            return jnp.shape(leaf), leaf.dtype, getattr(leaf, "weak_type", False)
+
+        return jax.tree.map(type_of, tree)
 
     step, consts, result = trace(init)
     is_pair = isinstance(result, tuple | list) and len(result) == 2
-    after = result[0] if is_pair else None
-    if jax.tree.structure(after) != jax.tree.structure(init) or types(after) != types(init):
+    carry = result[0] if is_pair else None
+    has_structure = jax.tree.structure(carry) == jax.tree.structure(init)
+    if not has_structure or types(carry) != types(init):
         # JAX says what is wrong, or to what a weakly typed carry is promoted.
-        after, _ = jax.eval_shape(partial(lax.scan, f, length=length, reverse=reverse), init, xs)
-        init = jax.tree.map(lambda a, s: lax.convert_element_type(a, s.dtype), init, after)
+        carry, _ = jax.eval_shape(partial(lax.scan, f, length=length, reverse=reverse), init, xs)
+        init = jax.tree.map(lambda a, s: lax.convert_element_type(a, s.dtype), init, carry)
         step, consts, _ = trace(init)
     return init, step, consts

@@ -95,6 +95,28 @@ def test_scan(options, plain):
     assert_same(plain(run), run())
 
 
+@pytest.mark.parametrize("segment", [None, 2])
+def test_second_derivatives_of_a_gated_scan(segment, plain):
+    """Both engines differentiate the gated gradient as it is returned, in either order."""
+    w, h, xs = jnp.eye(3) / 2, jnp.ones((2, 3)), jnp.cos(jnp.arange(30.0)).reshape(5, 2, 3)
+    gated = partial(scan, segment=segment, gates=jnp.linspace(0, 2, 5))
+    direction = jnp.cos(jnp.arange(9.0)).reshape(3, 3)
+
+    def run():
+        gradient = jax.grad(lambda w: of_outputs(gated, w, h, xs))
+        along = jax.grad(lambda w: jnp.vdot(gradient(w), direction))
+        return along(w), jax.jvp(gradient, (w,), (direction,))[1]
+
+    assert_same(plain(run), run())
+
+
+def test_scan_says_that_the_plain_one_runs(monkeypatch):
+    monkeypatch.setattr(engine, "fast", None)
+    monkeypatch.setattr(engine, "import_error", ImportError("hidden"))
+    with pytest.warns(RuntimeWarning, match="the plain engine runs.*hidden"):
+        scan(lambda h, x: (h + x, h), 0.0, jnp.ones(3))
+
+
 def test_what_the_fast_one_cannot_do_the_plain_one_does(monkeypatch):
     """Wherever it stops: while it reads, on the way forward, on the way back."""
     w, h, xs = jnp.eye(3) / 2, jnp.ones((2, 3)), jnp.ones((5, 2, 3))
