@@ -9,13 +9,16 @@ import pytest
 
 jax.config.update("jax_enable_x64", True)
 
+FULL = os.environ.get("JBPTT_FULL") == "1"
+USUAL = "not more"
+MOST_MAPS = 4000  # of 65,530 by default
 QUICK_CODE = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 
 
 def _generate_code_quickly():
     """Two thirds of the time to compile. Tried in another process: an XLA without these flags ends the process."""
     given = os.environ.get("XLA_FLAGS", "")
-    if os.environ.get("JBPTT_FULL") == "1" or QUICK_CODE in given:
+    if FULL or QUICK_CODE in given:
         return
     environment = os.environ | {"XLA_FLAGS": f"{given} {QUICK_CODE}"}
     if subprocess.run(
@@ -30,19 +33,50 @@ _generate_code_quickly()
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """Most of the time is compilation, on one core: `pytest` alone takes two where pytest-xdist is installed."""
-    whole = config.args_source == config.ArgsSource.TESTPATHS and "PYTEST_XDIST_WORKER" not in os.environ
-    if whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
+    """Most of the time is compilation, on one core: `pytest` alone takes two where pytest-xdist is installed.
+
+    It takes the usual run; a path, all that stands there.
+    """
+    if config.args_source != config.ArgsSource.TESTPATHS:
+        return
+    if not (config.option.markexpr or FULL):
+        config.option.markexpr = USUAL
+    if "PYTEST_XDIST_WORKER" in os.environ or not config.pluginmanager.hasplugin("xdist"):
+        return
+    if config.option.numprocesses is None:
         config.option.numprocesses, config.option.dist = 2, "worksteal"
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """What is marked `full` repeats on more cases what is checked without it: `JBPTT_FULL=1 pytest` runs it too."""
-    if os.environ.get("JBPTT_FULL") == "1":
-        return
-    left_out = [item for item in items if item.get_closest_marker("full")]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in set(left_out)]
+    """Leaves `full` to `JBPTT_FULL=1 pytest`; holds what the usual run owes to what it leaves out."""
+    if not FULL:
+        left_out = [item for item in items if item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+    if config.option.markexpr == USUAL:
+        check_that_every_promise_is_touched(items)
+
+
+def check_that_every_promise_is_touched(items):
+    """A case that the usual run leaves out has another of its function there, or its mark names a function that is."""
+    usual = {name_of(item) for item in items if not item.get_closest_marker("more")}
+    for item in items:
+        marker = item.get_closest_marker("more")
+        file, function = name_of(item)
+        instead = file_and_function(*marker.args or (function,), file) if marker else (file, function)
+        if instead not in usual:
+            raise pytest.UsageError(f"{item.nodeid} is not in the usual run, and no case of {'::'.join(instead)} is")
+
+
+def name_of(item):
+    """Its file and its function, without the case."""
+    return item.path.stem, item.originalname
+
+
+def file_and_function(name, file):
+    """Of `function` in this file, or `file::function`."""
+    return tuple(name.split("::")) if "::" in name else (file, name)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -51,14 +85,24 @@ def quick_compilation(request):
 
     Optimized as users have them: all in the full run, and modules that say `OPTIMIZED = True`.
     """
-    optimized = os.environ.get("JBPTT_FULL") == "1" or getattr(request.module, "OPTIMIZED", False)
+    optimized = FULL or getattr(request.module, "OPTIMIZED", False)
     jax.config.update("jax_disable_most_optimizations", not optimized)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def fresh_caches():
-    """Hundreds of live programs exhaust the process's memory maps."""
+def few_live_programs(request):
+    """Hundreds of live programs exhaust memory and the process's memory maps; small ones that many modules use stay."""
     yield
-    jax.clear_caches()
+    if getattr(request.module, "OPTIMIZED", False) or not few_memory_maps():
+        jax.clear_caches()
+
+
+def few_memory_maps():
+    """Some six modules' worth; unknown on other systems than Linux."""
+    try:
+        with open("/proc/self/maps", "rb") as maps:
+            return sum(1 for _ in maps) < MOST_MAPS
+    except OSError:
+        return False

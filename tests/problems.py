@@ -12,9 +12,22 @@ from jbptt import Batch, cells
 INPUT, HIDDEN, OUTPUT, EXAMPLES = 2, 3, 2, 3
 
 
-def usual(wanted, values):
-    """The values of a test's parameter: those that are not wanted always belong to the full run."""
-    return [value if value in wanted else pytest.param(value, marks=pytest.mark.full) for value in values]
+def usual(wanted, values, full=()):
+    """The values of a test's parameter: those wanted in the usual run, `full` in the full one.
+
+    All others are `more`, for CI.
+    """
+    return usual_rows(*([(value,) for value in some] for some in (wanted, values, full)))
+
+
+def usual_rows(wanted, rows, full=()):
+    """The same for several parameters at once, a tuple for each case."""
+
+    def param(row):
+        marks = () if row in wanted else pytest.mark.full if row in full else pytest.mark.more
+        return pytest.param(*row, marks=marks)
+
+    return [param(row) for row in rows]
 
 
 class Problem(NamedTuple):

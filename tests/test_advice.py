@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from jax.flatten_util import ravel_pytree
-from problems import one_update
+from problems import one_update, usual
 
 from jbptt import Batch, cells, clipping, diagnose, full_bptt, measure_cost, truncated_bptt, truncation, unroll
 from jbptt.analysis.advice import Advice, advise
@@ -79,7 +79,7 @@ def healthy(name):
     return LSTM, ({**params, "b": open_gates(LSTM, 5.0)["b"], "w_h": 0.1 * params["w_h"]}, carry, batch)
 
 
-@pytest.mark.parametrize("name", ["orthogonal rnn", "lstm"])
+@pytest.mark.parametrize("name", usual(["orthogonal rnn"], ["orthogonal rnn", "lstm"]))
 def test_a_healthy_gradient_gets_no_advice(name):
     cell, problem = healthy(name)
     found = look(cell.step, loss, *problem)
@@ -137,6 +137,7 @@ def test_clipping(fault):
     assert after < advice.value / 2
 
 
+@pytest.mark.more("test_recurrent_initialisation")
 @pytest.mark.parametrize("cell", [GRU, LSTM], ids=["gru", "lstm"])
 def test_gated_cell(cell):
     *_, batch, found = vanishing()
@@ -146,6 +147,7 @@ def test_gated_cell(cell):
     assert better.half_life / NUM_STEPS > 2 * advice.value
 
 
+@pytest.mark.more("test_activation_of_saturated_units")
 def test_activation_of_dead_units():
     params, carry, batch = draw()
     params["b"] = params["b"].at[:3].set(-50.0)
@@ -158,6 +160,7 @@ def test_activation_of_dead_units():
         assert float(better.dead) == 0 and "activation" not in topics(better)
 
 
+@pytest.mark.more("test_where_all_units_are_saturated")
 def test_where_all_units_are_dead():
     params, carry, batch = draw()
     params["b"] = params["b"] - 50.0
@@ -225,6 +228,7 @@ def test_regularisation():
     assert float(better.exponent) < advice.value - 0.05
 
 
+@pytest.mark.more("test_a_piece_of_advice_reads_as_a_sentence")
 def test_learning_rate():
     params, carry, batch = draw(inputs=0.05)
     rate = 3.0
@@ -244,7 +248,15 @@ def test_learning_rate():
     assert better < start < too_far
     calm = look(RNN.step, loss, params, carry, batch, learning_rate=number_in(advice.remedy))
     assert "learning rate" not in topics(calm)
+    for bad in (0.0, -1.0, "fast"):
+        with pytest.raises(ValueError, match="learning_rate must be a finite number > 0"):
+            diagnose(RNN.step, loss, params, carry, batch, learning_rate=bad)
 
+
+@pytest.mark.more("test_a_piece_of_advice_reads_as_a_sentence")
+def test_curvature():
+    params, carry, batch = draw(inputs=0.05)
+    found = look(RNN.step, loss, params, carry, batch, learning_rate=3.0)
     flat, back = ravel_pytree(params)
     mean = lambda flat: jnp.mean(loss(unroll(RNN.step, back(flat), carry, batch.xs)[1], batch.targets))
     engine = lambda flat: ravel_pytree(one_update(full_bptt(RNN.step, loss), back(flat), carry, batch).grads)[0]
@@ -258,9 +270,6 @@ def test_learning_rate():
         return jnp.stack([*forward, *reverse, g @ jax.hessian(mean)(flat) @ g]) / (g @ g)
 
     np.testing.assert_allclose(curvatures(), float(found.curvature), rtol=1e-9)
-    for bad in (0.0, -1.0, "fast"):
-        with pytest.raises(ValueError, match="learning_rate must be a finite number > 0"):
-            diagnose(RNN.step, loss, params, carry, batch, learning_rate=bad)
 
 
 def test_a_diagnosis_that_is_not_finite_is_explained_by_its_exponent_alone():
@@ -302,6 +311,7 @@ def test_a_piece_of_advice_reads_as_a_sentence():
         assert max(map(len, str(found).splitlines())) <= 100
 
 
+@pytest.mark.more("test_a_healthy_gradient_gets_no_advice")
 def test_cuts_and_resets_are_not_the_cells_fault():
     """An orthogonal network keeps its state; what the user cuts, and what resets wipe out, needs no gates."""
     cell = cells.linear(INPUT, HIDDEN)
@@ -314,6 +324,7 @@ def test_cuts_and_resets_are_not_the_cells_fault():
     assert found.verdict == "vanishing" and float(found.half_life) < NUM_STEPS / 4 and topics(found) <= {"window"}
 
 
+@pytest.mark.more("test_a_healthy_gradient_gets_no_advice")
 def test_padding_is_no_part_of_the_sequence():
     """Eight steps and 56 of padding get the advice that the eight get."""
     params, carry, batch = draw(radius=0.9, inputs=0.1)
@@ -329,6 +340,7 @@ def test_padding_is_no_part_of_the_sequence():
         assert topics(found) == topics(alone) == set()
 
 
+@pytest.mark.more("test_recurrent_initialisation")
 def test_the_lstm_gets_no_advice_about_one_matrix():
     params, carry, batch = draw(LSTM, radius=0.1)
     found = look(LSTM.step, loss, params, carry, batch)

@@ -13,7 +13,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from oracles import brute_force
 from oracles.brute_force import hold, per_example
-from problems import EXAMPLES, assert_close
+from problems import EXAMPLES, assert_close, usual
 
 from jbptt import (
     Batch,
@@ -55,8 +55,8 @@ CASES = {
 }
 
 
-MORE = "rnn", "gru, interior padding"  # what the others have as well
-NAMES = [pytest.param(name, marks=pytest.mark.full if name in MORE else []) for name in CASES]
+# The last but one has a mask, weights and gates of each example, in two stages; the others have some of it.
+NAMES = usual(["lstm with readout, all per example"], CASES, full=("rnn", "gru, interior padding"))
 
 
 def problem_of(case):
@@ -321,6 +321,7 @@ def every_analysis(step, loss, params, carry, batch, gates):
     )
 
 
+@pytest.mark.more("test_diagnosis::test_vmap_is_a_loop")
 def test_eager_is_jit_and_vmap_is_a_loop():
     step, loss, params, carry, batch = problems.make("tanh+readout", 3)
     batch = batch._replace(mask=MASK[:3], weights=WEIGHTS[:3])
@@ -336,7 +337,8 @@ def test_eager_is_jit_and_vmap_is_a_loop():
     assert_close(together, jax.tree.map(lambda *a: jnp.stack(a), *looped))
 
 
-@pytest.mark.parametrize("analysis", [gradient_flow, functools.partial(lag_profile, max_lag=3)])
+@pytest.mark.parametrize("analysis", usual([gradient_flow], [gradient_flow, functools.partial(lag_profile, max_lag=3)]))
+@pytest.mark.more("test_updates_differentiated::test_derivative_of_what_is_gated")
 def test_derivatives_of_what_is_gated(analysis):
     """They are those of its numbers: gates scale what flows back, not how the carries depend on the parameters."""
     step, loss, params, carry, batch = problems.make("tanh+readout", NUM_STEPS)
@@ -354,7 +356,7 @@ def test_derivatives_of_what_is_gated(analysis):
         np.testing.assert_allclose(derivative, numeric, rtol=1e-6)
 
 
-@pytest.mark.parametrize("num_steps", [65, 193])
+@pytest.mark.parametrize("num_steps", usual([65], [65, 193]))
 def test_flow_in_stages_is_that_in_one(num_steps):
     step = lambda w, h, x: (jnp.tanh(w * h + x),) * 2
     batch = Batch(jnp.asarray(np.random.default_rng(0).normal(size=(num_steps, 2))))
@@ -374,6 +376,7 @@ def test_flow_says_which_losses_meet_an_infinite_derivative():
     assert np.array_equal(np.isfinite(found), (t < 3) | (s > 3))
 
 
+@pytest.mark.more("test_curve")
 def test_sizes_whose_squares_overflow_and_underflow_in_float32():
     """A loss 10^±30 times as large has the same curve, and 10^±30 times the norms."""
     with jax.enable_x64(False):

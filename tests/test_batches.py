@@ -10,7 +10,7 @@ import problems
 import pytest
 from contract import ESTIMATORS
 from oracles import brute_force
-from problems import EXAMPLES, assert_close, assert_same_bits, cut, one_update
+from problems import EXAMPLES, assert_close, assert_same_bits, cut, one_update, usual, usual_rows
 
 from jbptt import Batch, cells, full_bptt, truncated_bptt, unroll
 
@@ -63,7 +63,7 @@ def fill(tree, mask, number, integer):
 GARBAGE = [(0.0, 0), (np.nan, 10**9), (np.inf, -(10**9)), (-1e308, 2**62)]
 
 
-@pytest.mark.parametrize(("name", "kind"), COMBINATIONS)
+@pytest.mark.parametrize(("name", "kind"), usual_rows([("full", "[T]"), ("strides", "[T, B]")], COMBINATIONS))
 def test_garbage_in_padding_changes_no_bit_of_an_estimate(name, kind):
     step, loss, params, carry, batch = embedded_problem()
     estimator = ESTIMATORS[name].make(step, loss)
@@ -85,8 +85,8 @@ def test_garbage_in_padding_changes_no_bit_of_an_estimate(name, kind):
         assert_same_bits(other, clean)
 
 
-@pytest.mark.parametrize("kind", MASKS)
-@pytest.mark.parametrize("segment", [None, 4])
+@pytest.mark.parametrize("kind", usual(["[T, B]"], MASKS))
+@pytest.mark.parametrize("segment", usual([4], [None, 4]))
 def test_garbage_in_padding_changes_no_bit_of_unroll(kind, segment):
     step, _, params, carry, batch = embedded_problem()
     mask = jnp.asarray(MASKS[kind])
@@ -119,7 +119,7 @@ def test_masked_steps_hold_the_carry():
     assert_same_bits(*(jax.tree.map(lambda leaf: leaf[2], tree) for tree in (last, carry)))
 
 
-@pytest.mark.parametrize(("name", "kind"), COMBINATIONS[:-1])
+@pytest.mark.parametrize(("name", "kind"), usual_rows([("strides", "[T]"), ("full", "[T, B]")], COMBINATIONS[:-1]))
 def test_masks_and_weights_follow_the_contract(name, kind):
     """A masked step counts for windows and lags, holds the carry, has no source and no loss."""
     step, loss, params, carry, batch = problems.make("tanh+readout", NUM_STEPS)
@@ -152,7 +152,7 @@ def test_axes_align_on_the_left_when_steps_and_examples_are_as_many():
         assert abs(narrow.loss - other.loss) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["full", "blocks", "sliding"])
+@pytest.mark.parametrize("name", usual(["full"], ["full", "blocks", "sliding"]))
 def test_ragged_rows_equal_their_own_sequences(name):
     """A padded batch is the sum of its rows, each run alone at its true length."""
     step, loss, params, carry, batch = problems.make("tanh+readout", NUM_STEPS)
@@ -171,7 +171,7 @@ def test_ragged_rows_equal_their_own_sequences(name):
     assert_close(together.loss, sum(r.loss * n for r, n in zip(rows, lengths, strict=True)) / sum(lengths))
 
 
-@pytest.mark.parametrize("name", ["full", "ragged blocks", "sliding", "randomized"])
+@pytest.mark.parametrize("name", usual(["full"], ["full", "ragged blocks", "sliding", "randomized"]))
 def test_a_total_weight_of_zero(name):
     step, loss, params, carry, batch = embedded_problem()
     estimator = ESTIMATORS[name].make(step, loss)
@@ -186,7 +186,7 @@ def test_a_total_weight_of_zero(name):
     assert_close((estimate.loss, estimate.grads), (jnp.zeros(()), zeros), rtol=0)
 
 
-@pytest.mark.parametrize("name", ["full", "blocks", "ragged blocks", "sliding"])
+@pytest.mark.parametrize("name", usual(["ragged blocks"], ["full", "blocks", "ragged blocks", "sliding"]))
 def test_means_are_over_steps(name):
     """Losses 0 … T−1: the last target is not dropped, and a ragged tail is not weighted as a full window."""
     for num_steps in (NUM_STEPS, NUM_STEPS + 1):

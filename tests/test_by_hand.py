@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import one_update
+from problems import one_update, usual
 
 from jbptt import Batch, cells, full_bptt, gradient_flow, lag_profile, truncated_bptt, unroll
 
@@ -124,14 +124,20 @@ def test_a_leaf_that_examples_share_moves_with_any_of_them():
     assert int(last[1]) == 2
 
 
-@pytest.mark.parametrize("mask", [None, jnp.ones(3, bool)], ids=["no mask", "open mask"])
-@pytest.mark.parametrize("make", [full_bptt, partial(truncated_bptt, window=2, stride=1)], ids=["full", "sliding"])
+MASKS = {"no mask": None, "open mask": jnp.ones(3, bool)}
+MAKERS = {"full": full_bptt, "sliding": partial(truncated_bptt, window=2, stride=1)}
+
+
+@pytest.mark.parametrize("mask", usual(["open mask"], MASKS))
+@pytest.mark.parametrize("make", usual(["sliding"], MAKERS))
 def test_a_target_of_weight_zero_is_not_read(make, mask):
     def run(first):
-        batch = Batch(jnp.ones(3), jnp.array([first, 1.0, 2.0]), mask, jnp.array([0.0, 1, 1]))
-        return one_update(make(scalar, lambda y, target: (y - target) ** 2), 0.5, jnp.zeros(()), batch)
+        batch = Batch(jnp.ones(3), jnp.array([first, 1.0, 2.0]), MASKS[mask], jnp.array([0.0, 1, 1]))
+        estimator = MAKERS[make](scalar, lambda y, target: (y - target) ** 2)
+        return one_update(estimator, 0.5, jnp.zeros(()), batch)
 
-    assert run(jnp.nan).grads == run(0.0).grads and run(jnp.nan).loss == run(0.0).loss
+    unread, read = run(jnp.nan), run(0.0)
+    assert unread.grads == read.grads and unread.loss == read.loss
 
 
 def test_a_masked_output_never_meets_the_loss():

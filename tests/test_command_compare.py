@@ -10,29 +10,41 @@ pytest.importorskip("tyro")
 
 from jbptt.report import cli
 
-SMALL = [
-    "--hidden-size=3", "--num-steps=8", "--batch-size=2", "--num-updates=2", "--num-samples=2", "--cell=rnn",
-    "--window", "2", "4", "--keep-prob", "0.5", "--mean-length", "3",
-]  # fmt: skip
+SMALL = ["--hidden-size=3", "--num-steps=8", "--batch-size=2", "--num-updates=2", "--num-samples=2", "--cell=rnn"]
+FEW = [*SMALL, "--window", "2", "--keep-prob", "--mean-length"]
+MANY = [*SMALL, "--window", "2", "4", "--keep-prob", "0.5", "--mean-length", "3"]
 NAMES = ["full", "blocks of 2", "sliding 2", "blocks of 4", "sliding 4", "keep 0.5", "keep 0.5, no 1/π", "artbp 3.0"]
 
 
-@pytest.mark.parametrize("task", usual(["copy"], ["text", "copy", "adding"]))
+def assert_tables(shown, names):
+    bias, alignment, cost = (part.splitlines() for part in shown.out.strip().split("\n\n"))
+    for rows in (bias[1:], cost[1:]):
+        found = [next(n for n in sorted(names, key=len, reverse=True) if r.startswith(n)) for r in rows]
+        assert found == names
+    assert len(alignment) == len(names) + 2
+
+
+def test_tables_and_files_of_few(tmp_path, monkeypatch, capsys):
+    """Without options that draw; what is not asked for is not compared."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["compare", "--task=copy", *FEW, "--out=found"]) == 0
+    assert_tables(capsys.readouterr(), NAMES[:3])
+    numbers = json.loads((tmp_path / "found" / "comparison.json").read_text())
+    assert numbers["names"] == NAMES[:3] and numbers["relative_bias"][0] < 1e-6
+    assert "relative to the norm" in (tmp_path / "found" / "comparison.svg").read_text()
+
+
+@pytest.mark.more("test_tables_and_files_of_few")
+@pytest.mark.parametrize("task", usual(["copy"], ["text", "copy", "adding"], full=("text", "adding")))
 def test_tables_and_files(task, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     options = ["--tolerance=0.3", "--out=found"] if task == "copy" else []
-    assert cli.main(["compare", f"--task={task}", *SMALL, *options]) == 0
-    shown = capsys.readouterr()
+    assert cli.main(["compare", f"--task={task}", *MANY, *options]) == 0
     names = [*NAMES, "adaptive 0.3"] if options else NAMES
-    bias, alignment, cost = (part.splitlines() for part in shown.out.strip().split("\n\n"))
-    for rows in (bias[1:], cost[1:]):
-        assert [next(n for n in sorted(names, key=len, reverse=True) if row.startswith(n)) for row in rows] == names
-    assert len(alignment) == len(names) + 2
-    assert not options or sorted(path.name for path in (tmp_path / "found").iterdir()) == [
-        "comparison.json",
-        "comparison.svg",
-    ]
+    assert_tables(capsys.readouterr(), names)
     if options:
+        files = sorted(path.name for path in (tmp_path / "found").iterdir())
+        assert files == ["comparison.json", "comparison.svg"]
         numbers = json.loads((tmp_path / "found" / "comparison.json").read_text())
         assert numbers["names"] == names and numbers["command"].startswith("jbptt compare --task=copy")
         assert numbers["variance"][:5] == [0] * 5 and numbers["relative_bias"][0] < 1e-6

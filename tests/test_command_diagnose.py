@@ -5,6 +5,7 @@ import re
 import sys
 
 import pytest
+from problems import usual
 
 pytest.importorskip("tyro")
 
@@ -72,7 +73,7 @@ def model(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["my_model:problem", "my_model.py:problem"])
+@pytest.mark.parametrize("name", usual(["my_model:problem"], ["my_model:problem", "my_model.py:problem"]))
 def test_the_page_of_a_users_model(name, capsys):
     assert cli.main(["diagnose", name, "--no-measure", "--max-window", "3"]) == 0
     page = capsys.readouterr().out

@@ -17,7 +17,7 @@ import problems
 import pytest
 from contract import ESTIMATORS
 from jax.sharding import AxisType, PartitionSpec
-from problems import EXAMPLES, HIDDEN, INPUT, assert_close
+from problems import EXAMPLES, HIDDEN, INPUT, assert_close, usual
 
 import jbptt
 from jbptt import clipping, truncated_bptt, truncation, unroll
@@ -64,6 +64,7 @@ def test_inside_nnx():
     assert_close(*({path: leaf[...] for path, leaf in tree.items()} for tree in leaves))
 
 
+@pytest.mark.more("test_inside_nnx")
 def test_inside_equinox():
     """The same in `eqx.filter_jit` and `eqx.filter_value_and_grad`; params is the module, activation and all."""
     eqx = pytest.importorskip("equinox")
@@ -176,7 +177,7 @@ def clipped_training(step, loss):
     return run
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", usual(["bfloat16"], ["float64", "float32", "bfloat16"]))
 def test_strict_dtype_promotion(dtype):
     """Nothing in the package leaves a dtype to JAX's rules, with x64 on (float64) and off."""
     step, loss, *problem = full_problem(dtype)
@@ -209,6 +210,7 @@ def test_no_false_alarm_under_debug_nans():
             assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(grads)), name
 
 
+@pytest.mark.more("test_no_false_alarm_under_debug_nans")
 def test_a_diagnosis_reads_nans_under_debug_nans():
     """NaN is an answer there: of a part of the batch without weight, and where something is broken."""
     step, loss, params, carry, batch = full_problem()
@@ -220,7 +222,7 @@ def test_a_diagnosis_reads_nans_under_debug_nans():
     assert found.verdict == "non-finite" and int(found.nonfinite.step) == 3
 
 
-@pytest.mark.parametrize("name", ["segments", "ragged strides"])
+@pytest.mark.parametrize("name", usual(["ragged strides"], ["segments", "ragged strides"]))
 def test_an_estimator_inside_checkpoint_scan_and_vmap(name):
     """All three around one update, as in a loss of one's own that recomputes."""
     step, loss, params, carry, batch = full_problem()
@@ -244,14 +246,18 @@ def test_an_estimator_inside_checkpoint_scan_and_vmap(name):
     assert_close(jax.tree.map(lambda g: g[1], each), jax.jit(mean_gradient)(1.0))
 
 
-def test_sharded():
+PARTS = ["by a plan", "by plans of other estimators", "by explicit sharding", "by shard_map"]
+
+
+@pytest.mark.parametrize("part", usual(["by a plan"], PARTS))
+def test_on_two_devices(part):
     """Devices are counted before JAX starts, so in another process."""
     same_package = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     environment = os.environ | same_package | {"JAX_NUM_CPU_DEVICES": "2", "JAX_ENABLE_X64": "1"}
     environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0" if FULL else "1"
-    process = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    process = subprocess.run([sys.executable, __file__, part], env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stdout + process.stderr
-    assert "all agree on 2 devices" in process.stdout
+    assert f"all agree on 2 devices, {part}" in process.stdout
 
 
 def what_cannot_be_divided(step, loss, params, carry, batch):
@@ -301,20 +307,36 @@ def what_cannot_be_divided(step, loss, params, carry, batch):
     assert found.num_shards == 1  # what cannot be divided is no candidate
 
 
-def on_two_devices():
-    """Explicit sharding and shard_map, values against one device: what `test_sharded` runs in its process."""
+def on_two_devices(part):
+    """Values against one device: what `test_on_two_devices` runs in its process."""
     jax.config.update("jax_disable_most_optimizations", True)
     forward_backward.CHUNK_BYTES = 1  # several chunks even here
     step, loss, params, carry, batch = full_problem()
     # Two examples for two devices.
-    carry, batch = carry[:2], jax.tree.map(lambda a: a[:, :2], batch)
-    GATES["by example"] = lambda: batch.weights + 0.5
+    problem = step, loss, params, carry[:2], jax.tree.map(lambda a: a[:, :2], batch)
+    run = by_a_plan, functools.partial(planned, OTHERS), explicitly, mapped
+    dict(zip(PARTS, run, strict=True))[part](*problem)
+    print(f"all agree on {jax.device_count()} devices, {part}")
+
+
+def roads_and_gradients(step, loss, params, carry, batch):
+    """All roads, some of them, and the gradients that these give on one device."""
     every = roads(step, loss, params, carry, batch)
     some = {name: road for name, road in every.items() if name in (*SOME, "unroll, by example", "unroll, segments")}
-    expected = jax.jit(lambda *problem: {name: road(*problem) for name, road in some.items()})(params, carry, batch)
+    run = jax.jit(lambda *problem: {name: road(*problem) for name, road in some.items()})
+    return every, some, run(params, carry, batch)
 
+
+def placed(params, batch):
+    """How params, carry and batch lie on the devices."""
     by_example = jax.tree.map(lambda a: PartitionSpec(None, "batch"), batch)
-    specs = jax.tree.map(lambda a: PartitionSpec(), params), PartitionSpec("batch"), by_example
+    return jax.tree.map(lambda a: PartitionSpec(), params), PartitionSpec("batch"), by_example
+
+
+def explicitly(step, loss, params, carry, batch):
+    GATES["by example"] = lambda: batch.weights + 0.5
+    every, some, expected = roads_and_gradients(step, loss, params, carry, batch)
+    specs = placed(params, batch)
     explicit = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(explicit):
         problem = jax.tree.map(jax.device_put, (params, carry, batch), specs)
@@ -333,14 +355,21 @@ def on_two_devices():
             train = lambda *args, e=estimator: jbptt.train(e, optax.sgd(0.1), *args, key=jax.random.key(0))
             jax.eval_shape(train, *problem[:2], batches)
 
-    for make, segment in (
-        (jbptt.full_bptt, 3),
-        (functools.partial(jbptt.randomized_bptt, keep_prob=0.5), 3),
-        (functools.partial(jbptt.truncated_bptt, window=4), 3),  # a block is under way
-        (functools.partial(jbptt.truncated_bptt, window=4, streams=False), None),
-        (functools.partial(jbptt.truncated_bptt, window=5, stride=2), None),
-        (functools.partial(jbptt.adaptive_bptt, tolerance=0.5, max_window=3), None),
-    ):
+
+SEGMENTED = [
+    (jbptt.full_bptt, 3),
+    (functools.partial(jbptt.truncated_bptt, window=4), 3),  # a block is under way
+]
+OTHERS = [
+    (functools.partial(jbptt.randomized_bptt, keep_prob=0.5), 3),
+    (functools.partial(jbptt.truncated_bptt, window=4, streams=False), None),
+    (functools.partial(jbptt.truncated_bptt, window=5, stride=2), None),
+    (functools.partial(jbptt.adaptive_bptt, tolerance=0.5, max_window=3), None),
+]
+
+
+def planned(ways, step, loss, params, carry, batch):
+    for make, segment in ways:
 
         def both_updates(params, carry, batch, make=make, segment=segment):
             found = []
@@ -355,6 +384,11 @@ def on_two_devices():
         found = jax.device_get(jax.jit(both_updates)(params, carry, batch))
         one, two = ([np.asarray(leaf, float) for leaf in jax.tree.leaves(part)] for part in (found[:2], found[2:]))
         assert_close(two, one)
+
+
+def by_a_plan(step, loss, params, carry, batch):
+    """And what is refused."""
+    planned(SEGMENTED, step, loss, params, carry, batch)
     shared = lambda params, carry, x: ((step(params, carry[0], x)[0], carry[1]), step(params, carry[0], x)[1])
     for carried, piece, words in (
         ((carry, jnp.zeros(())), batch._replace(mask=None), "no axis of 2 examples in front"),
@@ -364,6 +398,10 @@ def on_two_devices():
             problems.one_update(jbptt.full_bptt(shared, loss, plan=jbptt.Plan(3, 2)), params, carried, piece)
     what_cannot_be_divided(step, loss, params, carry, batch)
 
+
+def mapped(step, loss, params, carry, batch):
+    _, some, expected = roads_and_gradients(step, loss, params, carry, batch)
+    specs = placed(params, batch)
     GATES["by example"] = lambda: jnp.full((NUM_STEPS, 1), 0.5)
     manual = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,))
     for check in (True, False) if FULL else (True,):
@@ -378,7 +416,6 @@ def on_two_devices():
         found = jax.device_get(jax.jit(run)(params, carry, batch))
         assert_close(found, {name: expected[name] for name in found})
     one_gradient_of_all_devices(manual, specs, step, loss, params, carry, batch)
-    print(f"all agree on {jax.device_count()} devices")
 
 
 def one_gradient_of_all_devices(mesh, specs, step, loss, params, carry, batch):
@@ -405,4 +442,4 @@ def one_gradient_of_all_devices(mesh, specs, step, loss, params, carry, batch):
 
 
 if __name__ == "__main__":
-    on_two_devices()
+    on_two_devices(sys.argv[1])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import assert_close, assert_same_bits, make, one_update
+from problems import assert_close, assert_same_bits, make, one_update, usual, usual_rows
 
 from jbptt import (
     Plan,
@@ -97,7 +97,9 @@ def unclipped(leaves):
     return leaves
 
 
-@pytest.mark.parametrize(("cell", "which"), [("tanh", "by value"), ("lstm", "by example")])
+@pytest.mark.parametrize(
+    ("cell", "which"), usual_rows([("lstm", "by example")], [("tanh", "by value"), ("lstm", "by example")])
+)
 def test_estimators_clip_at_every_step(cell, which):
     """Full, in segments, in blocks; and the clipping matters."""
     problem, (options, clip) = make(cell, T), CLIPS[which]
@@ -124,7 +126,10 @@ def test_windows_that_overlap_clip_each_chunk_by_itself():
     assert_close(gradients([estimator], problem)[0], means(total, problem))
 
 
-@pytest.mark.parametrize(("which", "segment"), [("whole", 4), ("by example", None), ("by value", 4)])
+UNROLLED = [("whole", 4), ("by example", None), ("by value", 4)]
+
+
+@pytest.mark.parametrize(("which", "segment"), usual_rows(UNROLLED[:1], UNROLLED))
 def test_differentiated_through_unroll(which, segment):
     """Under jit, scan and checkpoint, with a gate that cuts."""
     problem, (options, clip) = make("lstm", T), CLIPS[which]
@@ -301,7 +306,7 @@ def test_analyses_by_lag_clip_the_adjoint_of_each_loss():
     np.testing.assert_allclose(profile.cotangent_norms, wanted, rtol=1e-10)
 
 
-@pytest.mark.parametrize("inner", [lambda step: step, jax.jit, jax.checkpoint])
+@pytest.mark.parametrize("inner", usual([jax.jit], [lambda step: step, jax.jit, jax.checkpoint]))
 @pytest.mark.parametrize(
     "analysis",
     [step_jacobians, functools.partial(jacobian_products, spans=[2]), jax.jit(lyapunov_spectrum, static_argnums=0)],

@@ -14,9 +14,10 @@ def blocks(page, language):
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize(
-    "page", usual([p for p in PAGES if p.stem not in ("analyses", "estimators")], PAGES), ids=lambda page: page.name
-)
+FULL = [page for page in PAGES if page.stem in ("analyses", "estimators")]
+
+
+@pytest.mark.parametrize("page", usual(PAGES[:1], PAGES, full=FULL), ids=lambda page: page.name)
 def test_python_blocks_run(page, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # for the files that they write
     namespace = {}

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contract import ESTIMATORS
+from problems import usual
 from test_contract import KEY, batch_number, stream
 
 import jbptt
@@ -49,7 +50,7 @@ def two_updates(name):
     return jax.jit(run)(batch_number(0), batch_number(1))
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", usual(["ragged strides", "randomized"], ESTIMATORS))
 def test_every_estimator(name, plain):
     assert_same(plain(two_updates, name), two_updates(name))
 
@@ -82,15 +83,21 @@ def of_outputs(scanned, w, h, xs):
     return jnp.sum(jax.nn.softmax(ys, axis=0) * ys) + jnp.sum(h**2)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"segment": 2}, {"reverse": True}, {"gates": jnp.linspace(0, 2, 5), "reverse": True}],
-)
-def test_scan(options, plain):
+OPTIONS = {
+    "plain": {},
+    "in segments": {"segment": 2},
+    "backwards": {"reverse": True},
+    "gated, backwards": {"gates": jnp.linspace(0, 2, 5), "reverse": True},
+}
+
+
+@pytest.mark.parametrize("kind", usual(["gated, backwards"], OPTIONS))
+def test_scan(kind, plain):
     w, h, xs = (jnp.cos(jnp.arange(float(np.prod(s)))).reshape(s) for s in ((3, 3), (2, 3), (5, 2, 3)))
 
     def run():
-        return jax.value_and_grad(partial(of_outputs, partial(scan, **options)), argnums=(0, 1, 2))(w, h, xs)
+        scanned = partial(scan, **OPTIONS[kind])
+        return jax.value_and_grad(partial(of_outputs, scanned), argnums=(0, 1, 2))(w, h, xs)
 
     assert_same(plain(run), run())
 

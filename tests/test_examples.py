@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from problems import usual
 
 FOLDER = Path(__file__).parent.parent / "examples"
 SCRIPTS = {path.stem: path for path in sorted(FOLDER.glob("*.py"))}
@@ -19,7 +20,7 @@ def load(name):
     return module
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", usual(["equinox_series"], SCRIPTS))
 def test_short_form(name, tmp_path, capsys):
     """In single precision, as its users run it."""
     for package in ("matplotlib", *NEEDS.get(name, ())):

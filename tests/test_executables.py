@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import assert_close, squared_error
+from problems import assert_close, squared_error, usual
 
 import jbptt
 from jbptt import Batch, cells, executables, powers
@@ -95,7 +95,7 @@ def compilations(function, *arguments):
     return result, len(COMPILED)
 
 
-@pytest.mark.parametrize("name", ANALYSES)
+@pytest.mark.parametrize("name", usual(["lag_profile", "jacobian_products"], ANALYSES))
 def test_one_program_serves_all_calls(name):
     """Of one shape; its numbers are those of each call's own data, as under jit."""
     run = functools.partial(ANALYSES[name], CELL.step)
@@ -106,7 +106,7 @@ def test_one_program_serves_all_calls(name):
     assert_close(numbers_of(found), numbers_of(jax.jit(run)(*second)))
 
 
-@pytest.mark.parametrize("name", ON_THE_HOST)
+@pytest.mark.parametrize("name", usual(["choose_plan", "alignment"], ON_THE_HOST))
 def test_a_second_call_on_the_host_compiles_nothing(name):
     run = functools.partial(ON_THE_HOST[name], CELL.step)
     first = given(0)
@@ -166,7 +166,7 @@ def matrix(seed):
     return jnp.asarray(np.random.default_rng(seed).normal(size=(SIZE, SIZE)))
 
 
-@pytest.mark.parametrize("kind", STEPS)
+@pytest.mark.parametrize("kind", usual(["method"], STEPS))
 def test_each_step_has_its_own_numbers_and_frees_its_arrays(kind):
     """What closes over another matrix is another step, also where the first one's place in memory is used again."""
     for seed in range(3):
@@ -195,6 +195,7 @@ def test_a_method_is_the_same_whenever_it_is_looked_up():
         assert compilations(adjoints_of, look_up())[1] == 0
 
 
+@pytest.mark.more("test_a_dropped_loss_frees_its_arrays")
 def test_measurements_keep_nothing_either():
     w = matrix(0)
     step, alive = plain(w), weakref.ref(w)
@@ -216,6 +217,7 @@ def test_another_shape_is_compiled_once_more():
     assert_close(found, jax.jit(lambda: adjoints_of(step, batch=shorter))())
 
 
+@pytest.mark.more("test_what_was_traced_is_not_kept_either")
 def test_what_a_step_closes_over_may_be_traced():
     """By one transformation after another, of which none leaves anything behind for the next."""
     owner = Owner(None)

@@ -54,6 +54,7 @@ def test_any_text_is_cut_into_streams_or_refused(text, num_steps, batch_size):
             assert np.min(tokens) >= 0 and np.max(tokens) < size
 
 
+@pytest.mark.more("test_any_text_is_cut_into_streams_or_refused")
 def test_ten_megabytes_on_one_line():
     found = tasks.text("abcdefghij" * 2**20, num_steps=128, batch_size=16)
     assert found.train.xs.size + found.heldout.xs.size > 0.99 * 10 * 2**20 and len(found.vocabulary) == 10

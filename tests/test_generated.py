@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import problems
+import pytest
 from oracles import by_hand, complex_step, rounding
 from oracles.shapes import (
     HIDDEN,
@@ -27,6 +28,7 @@ from oracles.shapes import (
     runs_of,
     shapes,
 )
+from problems import usual
 
 from jbptt import Batch, cells, full_bptt, gated_bptt, truncated_bptt
 from jbptt.testing import brute_force_gradient, frozen_loss
@@ -34,6 +36,8 @@ from jbptt.testing import brute_force_gradient, frozen_loss
 OPTIMIZED = True
 
 NUM_SHAPES, NUM_DRAWS = int(os.environ.get("JBPTT_SHAPES", "12")), 50
+# The usual run has some of the shapes that are kept, CI the others of them and those that are drawn.
+WHICH = pytest.mark.parametrize("which", usual(["some"], ["some", "others", "drawn"]))
 MAKERS = {"linear": cells.linear, "tanh": cells.rnn, "gru": cells.gru, "lstm": cells.lstm}
 
 
@@ -147,8 +151,17 @@ KEPT = [  # cases once wrong, or easily so; together they are all `OCCASIONS`
 ]
 
 
-def generate(check, max_examples: int, *, seed: int, keep=(), **options) -> list[Shape]:
-    """Runs a check on the kept shapes and on drawn ones, always the same; a failure shrinks. Returns what was seen."""
+def check_shapes(check, which: str, max_examples: int, *, seed: int, some, others, **options) -> list[Shape]:
+    """Runs a check on shapes that are kept, or on drawn ones, always the same. Returns what was seen."""
+    if which == "drawn":
+        return generate(check, max_examples, seed=seed, **options)
+    for shape in (kept := {"some": some, "others": others}[which]):
+        check(shape)
+    return kept
+
+
+def generate(check, max_examples: int, *, seed: int, **options) -> list[Shape]:
+    """Runs a check on drawn shapes, always the same; a failure shrinks. Returns what was seen."""
     seen = []
 
     def on_each(shape):
@@ -156,8 +169,6 @@ def generate(check, max_examples: int, *, seed: int, keep=(), **options) -> list
         check(shape)
         seen.append(shape)
 
-    for shape in keep:
-        on_each = hypothesis.example(shape)(on_each)
     quiet = hypothesis.settings(
         max_examples=max_examples, deadline=None, suppress_health_check=list(hypothesis.HealthCheck), database=None
     )
@@ -179,7 +190,8 @@ def test_the_generator_draws_every_kind():
     assert np.all(np.any(inside, axis=1).reshape(NUM_DRAWS, -1).any(-1))
 
 
-def test_against_derivatives_by_hand():
+@WHICH
+def test_against_derivatives_by_hand(which):
     """All draws against derivatives by hand, every fifth against the complex step as well."""
 
     def check(shape):
@@ -195,10 +207,11 @@ def test_against_derivatives_by_hand():
         assert_draws_agree((found[0][some],), (loss,), size[some])
         assert_draws_agree(jax.tree.map(lambda a: a[some], found[1]), grads)
 
-    assert not missing(generate(check, NUM_SHAPES, seed=6, keep=KEPT))
+    check_shapes(check, which, NUM_SHAPES, seed=6, some=KEPT[:4], others=KEPT[4:])
 
 
-def test_against_brute_force_and_forward_mode():
+@WHICH
+def test_against_brute_force_and_forward_mode(which):
     """The definition over explicit Jacobians; and for cuts the frozen loss, differentiated forward."""
 
     def check(shape):
@@ -222,14 +235,16 @@ def test_against_brute_force_and_forward_mode():
 
             assert_draws_agree(found, jax.jit(jax.vmap(forward_mode))(values))
 
-    generate(check, NUM_SHAPES // 4, seed=2, keep=KEPT[:2], transforms=("jit of vmap",))
+    sides = {"some": KEPT[6:7], "others": KEPT[:2]}
+    check_shapes(check, which, NUM_SHAPES // 4, seed=2, **sides, transforms=("jit of vmap",))
 
 
 SLACK = 3  # where the oracle rounds a product, the engine also rounds its gate and the sum of all λ that pass there
 LOW = {"float32": 1e-5, "float16": 0.03, "bfloat16": 0.2}  # and what the median bound may be, of the largest entry
 
 
-def test_in_low_precision():
+@WHICH
+def test_in_low_precision(which):
     """Entry by entry within what rounding can do, against the float64 gradient of the same rounded inputs.
 
     The bound comes from a running error analysis of the formulas by hand (`oracles/rounding.py`), gradients added up
@@ -253,11 +268,15 @@ def test_in_low_precision():
     kept = (KEPT[0]._replace(num_steps=5, split=(5,)), KEPT[1], KEPT[9])
     dtypes = "float16", "bfloat16", "float32"
     keep = [shape._replace(dtype=dtype, transform="jit") for shape, dtype in zip(kept, dtypes, strict=True)]
-    seen = generate(check, NUM_SHAPES // 6, seed=3, keep=keep, dtypes=tuple(LOW), transforms=("jit of vmap", "jit"))
-    assert {shape.dtype for shape in seen} == set(LOW)
+    options = {"dtypes": tuple(LOW), "transforms": ("jit of vmap", "jit")}
+    sides = {"some": keep[2:], "others": keep[:2]}
+    seen = check_shapes(check, which, NUM_SHAPES // 6, seed=3, **sides, **options)
+    assert {shape.dtype for shape in seen} == {"some": {"float32"}, "others": {"float16", "bfloat16"}}.get(
+        which, set(LOW)
+    )
 
 
-def on_two_devices():
+def on_two_devices(which):
     """The batch shared between two devices: what `test_sharded` runs in a process of its own."""
     mesh = jax.make_mesh((2,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
 
@@ -281,19 +300,20 @@ def on_two_devices():
 
     options = {"batch_shapes": [(2,), (4,), (2, 2)], "transforms": ("jit of vmap",)}
     keep = [KEPT[0]._replace(transform="jit of vmap"), KEPT[9]]
-    seen = generate(check, NUM_SHAPES // 6, seed=4, keep=keep, **options)
+    seen = check_shapes(check, which, NUM_SHAPES // 6, seed=4, some=keep[1:], others=keep[:1], **options)
     print(f"{len(seen)} shapes agree on {jax.device_count()} devices")
 
 
-def test_sharded():
+@WHICH
+def test_sharded(which):
     """Devices are counted before JAX starts, so in another process."""
     same_package = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     environment = os.environ | same_package | {"JAX_NUM_CPU_DEVICES": "2", "JAX_ENABLE_X64": "1"}
     environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0" if os.environ.get("JBPTT_FULL") == "1" else "1"
-    process = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    process = subprocess.run([sys.executable, __file__, which], env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stdout + process.stderr
     assert "agree on 2 devices" in process.stdout
 
 
 if __name__ == "__main__":
-    on_two_devices()
+    on_two_devices(sys.argv[1])

@@ -8,7 +8,7 @@ import numpy as np
 import problems
 import pytest
 from oracles import brute_force, python_loop
-from problems import EXAMPLES, assert_close, one_update
+from problems import EXAMPLES, assert_close, one_update, usual
 
 from jbptt import Batch, Plan, cells, full_bptt, gated_bptt, randomized_bptt, truncated_bptt, truncation, unroll
 
@@ -32,13 +32,17 @@ ESTIMATORS = {
 
 
 def combinations():
-    """Each cell meets each estimator and each length, half of that in the usual run; one all at full length."""
+    """Each cell meets each estimator and each length, half of that in CI; one cell all estimators at full length.
+
+    The usual run has that one and one length of two other cells.
+    """
     for i, cell in enumerate(CELLS):
         for j, num_steps in enumerate(LENGTHS):
             everything = num_steps == LONGEST and cell == "lstm+readout+reset"
             names = tuple(n for k, n in enumerate(ESTIMATORS) if everything or (i + k - j) % 6 == 0)
-            marks = [] if everything or (i + j) % 2 else [pytest.mark.full]
-            yield pytest.param(cell, num_steps, names, marks=marks)
+            rest = pytest.mark.more if (i + j) % 2 else pytest.mark.full
+            usual = everything or (cell in ("linear", "gru") and j == (i + 1) % len(LENGTHS))
+            yield pytest.param(cell, num_steps, names, marks=() if usual else rest)
 
 
 @functools.cache
@@ -82,7 +86,7 @@ def schedules(num_steps):
 
 
 @pytest.mark.parametrize(
-    "cell", [pytest.param(cell, marks=[] if "+" in cell or cell == "linear" else pytest.mark.full) for cell in CELLS]
+    "cell", usual(["lstm+readout+reset"], CELLS, full=[c for c in CELLS if "+" not in c and c != "linear"])
 )
 def test_gated_roads_agree_for_every_schedule(cell):
     num_steps = LONGEST if "+" not in cell else WINDOW + 1
@@ -107,8 +111,8 @@ def test_gated_roads_agree_for_every_schedule(cell):
         assert_close(grad, expected(cell, truncation.coverage(gates)))
 
 
-@pytest.mark.parametrize("cell", ["tanh", "lstm+readout"])
-@pytest.mark.parametrize("num_steps", [WINDOW - 1, WINDOW + 1, LONGEST])
+@pytest.mark.parametrize("cell", usual(["lstm+readout"], ["tanh", "lstm+readout"]))
+@pytest.mark.parametrize("num_steps", usual([LONGEST], [WINDOW - 1, WINDOW + 1, LONGEST]))
 def test_blocks_are_fixed_gates(cell, num_steps):
     step, loss, params, carry, batch = problems.make(cell, num_steps)
 

@@ -111,10 +111,11 @@ CELLS = {
 
 
 def cells_and_dtypes():
-    """Every cell in float64, one of each library in float32 too; the other ten in the full run."""
+    """In float64 every cell, one of each library in the usual run; in float32 one of each library."""
     for name in CELLS:
-        yield name, "float64"
-        yield pytest.param(name, "float32", marks=[] if ".GRU" in name else pytest.mark.full)
+        one = ".GRU" in name
+        yield pytest.param(name, "float64", marks=() if one else pytest.mark.more)
+        yield pytest.param(name, "float32", marks=pytest.mark.more if one else pytest.mark.full)
 
 
 @pytest.mark.parametrize(("name", "dtype"), list(cells_and_dtypes()))
@@ -171,19 +172,20 @@ def brute_force(name):
     return jax.jit(functools.partial(testing.brute_force_gradient, *problem(name)[:2]))
 
 
-# In the usual run one estimator of each way in which the engine goes through the carry: all on one model, three on
-# the others. With `JBPTT_FULL=1` every estimator and every analysis on every model and every cell.
+# In the usual run one estimator on one model; in CI one of each way in which the engine goes through the carry on
+# that, three on the others. With `JBPTT_FULL=1` every estimator and every analysis on every model and every cell.
 FULL = os.environ.get("JBPTT_FULL") == "1"
 WAYS = ["full", "segments", "ragged blocks", "strides", "parallel strides", "adaptive", "randomized"]
-NAMES = usual(["nnx"], [*MODELS, *CELLS])
+NAMES = usual(["nnx"], [*MODELS, *CELLS], full=[name for name in (*MODELS, *CELLS) if name != "nnx"])
 
 
 def pairs_of_names():
     for name in (*MODELS, *CELLS):
         ways = WAYS if name == "nnx" else ["ragged blocks", "parallel strides", "randomized"]
         for way in ESTIMATORS:
-            usual = name in MODELS and way in ways
-            yield pytest.param(name, way, marks=[] if usual else pytest.mark.full)
+            rest = pytest.mark.more if name in MODELS and way in ways else pytest.mark.full
+            usual = name == "nnx" and way == "ragged blocks"
+            yield pytest.param(name, way, marks=() if usual else rest)
 
 
 @functools.cache
@@ -204,6 +206,7 @@ def test_every_estimator_covers_the_pairs_it_declares(name, estimator):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.more("test_every_estimator_covers_the_pairs_it_declares")
 def test_every_split_into_updates_gives_the_unsplit_total(name):
     """The keys go on where the update before left them, so dropout is the same as well."""
     step, loss, params, carry, batch = problem(name)
@@ -212,7 +215,7 @@ def test_every_split_into_updates_gives_the_unsplit_total(name):
     for piece in (slice(0, 1), slice(1, 4), slice(4, 5)):
         estimate, state = jax.jit(estimator.update)(params, state, jax.tree.map(lambda a, p=piece: a[p], batch))
         total = estimate if total is None else total + estimate
-    assert_close(total.grads, one_update(estimator, params, carry, batch).grads)
+    assert_close(total.grads, jax.jit(functools.partial(one_update, estimator))(params, carry, batch).grads)
 
 
 def finite(tree):
@@ -220,6 +223,7 @@ def finite(tree):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.more("test_every_analysis_of_one_example_runs")
 def test_every_analysis_runs(name):
     step, loss, params, carry, batch = problem(name)
     batch = batch._replace(mask=None)
@@ -261,6 +265,7 @@ def test_every_analysis_of_one_example_runs(name):
     assert_close(growth, np.sum(np.linalg.slogdet(jacobians)[1]), rtol=1e-9)  # −∞ where all of a ReLU's units die
 
 
+@pytest.mark.more("test_equinox_keys_are_split_once_a_step")
 def test_dropout_is_the_librarys_own():
     """Step after step as the live module, or the key split once a step, would draw it; never twice the same."""
     xs = problem("nnx")[-1].xs
@@ -298,7 +303,7 @@ def numbers(keys):
     return [np.asarray(jax.random.key_data(leaf) if calls.is_key(leaf) else leaf) for leaf in jax.tree.leaves(keys)]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", usual(["nnx"], MODELS))
 def test_keys_of_the_carry(name):
     """The same at every call, others for another key; a masked example keeps its own, raw keys or typed ones."""
     step, params, initial_carry = MODELS[name]()
@@ -323,7 +328,7 @@ RAW_KEYS = {
 }
 
 
-@pytest.mark.parametrize("name", RAW_KEYS)
+@pytest.mark.parametrize("name", usual(["equinox"], RAW_KEYS))
 def test_a_mask_does_not_take_a_raw_key_for_two_examples(name):
     """`PRNGKey` is uint32 `[2]`: in a batch of two, a mask would hold one half of it and change the other."""
     mask = jnp.array([[True, True], [True, False], [True, True]])
@@ -347,6 +352,7 @@ def test_a_converted_nnx_module_does_not_follow_the_live_one():
     assert_same_bits(initial_carry((2,)), before[1])
 
 
+@pytest.mark.more("test_keys_of_the_carry")
 def test_batch_shapes():
     for name, make in MODELS.items():
         step, params, initial_carry = make()
@@ -394,6 +400,7 @@ def test_the_way_back_to_linen_and_haiku():
     assert jax.tree.structure(names) == jax.tree.structure(MODELS["haiku"]()[1])
 
 
+@pytest.mark.more("test_the_way_back_to_nnx")
 def test_training_a_converted_model():
     """The whole of `train`, with params in the library's own type."""
     for name in MODELS:
@@ -415,6 +422,7 @@ class BatchesOnly(hk.RNNCore):
         return jnp.zeros([batch_size, HIDDEN])
 
 
+@pytest.mark.more("test_loss_and_gradient_are_those_of_the_library")
 def test_tokens_and_other_inputs():
     """Token inputs by their shape; any other way to call by `call`."""
     tokens = jax.ShapeDtypeStruct((), jnp.int32)

@@ -9,7 +9,7 @@ import numpy as np
 import problems
 import pytest
 from oracles import brute_force
-from problems import EXAMPLES, HIDDEN, INPUT, assert_close
+from problems import EXAMPLES, HIDDEN, INPUT, assert_close, usual, usual_rows
 
 from jbptt import Batch, cells
 from jbptt.analysis.alignment import adjoint_alignment
@@ -59,7 +59,7 @@ def linear_in_x(params, h, x):
     return x @ h, ()
 
 
-@pytest.mark.parametrize("name", [*NAMES, "lstm+readout", "gru+reset"])
+@pytest.mark.parametrize("name", usual(["lstm+readout"], [*NAMES, "lstm+readout", "gru+reset"]))
 def test_step_jacobians(name):
     wanted = by_hand(name)[0].swapaxes(0, 1)
     found = of_examples(step_jacobians, name)
@@ -96,6 +96,7 @@ MIXED = {
 }
 
 
+@pytest.mark.more("test_step_jacobians")
 def test_pytree_carries():
     """Leaves in tree order; a complex number is its real and imaginary part; the others pass untouched."""
     found = jax.jit(lambda: step_jacobians(mixed_step, 0.5, MIXED, jnp.ones(3)))()
@@ -155,7 +156,7 @@ def check_against_digits(logs, jacobians, num_digits=200, tolerance=1e-10):
     return wanted
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", usual(["gru"], NAMES))
 def test_products(name):
     spans = (20, 1, 2, 7, 20)
     found, sizes = of_examples(jacobian_products, name, spans=spans, start=3), []
@@ -196,7 +197,7 @@ def logs_of(jacobians, spans):
     return products_of(jacobians, spans).log_singular_values
 
 
-@pytest.mark.parametrize("kind", ["rows", "columns", "both", "triangular", "far apart"])
+@pytest.mark.parametrize("kind", usual(["both"], ["rows", "columns", "both", "triangular", "far apart"]))
 def test_graded_jacobians(kind):
     """Rows or columns far smaller than others, as closed gates make them, are no less accurate."""
     rng = np.random.default_rng(4)
@@ -213,7 +214,7 @@ def test_graded_jacobians(kind):
         check_against_digits(logs, scaled[:span], num_digits=500)
 
 
-@pytest.mark.parametrize("radius", [1.5, 0.5])
+@pytest.mark.parametrize("radius", usual([0.5], [1.5, 0.5]))
 def test_span_of_ten_thousand(radius):
     """2×2: σ₁ and σ₂ from the Frobenius norm and the determinant of the product, which 50 digits give."""
     rng = np.random.default_rng(5)
@@ -277,6 +278,7 @@ def test_singular_jacobians(jacobians, num_zero):
     assert not np.any(np.isnan(conditions))
 
 
+@pytest.mark.more("test_singular_jacobians")
 def test_rows_that_depend_on_each_other():
     """Rows that are multiples of one, up to rounding, whatever their sizes: one singular value is left."""
     rng = np.random.default_rng(10)
@@ -287,6 +289,7 @@ def test_rows_that_depend_on_each_other():
     assert np.all(np.isneginf(found[1:]))
 
 
+@pytest.mark.more("test_singular_jacobians")
 def test_dead_units_and_what_is_not_finite():
     """A ReLU that is off loses its row; NaN in one Jacobian is NaN from there on, and only there."""
     cell = cells.rnn(1, 2, activation=jax.nn.relu)
@@ -311,6 +314,7 @@ def test_dead_units_and_what_is_not_finite():
     assert np.isnan(jacobians).all(axis=(1, 2)).tolist() == [False, True, True, True]
 
 
+@pytest.mark.more("test_a_traced_start_may_have_any_dtype")
 def test_starts_may_be_traced():
     """One program for all starts, and where there is no product, NaN."""
     step, _, params, carry, batch = problems.make("tanh", NUM_STEPS)
@@ -325,7 +329,10 @@ def test_starts_may_be_traced():
                 assert np.all(np.isnan(logs))
 
 
-@pytest.mark.parametrize(("start", "dtype"), [(2**63 - 1, jnp.int64), (2**63 + 5, jnp.uint64), (100, jnp.int8)])
+STARTS = [(2**63 - 1, jnp.int64), (2**63 + 5, jnp.uint64), (100, jnp.int8)]
+
+
+@pytest.mark.parametrize(("start", "dtype"), usual_rows(STARTS[:1], STARTS))
 def test_a_traced_start_may_have_any_dtype(start, dtype):
     """start + span is out of the range of start, and the sum not out of the sequence of 300 for all of them."""
     run = lambda start: jacobian_products(lambda w, h, x: (w * h, ()), 2.0, jnp.ones(()), None, **options, start=start)
@@ -342,6 +349,7 @@ def two_layers(seed, num_steps):
     return jacobians
 
 
+@pytest.mark.more("test_condition_numbers_far_beyond_double_precision")
 def test_accuracy_where_the_parts_of_a_system_overtake_each_other():
     """1e-10 in 100 steps; in 300 what is documented: what Jacobians changed by ε of their norm have."""
     for seed in range(3):
@@ -458,7 +466,10 @@ def gru_paths(params, h, x):
     return paths, (1 - z) * n + z * h
 
 
-@pytest.mark.parametrize(("name", "formulas"), [("lstm", lstm_paths), ("gru", gru_paths)])
+PATHS = [("lstm", lstm_paths), ("gru", gru_paths)]
+
+
+@pytest.mark.parametrize(("name", "formulas"), usual_rows(PATHS[:1], PATHS))
 def test_gate_paths(name, formulas):
     _, _, params, carry, batch = problems.make(name, NUM_STEPS)
     params = {key: 1.5 * leaf for key, leaf in params.items()}
@@ -506,6 +517,7 @@ def test_closed_paths_have_no_share():
     np.testing.assert_array_equal(found.shares, np.zeros((2, 5)))
 
 
+@pytest.mark.more("test_gate_paths")
 def test_gate_paths_of_anything_else():
     gru = {"w_x": jnp.ones((1, 6)), "w_h": jnp.ones((2, 6)), "b": jnp.ones(6), "b_h": jnp.ones(6)}
     lstm = {"w_x": jnp.ones((1, 8)), "w_h": jnp.ones((2, 8)), "b": jnp.ones(8)}
@@ -533,6 +545,7 @@ def test_gate_paths_of_anything_else():
             gate_paths(gru, h, xs)
 
 
+@pytest.mark.more("test_gate_paths")
 def test_an_lstm_stays_one_whatever_stands_beside_it():
     """A readout may have called its bias b_h, as the gru does a second bias of its own."""
     _, _, params, (h, c), batch = problems.make("lstm", NUM_STEPS)
@@ -588,7 +601,7 @@ def aligned(name, max_lag, mask=None, weights=None, gates=None, key=None):
     return adjoint_alignment(step, loss, params, carry, batch, max_lag=max_lag, gates=gates, key=key)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", usual(["tanh, everything"], CASES))
 def test_alignment(name):
     options, name, max_lag = CASES[name], name.split(",")[0], 7
     found = aligned(name, max_lag, **options)
@@ -650,6 +663,7 @@ def test_alignment_in_single_precision():
     np.testing.assert_allclose(found.rate, np.log(2 / 3), rtol=0.03)
 
 
+@pytest.mark.more("test_alignment")
 def test_no_single_direction():
     """A rotation keeps the angles; one number is always aligned."""
     turn = 0.9 * np.array([[np.cos(1), -np.sin(1)], [np.sin(1), np.cos(1)]])
@@ -663,6 +677,7 @@ def test_no_single_direction():
     assert found.rate == -np.inf and np.all(np.abs(found.directions) == 1)
 
 
+@pytest.mark.more("test_alignment")
 def test_resets_and_what_has_no_direction():
     """Where a reset cuts the far future off, v begins anew; without a loss that counts there is no angle."""
     step, loss, params, carry, batch = problems.make("gru+reset", 40)
@@ -687,6 +702,7 @@ def test_resets_and_what_has_no_direction():
         assert np.isnan(only.rate) == (lags != [4])  # that adjoint can be followed on its last step back
 
 
+@pytest.mark.more("test_alignment")
 def test_alignment_of_a_carry_with_a_counter_under_vmap_and_without_jit():
     step = lambda w, carry, x: ((jnp.tanh(carry[0] @ w + x), carry[1] + 1), carry[0] * (1 + carry[1]))
     rng = np.random.default_rng(2)

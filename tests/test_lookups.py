@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import assert_close, one_update, squared_error
+from problems import assert_close, one_update, squared_error, usual, usual_rows
 
 from jbptt import Batch, Plan, cells, full_bptt, lag_profile, truncated_bptt
 
@@ -65,8 +65,12 @@ ESTIMATORS = {
 }
 
 
-@pytest.mark.parametrize("way", ESTIMATORS)
-@pytest.mark.parametrize("name", STEPS)
+COMBINATIONS = [(name, way) for name in STEPS for way in ESTIMATORS]
+LONG = [partial(truncated_bptt, window=8), partial(full_bptt, plan=Plan(8))]
+USUAL = [("indexed", "blocks"), ("tied", "segments"), ("filled", "sliding"), ("slices", "full")]
+
+
+@pytest.mark.parametrize(("name", "way"), usual_rows(USUAL, COMBINATIONS))
 def test_gradient_of_a_table(name, way):
     step, batch_shape = STEPS[name]
     make, window = ESTIMATORS[way]
@@ -112,9 +116,7 @@ def test_rows_in_half_precision_add_up_in_float32():
     assert np.array_equal(grads[5], [70_000, 70_000]) and np.sum(np.asarray(grads) != 0) == 2
 
 
-@pytest.mark.parametrize(
-    "make", [partial(truncated_bptt, window=8), partial(full_bptt, plan=Plan(8))], ids=["blocks", "segments"]
-)
+@pytest.mark.parametrize("make", usual(LONG[:1], LONG), ids=["blocks", "segments"])
 def test_no_gradient_of_the_whole_table_is_made_for_each_piece(make):
     """Temporary memory stays far below the table's 2 MiB, of which the result is the only copy."""
     params = {"table": jnp.zeros((8192, 32)), "w": jnp.zeros((32, 32))}

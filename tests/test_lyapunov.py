@@ -10,6 +10,7 @@ import numpy as np
 import problems
 import pytest
 from jax.flatten_util import ravel_pytree
+from problems import usual, usual_rows
 
 from jbptt import cells
 from jbptt.analysis.lyapunov import lyapunov_spectrum
@@ -89,6 +90,7 @@ def test_driven_product_to_fifty_digits():
         assert np.all(np.abs(exponents_of_product(wrong, 40) - exact) > 1e-3)
 
 
+@pytest.mark.more("test_driven_product_to_fifty_digits")
 def test_driven_rnn_to_fifty_digits():
     params, h, xs, jacobians = tanh_jacobians()
     exact = exponents_of_product(jacobians, 80)
@@ -130,7 +132,7 @@ def loop_exponents(step, params, carry, xs, num_exponents, num_discarded=0):
 CELLS = {"linear": None, "tanh": 1, "leaky_relu": None, "gru": 2, "lstm": None}
 
 
-@pytest.mark.parametrize(("name", "num_exponents"), CELLS.items())
+@pytest.mark.parametrize(("name", "num_exponents"), usual_rows([("gru", 2)], CELLS.items()))
 def test_cells(name, num_exponents):
     step, _, params, carry, batch = problems.make(name, 24)
     carry, xs = jax.tree.map(lambda a: a[0], carry), batch.xs[:, 0]
@@ -141,7 +143,7 @@ def test_cells(name, num_exponents):
     assert np.all(np.diff(found.exponents) <= 0)
 
 
-@pytest.mark.parametrize(("num_discarded", "qr_every"), [(0, 7), (9, 4), (9, 100)])
+@pytest.mark.parametrize(("num_discarded", "qr_every"), usual_rows([(9, 4)], [(0, 7), (9, 4), (9, 100)]))
 def test_intervals_only_group_the_steps(num_discarded, qr_every):
     """Neither T nor what is discarded is a multiple: the shorter interval at the end counts by its length."""
     matrices = np.eye(3) + 0.2 * np.random.default_rng(10).normal(size=(40, 3, 3))
@@ -153,10 +155,10 @@ def test_intervals_only_group_the_steps(num_discarded, qr_every):
     np.testing.assert_allclose(found.exponents, exact[-1], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("growth", "qr_every", "dtype"),
-    [(0.5, 130, np.float32), (2.0, 200, np.float32), (10.0, 400, np.float64), (0.1, 400, np.float64)],
-)
+GROWTHS = (0.5, 130, np.float32), (2.0, 200, np.float32), (10.0, 400, np.float64), (0.1, 400, np.float64)
+
+
+@pytest.mark.parametrize(("growth", "qr_every", "dtype"), usual_rows(GROWTHS[1:2], GROWTHS))
 def test_an_interval_may_grow_beyond_every_float(growth, qr_every, dtype):
     """The growth of one interval, and its derivative, where neither the product nor its inverse is a float."""
     matrix = np.diag(np.array([growth, 0.99 * growth, 0.98 * growth], dtype))
@@ -220,6 +222,7 @@ def test_linear_rnn():
     np.testing.assert_allclose(found.exponents, np.log(np.abs(eigenvalues)), rtol=0, atol=1e-12)
 
 
+@pytest.mark.more("test_linear_rnn")
 def test_linear_rnn_with_complex_eigenvalues():
     """The frame keeps turning in a complex pair's plane, so that the error falls only like 1/T."""
     matrix = np.random.default_rng(1).normal(size=(5, 5)) / math.sqrt(5)
@@ -231,6 +234,7 @@ def test_linear_rnn_with_complex_eigenvalues():
     np.testing.assert_allclose(found.exponents, exact, rtol=0, atol=1e-6)
 
 
+@pytest.mark.more("test_linear_rnn")
 def test_a_complex_linear_system():
     """Its exponents are ln |eigenvalue|, each twice."""
     rng = np.random.default_rng(3)
@@ -244,6 +248,7 @@ def test_a_complex_linear_system():
     assert single.exponents.dtype == jnp.float32 and single.exponents.shape == (6,)
 
 
+@pytest.mark.more("test_linear_rnn")
 def test_a_complex_carry_is_the_system_of_its_parts():
     """Not holomorphic, driven, beside a real leaf and a count: no two exponents are the same."""
 
@@ -276,6 +281,7 @@ def mean_field_exponent(g):
     return 0.5 * math.log(g**2 * (w @ np.cosh(sigma * z) ** -4.0))
 
 
+@pytest.mark.more("test_henon_map")
 def test_random_networks():
     """N = 1000, 16 nets of 1000 steps each, within 0.005.
 
@@ -335,6 +341,7 @@ def test_henon_map():
     assert np.all(np.abs(np.log(claimed / samples.std(0, ddof=1))) < 0.7)
 
 
+@pytest.mark.more("test_henon_map")
 def test_lorenz_flow():
     """σ = 10, ρ = 28, β = 8/3: 0.9056, 0, −14.5723 per unit of time (Sprott, 2003); trace −(σ + 1 + β) everywhere."""
     dt = 0.005
@@ -388,7 +395,10 @@ def derivative_of_logs(matrix, num_zero):
     return total
 
 
-@pytest.mark.parametrize(("num_discarded", "dtype"), [(60, jnp.float32), (0, jnp.float64), (60, jnp.float64)])
+SINGULAR = (60, jnp.float32), (0, jnp.float64), (60, jnp.float64)
+
+
+@pytest.mark.parametrize(("num_discarded", "dtype"), usual_rows(SINGULAR[1:2], SINGULAR))
 def test_singular_jacobians(num_discarded, dtype):
     """−inf and nothing worse: the other exponents, their errors and their derivatives are as without it."""
 
@@ -415,7 +425,7 @@ def test_singular_jacobians(num_discarded, dtype):
             np.testing.assert_allclose(grads[i], exact, rtol=0, atol=atol, err_msg=name)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("dtype", usual([jnp.float64], [jnp.float32, jnp.float64]))
 def test_one_singular_step_is_enough(dtype):
     """Driven, regular before and after: a row of zeros, or in float64 singular in a general position."""
     size = 8
@@ -430,6 +440,7 @@ def test_one_singular_step_is_enough(dtype):
     np.testing.assert_array_equal(np.isfinite(found.history[:, -1]), np.arange(40) < 17)
 
 
+@pytest.mark.more("test_singular_jacobians")
 def test_singular_is_to_rounding():
     """What float32 cannot tell, both ways, and float64 can."""
     stiff, dense = np.diag([1.0, 1e-6]), np.random.default_rng(0).normal(size=(20, 3, 3))
@@ -441,6 +452,7 @@ def test_singular_is_to_rounding():
     assert np.isneginf(found).tolist() == [False, True, True]
 
 
+@pytest.mark.more("test_singular_jacobians")
 def test_float32_knows_noise_from_numbers():
     """Of rank 4 only to rounding: the others are −inf in both precisions. Near-singular steps are not, in float32."""
     rng = np.random.default_rng(12)
@@ -455,7 +467,7 @@ def test_float32_knows_noise_from_numbers():
     np.testing.assert_allclose(*found, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("activation", [jax.nn.relu, jax.nn.leaky_relu, jnp.tanh])
+@pytest.mark.parametrize("activation", usual([jax.nn.relu], [jax.nn.relu, jax.nn.leaky_relu, jnp.tanh]))
 def test_a_state_that_is_not_finite_shows(activation):
     """A ReLU's derivative at NaN is 0 and a leaky one's is its slope: the exponents must not be those of that."""
     step = lambda params, h, x: (activation(params @ h + x) * (1.0 if activation is jnp.tanh else 3.0), None)
@@ -491,6 +503,7 @@ def test_pytree_carry():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14), found, flat)
 
 
+@pytest.mark.more("test_pytree_carry")
 def test_batched_carry_is_one_system_and_vmap_is_for_batches():
     matrices = np.stack([driven_matrices(), 3 * driven_matrices()[::-1]], axis=1)  # [T, B, n, n]
     options = {"num_discarded": 40}
@@ -508,6 +521,7 @@ def test_no_invariant_subspace_traps_the_frame():
     np.testing.assert_allclose(found.exponents, [math.log(3)], atol=0.05)
 
 
+@pytest.mark.more("test_dtypes_are_those_of_the_carry")
 def test_half_precision_carry():
     """The frame is rounded to bfloat16 at every step, the same way: an error below its ε that no error bar shows."""
     eps = float(jnp.finfo(jnp.bfloat16).eps)
@@ -535,6 +549,7 @@ def test_dtypes_are_those_of_the_carry():
     assert {a.dtype for a in found} == {jnp.dtype(jnp.float32)}
 
 
+@pytest.mark.more("test_derivatives")
 def test_steps_with_a_derivative_of_their_own_for_reverse_mode():
     """The spectrum and its derivative in reverse mode are those of the step without it."""
 
@@ -555,7 +570,7 @@ def test_steps_with_a_derivative_of_their_own_for_reverse_mode():
 # Derivatives and memory
 
 
-@pytest.mark.parametrize("num_exponents", [None, 2])
+@pytest.mark.parametrize("num_exponents", usual([2], [None, 2]))
 def test_derivatives(num_exponents):
     """Of the sum and of the leading exponent, in reverse and forward, against central differences."""
     cell = cells.rnn(2, 3)

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from problems import usual, usual_rows
 
 from jbptt import Batch, Plan, cells, full_bptt, randomized_bptt, truncated_bptt
 from jbptt.problem import trusted_problem
@@ -57,8 +58,8 @@ def estimated(estimator, key=None):
     return run
 
 
-@pytest.mark.parametrize("examples", [1, 16])
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("examples", usual([16], [1, 16]))
+@pytest.mark.parametrize("name", usual(["rnn"], CELLS))
 def test_memory_of_estimators(name, examples, record_property):
     step, *shapes = problem(name, examples)
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype(jnp.float32)}
@@ -77,7 +78,7 @@ def test_memory_of_estimators(name, examples, record_property):
     assert shares["full"] <= 0.05
 
 
-@pytest.mark.parametrize(("examples", "most"), [(1, 6 * 2**20), (16, None)])
+@pytest.mark.parametrize(("examples", "most"), usual_rows([(16, None)], [(1, 6 * 2**20), (16, None)]))
 def test_memory_of_windows_side_by_side(examples, most):
     """By default up to 64 windows of a single example, if their carries fit into a mebibyte; else one."""
     step, *shapes = problem("lstm", examples)
@@ -107,6 +108,7 @@ def test_memory_of_windows_side_by_side(examples, most):
     assert chosen(small, 2**12, 31) == 15  # 16 fit
 
 
+@pytest.mark.more("test_memory_of_estimators")
 def test_memory_of_randomized_and_sliding_estimators():
     step, *shapes = problem("rnn", 16)
     reference = temporary_bytes(plain(step), *shapes)

@@ -190,6 +190,8 @@ WAYS = {
     "blocks with a rest": Way(partial(truncated_bptt, window=WINDOW), BLOCKS),
     "sliding": Way(partial(truncated_bptt, window=WINDOW, stride=1), [0, 0, 0, 1, 2, 3, 4]),
 }
+# One that divides examples, one with a rule of its own, the host, an array that changes, weights.
+USUAL = {"shard_map", "pallas_call", "ordered io_callback", "mutable ref", "the weights alone"}
 SEEN_ELSEWHERE = {"custom_jvp", "fori_loop"}  # in tests/test_weights.py: relu, and an inner scan
 # JAX has no rule for them under vmap, which puts the steps of overlapping windows side by side.
 NEVER_SIDE_BY_SIDE = {
@@ -232,7 +234,7 @@ def reference(step):
     return of
 
 
-@pytest.mark.parametrize("name", usual(STEPS.keys() - SEEN_ELSEWHERE, STEPS))
+@pytest.mark.parametrize("name", usual(USUAL, STEPS, full=SEEN_ELSEWHERE))
 def test_gradient_of_a_step_with(name):
     """In one segment, in several, in blocks with a rest and without; in overlapping windows."""
     step, wanted = STEPS[name], reference(STEPS[name])

@@ -67,16 +67,20 @@ def runs(truncation):
         yield np.where((steps == cut) & (cut > 0), 0.0, 1.0), np.isin(steps, losses)
 
 
-@pytest.mark.parametrize("kind", ["plain", "masked and weighted"])
-@pytest.mark.parametrize("truncation", TRUNCATIONS)
-@pytest.mark.parametrize("name", problems.usual(["tanh", "lstm"], CELLS))
+EVERY_TRUNCATION = pytest.mark.parametrize("truncation", problems.usual(["strides"], TRUNCATIONS))
+KINDS = problems.usual(["masked and weighted"], ["plain", "masked and weighted"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@EVERY_TRUNCATION
+@pytest.mark.parametrize("name", problems.usual(["lstm"], CELLS, full=set(CELLS) - {"tanh", "lstm"}))
 def test_against_the_complex_step(name, truncation, kind):
     values = draw(name, kind)
     wanted = complex_step.gradient(name, *values, runs(truncation))
     problems.assert_close(estimate(name, truncation)(*values), wanted)
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", problems.usual(["lstm"], CELLS))
 def test_gates_against_the_complex_step(name):
     """Gates per example, of both signs: they multiply the imaginary part of the carry."""
     values = draw(name, "masked and weighted")
@@ -112,9 +116,9 @@ def exactly(name, truncation, kind):
     return high_precision.gradient(name, *draw(name, kind), windows)
 
 
-@pytest.mark.parametrize("kind", ["plain", "masked and weighted"])
-@pytest.mark.parametrize("truncation", TRUNCATIONS)
-@pytest.mark.parametrize("name", high_precision.CELLS)
+@pytest.mark.parametrize("kind", KINDS)
+@EVERY_TRUNCATION
+@pytest.mark.parametrize("name", problems.usual(["lstm"], high_precision.CELLS))
 def test_against_fifty_digits(name, truncation, kind):
     """What float64 really loses: about one unit in the last place of the largest entry, far below 1e-12."""
     loss, grad = estimate(name, truncation)(*draw(name, kind))

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 from contract import ESTIMATORS
-from problems import HIDDEN, INPUT
+from problems import HIDDEN, INPUT, usual
 from test_configurations import NUM_STEPS, analyses, clipped_training, full_problem, roads
 
 import jbptt
@@ -74,7 +74,11 @@ def programs():
     return found | {"train": clipped_training(step, loss), "others": others}
 
 
-@pytest.mark.parametrize("name", programs())
+# What all roads are made of: gates, segments, blocks, overlapping windows and draws; analyses; whole training.
+USUAL = ["unroll, fixed", "ragged strides", "randomized", "lag_profile", "train"]
+
+
+@pytest.mark.parametrize("name", usual(USUAL, programs()))
 def test_lowers_for_every_platform(name):
     _, _, *problem = full_problem()
     exported = jax.export.export(jax.jit(programs()[name]), platforms=PLATFORMS)(*problem)
@@ -103,7 +107,7 @@ def test_what_does_not_lower_says_so():
         jax.export.export(jax.jit(lambda m: powers.eigenvalues(m, 2, symmetric=False)), platforms=["tpu"])(matrix)
 
 
-@pytest.mark.parametrize("name", ["segments", "blocks", "strides", "randomized"])
+@pytest.mark.parametrize("name", usual(["strides"], ["segments", "blocks", "strides", "randomized"]))
 def test_a_training_loop_compiles_once(name):
     """Whatever the values: other parameters, inputs, masks, weights and keys are the same program."""
     step, loss, params, carry, batch = full_problem()

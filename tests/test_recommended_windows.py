@@ -20,6 +20,8 @@ OPTIMIZED = True
 
 NUM_STEPS, EXAMPLES, HIDDEN, NUM_UPDATES, NUM_HELDOUT = 60, 64, 16, 40, 20
 TOLERANCE = 0.1
+# The same in the usual run, of a problem that is made for it.
+IN_SMALL = "test_diagnosis::test_recommended_windows_keep_their_promise_and_half_of_them_do_not"
 WORDS = "the a river field stone small old quiet dark runs turns falls under over into house road light stands"
 
 
@@ -51,7 +53,7 @@ def adding_problem(cell_fn):
     [
         pytest.param(cell_fn, problem_fn, marks=marks, id=f"{cell_fn.__name__}-{problem_fn.__name__}")
         for cell_fn, problem_fn, marks in (
-            (cells.rnn, text_problem, []),
+            (cells.rnn, text_problem, pytest.mark.more(IN_SMALL)),
             (cells.lstm, adding_problem, pytest.mark.full),
             (cells.gru, text_problem, pytest.mark.full),
             (cells.lstm, text_problem, pytest.mark.full),

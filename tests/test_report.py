@@ -265,17 +265,15 @@ def test_sentences_of_the_second_half_follow_the_numbers(data):
 # Pictures and page
 
 
-def test_pictures_are_the_same_bytes_every_time_and_valid(data):
+@pytest.mark.parametrize("name", usual(["coverage"], ALL))
+def test_pictures_are_the_same_bytes_every_time_and_valid(data, name):
     data["coverage"]["characters"] = NASTY[-4:]
-    first, second = sections.draw_pictures(data, LIGHT), sections.draw_pictures(data, LIGHT)
-    assert tuple(first) == ALL and first == second
-    for svg in first.values():
-        assert "<dc:date>" not in svg
-        ElementTree.fromstring(svg)
-    assert first["reach"] != sections.draw_pictures(data, DARK)["reach"]
+    (first,), (second,) = (sections.draw_pictures(data, LIGHT, [name]).values() for _ in range(2))
+    assert first == second and "<dc:date>" not in first
+    ElementTree.fromstring(first)
 
 
-@pytest.mark.parametrize("name", ["reach", "windows", "learning", "spectra", "powers", "remedies"])
+@pytest.mark.parametrize("name", usual(["reach"], ["reach", "windows", "learning", "spectra", "powers", "remedies"]))
 def test_a_repainted_picture_is_the_one_drawn_dark(data, name):
     """Apart from the ids of its parts, which are hashes of their styles."""
     (light,), (dark,) = (sections.draw_pictures(data, theme, [name]).values() for theme in (LIGHT, DARK))
@@ -290,6 +288,7 @@ def test_a_repainted_picture_is_the_one_drawn_dark(data, name):
 
 
 @pytest.mark.filterwarnings("error")
+@pytest.mark.more("test_pictures_draw_on_the_axes_they_are_given")
 def test_pictures_survive_numbers_that_no_log_axis_shows(data):
     for found in data["reach"]["curves"]:
         found.update(norms=[None, 0.0, None, None], half_life=None, verdict="non-finite", reach=None)
@@ -334,7 +333,9 @@ class Page(html.parser.HTMLParser):
 
 def render(data):
     data["sentences"] = sections.write_sentences(data)
-    return render_page(data, sections.draw_pictures(data, LIGHT), sections.draw_pictures(data, DARK))
+    light, dark = (sections.draw_pictures(data, theme) for theme in (LIGHT, DARK))
+    assert tuple(light) == tuple(dark) == ALL
+    return render_page(data, light, dark)
 
 
 def test_the_page_loads_nothing_and_says_everything(data):
@@ -352,6 +353,7 @@ def test_the_page_loads_nothing_and_says_everything(data):
     assert "jbptt report" in page.text and "prefers-color-scheme: dark" in text
 
 
+@pytest.mark.more("test_the_page_loads_nothing_and_says_everything")
 def test_a_text_full_of_markup_stays_text(data):
     data["text"]["source"] = data["command"] = data["settings"]["text"] = NASTY
     data["coverage"]["characters"] = "<&>$"
@@ -363,6 +365,7 @@ def test_a_text_full_of_markup_stays_text(data):
         assert not [node for node in ElementTree.fromstring(svg).iter() if node.tag.endswith("script")]
 
 
+@pytest.mark.more("test_the_page_loads_nothing_and_says_everything")
 def test_letters_that_the_built_in_font_lacks_stay_text(data):
     """In the fonts of whoever looks at them, not as boxes; the other pictures draw theirs."""
     data["coverage"]["characters"] = "文<好"
@@ -374,7 +377,7 @@ def test_letters_that_the_built_in_font_lacks_stay_text(data):
     assert "5,130 of 9,000 characters\n(57 %)" in Page(render(data)).text
 
 
-@pytest.mark.parametrize("num_cells", [1, 3])
+@pytest.mark.parametrize("num_cells", usual([3], [1, 3]))
 def test_the_legend_of_windows_is_not_cut(data, num_cells):
     axes = pictures.draw_windows({"models": data["windows"]["models"] * num_cells})
     figure = axes[0, 0].figure
@@ -411,6 +414,19 @@ def quick_study(monkeypatch, data):
 
     monkeypatch.setattr(study, "check_report_settings", lambda settings: "text")
     monkeypatch.setattr(study, "run_study", run)
+    monkeypatch.setattr(output, "draw_pictures", drawn_once)
+
+
+def drawn_once(data, theme=LIGHT, names=None):
+    """The pictures, drawn by the first test that asks: what the others look at is files and folders."""
+    names = tuple(sections.sections_of(data) if names is None else names)
+    key = theme is LIGHT, names, json.dumps({name: data[name] for name in names})
+    if key not in DRAWN:
+        DRAWN[key] = sections.draw_pictures(data, theme, names)
+    return dict(DRAWN[key])
+
+
+DRAWN = {}
 
 
 # The study itself, as small as it can be
@@ -429,6 +445,7 @@ def small_study():
         return study.run_study(SMALL, text, lambda what, done: shown.append(done)), shown
 
 
+@pytest.mark.more("test_report_writes_every_file")
 def test_a_study_says_what_the_schema_promises(small_study):
     found, shown = small_study
     assert json.loads(json.dumps(found, allow_nan=False)) == found
@@ -460,22 +477,27 @@ def test_a_study_says_what_the_schema_promises(small_study):
     assert tasks.count_symbols(tasks.read_text()).items() <= found["text"].items()
 
 
-def test_strategies_as_data_are_the_estimators_they_stand_for(small_study):
+def test_strategies_as_data_are_the_estimators_they_stand_for():
     task = tasks.text(study.check_report_settings(SMALL), num_steps=SMALL.num_steps, batch_size=SMALL.batch_size)
     model = measurements.make_model("gru", SMALL, task, measurements.QUICK)
     batch: Batch = measurements.first(task.train)
     problem = model.cell.step, tasks.cross_entropy
     chosen = learning.strategies(SMALL)
+    start = (model.seeds[0], model.carry, batch, jax.random.key(0))  # the same draw for both
+
+    @jax.jit
+    def as_data(window, keep_prob):
+        estimator = learning.strategy_estimator(model, window, keep_prob)
+        return estimator.update(model.seeds[0], estimator.init(*start), batch)[0]
+
     for name, estimator in (
         ("full", full_bptt(*problem)),
         ("fixed", truncated_bptt(*problem, window=SMALL.window)),
         ("randomized", randomized_bptt(*problem, keep_prob=SMALL.keep_prob)),
     ):
         window, keep_prob, _ = chosen[name]
-        as_data = learning.strategy_estimator(model, jnp.array(window), jnp.array(keep_prob))
-        start = (model.seeds[0], model.carry, batch, jax.random.key(0))  # the same draw for both
-        found, _ = as_data.update(model.seeds[0], as_data.init(*start), batch)
-        wanted, _ = estimator.update(model.seeds[0], estimator.init(*start), batch)
+        found = as_data(window, keep_prob)
+        wanted, _ = jax.jit(estimator.update)(model.seeds[0], estimator.init(*start), batch)
         assert bool((found.info["gates"] == 0).any()) == (name != "full")
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found.grads, wanted.grads)
 
@@ -500,6 +522,7 @@ def test_report_writes_every_file(quick_study, data, tmp_path, capsys):
     assert "measure" in shown.err
 
 
+@pytest.mark.more("test_an_earlier_report_is_replaced_and_other_files_stay")
 def test_a_shorter_report_leaves_no_picture_of_a_longer_one(quick_study, data, tmp_path):
     out = tmp_path / "out"
     assert cli.main(["report", "--out", str(out)]) == 0 and (out / "remedies.svg").exists()
@@ -519,11 +542,12 @@ def test_an_earlier_report_is_replaced_and_other_files_stay(quick_study, tmp_pat
 
 
 ERRORS = [KeyboardInterrupt, RuntimeError, OSError("disk full"), MemoryError("too big")]
+PAGE = [("page", error) for error in ERRORS]
 
 
 @pytest.mark.parametrize(
     "failure",
-    [*(("study", error) for error in ERRORS), *usual([("page", ERRORS[2])], [("page", error) for error in ERRORS])],
+    [*(("study", error) for error in ERRORS), *usual(PAGE[2:3], PAGE, full=PAGE)],
     ids=str,
 )
 def test_a_failure_leaves_the_earlier_report_as_it_was(quick_study, monkeypatch, tmp_path, capsys, failure):

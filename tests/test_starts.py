@@ -10,6 +10,7 @@ import optax
 import pytest
 from jax import lax
 from jax.tree_util import Partial
+from problems import usual
 
 import jbptt
 from jbptt import (
@@ -27,13 +28,15 @@ from jbptt import (
 )
 
 T, B, H = 8, 2, 3
-KEYS = jax.random.split(jax.random.key(0), 6)
-PARAMS = {
-    "w": 0.5 * jax.random.normal(KEYS[0], (H, H)),
-    "b": 0.3 * jax.random.normal(KEYS[1], (H,)),
-    "h0": jax.random.normal(KEYS[2], (H,)),
-}
-BATCH = Batch(jax.random.normal(KEYS[3], (T, B, H)), jax.random.normal(KEYS[4], (T, B, H)))
+NUMBERS = np.random.default_rng(0)
+
+
+def draw(*shape):
+    return jnp.asarray(NUMBERS.normal(size=shape))
+
+
+PARAMS = {"w": 0.5 * draw(H, H), "b": 0.3 * draw(H), "h0": draw(H)}
+BATCH = Batch(draw(T, B, H), draw(T, B, H))
 
 
 def step(params, carry, x):
@@ -104,7 +107,7 @@ def first_update(estimator, carry=start, key=None, **given):
     return jax.jit(estimator.update)(PARAMS, state, BATCH)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", usual(["ragged blocks"], CASES))
 def test_every_estimator_counts_the_start_with_the_first_step(name):
     estimator, wanted = CASES[name]
     with warnings.catch_warnings(action="error"):
@@ -122,7 +125,7 @@ def test_random_cuts_are_those_of_the_gates_drawn():
     assert_same(estimate.grads, jax.grad(mean_loss)(PARAMS, estimate.info["gates"]))
 
 
-@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("window", usual([3], [None, 3]))
 def test_a_second_update_knows_no_start(window):
     estimator = full_bptt(step, loss) if window is None else truncated_bptt(step, loss, window=window, stride=1)
     (_, state), (_, same) = first_update(estimator), first_update(estimator, start(PARAMS))
@@ -182,7 +185,7 @@ def test_half_precision():
 
 def test_mean_and_covariance_of_a_filter():
     """A Kalman filter whose first mean and covariance are parameters."""
-    observed = jax.random.normal(KEYS[5], (T, 2))
+    observed = draw(T, 2)
     params = {"a": 0.9 * jnp.eye(2) + 0.1, "mean": jnp.array([1.0, -1.0]), "root": jnp.array([[1.0, 0.0], [0.4, 0.7]])}
 
     def filtered(params, carry, x):
@@ -212,7 +215,7 @@ def test_what_neither_step_nor_start_reads_is_named():
         full_bptt(step, loss).init(PARAMS | {"other": jnp.ones(2)}, start, BATCH)
 
 
-@pytest.mark.parametrize("counts", [True, False])
+@pytest.mark.parametrize("counts", usual([False], [True, False]))
 def test_a_gradient_that_has_a_path_by_the_start_alone_is_not_zero(counts):
     def fixed(params, carry, x):
         h, dead = carry
@@ -265,7 +268,7 @@ ANALYSES = {
 }
 
 
-@pytest.mark.parametrize("name", ANALYSES)
+@pytest.mark.parametrize("name", usual(["lags"], ANALYSES))
 def test_an_analysis_takes_the_start_as_given(name):
     with warnings.catch_warnings(action="error"):
         found = ANALYSES[name](step, loss, PARAMS, start, BATCH)
@@ -281,7 +284,7 @@ SYSTEMS = {
 }
 
 
-@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("name", usual(["exponents"], SYSTEMS))
 def test_an_analysis_of_one_example_takes_it_too(name):
     def first(params):
         return {"h": params["h0"], "n": jnp.array(0)}
@@ -300,7 +303,7 @@ def test_gate_paths_takes_it_too():
 def test_estimators_are_compared_and_measured_with_the_start():
     with warnings.catch_warnings(action="error"):
         estimators = {"full": full_bptt(step, loss)}
-        found = jbptt.compare(estimators, PARAMS, start, BATCH, reference=EXACT, key=KEYS[0], num_samples=2)
+        found = jbptt.compare(estimators, PARAMS, start, BATCH, reference=EXACT, key=jax.random.key(0), num_samples=2)
         cost = jbptt.measure_cost(estimators, PARAMS, start, BATCH, num_repeats=1)
         plan, _ = jbptt.choose_plan(step, loss, PARAMS, start, BATCH, plans=[Plan(4)], num_repeats=1)
     assert found.relative_bias[0] < 1e-12

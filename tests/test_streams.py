@@ -9,7 +9,7 @@ import numpy as np
 import problems
 import pytest
 from oracles import brute_force
-from problems import EXAMPLES, assert_close, cut
+from problems import EXAMPLES, assert_close, cut, usual, usual_rows
 
 from jbptt import Batch, Plan, full_bptt, gated_bptt, truncated_bptt, truncation
 from jbptt.testing import measured_coverage
@@ -39,7 +39,10 @@ def stream(update, init, params, carry, batch, split):
     return total, state.carry
 
 
-@pytest.mark.parametrize(("window", "stride"), [(4, 4), (4, 1), (5, 3), (1, 1), (20, 20)])
+WINDOWS = [(4, 4), (4, 1), (5, 3), (1, 1), (20, 20)]
+
+
+@pytest.mark.parametrize(("window", "stride"), usual_rows([(5, 3)], WINDOWS))
 def test_splits_do_not_matter(window, stride):
     step, loss, params, carry, batch = masked_problem("gru+reset" if window == 5 else "tanh+readout")
     pairs, losses, last = brute_force.pair_gradients(step, loss, params, carry, batch, (EXAMPLES,))
@@ -54,6 +57,7 @@ def test_splits_do_not_matter(window, stride):
         assert_close(live, last)
 
 
+@pytest.mark.more("test_splits_do_not_matter")
 def test_every_cut_in_two_gives_the_whole():
     """T = 11 in blocks of 4, ragged wherever the cut falls."""
     step, loss, params, carry, batch = masked_problem("tanh")
@@ -98,7 +102,10 @@ def test_reach_grows_with_the_stream_up_to_the_window():
     assert reached == [3, 4, 1]
 
 
-@pytest.mark.parametrize("make", [full_bptt, functools.partial(gated_bptt, gates_fn=lambda key, t: jnp.ones(t))])
+CUT = [full_bptt, functools.partial(gated_bptt, gates_fn=lambda key, t: jnp.ones(t))]
+
+
+@pytest.mark.parametrize("make", usual(CUT[:1], CUT))
 def test_full_and_gated_estimators_cut_at_the_edge_of_an_update(make):
     step, loss, params, carry, batch = masked_problem("lstm")
     pairs, losses, last = brute_force.pair_gradients(step, loss, params, carry, batch, (EXAMPLES,))
@@ -110,8 +117,8 @@ def test_full_and_gated_estimators_cut_at_the_edge_of_an_update(make):
     assert_close(live, last)
 
 
-@pytest.mark.parametrize(("window", "stride"), [(3, 1), (4, 2), (4, 4)])
-@pytest.mark.parametrize("split", [(1, 2, 1, 2, 2), (4, 1, 3)])
+@pytest.mark.parametrize(("window", "stride"), usual_rows([(4, 2)], [(3, 1), (4, 2), (4, 4)]))
+@pytest.mark.parametrize("split", usual([(4, 1, 3)], [(1, 2, 1, 2, 2), (4, 1, 3)]))
 def test_parameters_that_change_between_updates(window, stride, split):
     """h ← w h + x, ℓ = (h − y)²: live losses, earlier steps linearised at today's w on their cached carries.
 
@@ -168,7 +175,10 @@ def test_stacked_parameters_change_in_a_nonlinear_network():
     assert_close(estimate.grad_sum, jax.flatten_util.ravel_pytree(later)[1](total))
 
 
-@pytest.mark.parametrize(("batch_shape", "num_steps"), [((), 34), ((1,), 34), ((1,), 30), ((2,), 34)])
+SHAPES = [((), 34), ((1,), 34), ((1,), 30), ((2,), 34)]
+
+
+@pytest.mark.parametrize(("batch_shape", "num_steps"), usual_rows(SHAPES[1:2], SHAPES))
 def test_windows_of_a_single_example_go_back_side_by_side(batch_shape, num_steps):
     """Sixteen or more of them; fewer, and those of more examples, in turn. The gradient is the same."""
     step = lambda w, h, x: (jnp.tanh(w * h + x),) * 2

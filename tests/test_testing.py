@@ -10,7 +10,7 @@ import numpy as np
 import problems
 import pytest
 from oracles import brute_force
-from problems import assert_close, one_update
+from problems import assert_close, one_update, usual
 
 from jbptt import Batch, Estimate, Estimator, cells, full_bptt, gated_bptt, randomized_bptt, truncated_bptt, truncation
 from jbptt.testing import (
@@ -27,7 +27,7 @@ T = 7
 WINDOWS = truncation.window_coverage(T, 3, 2)
 
 
-@pytest.fixture(scope="module", params=["lstm+readout", "gru+reset"])
+@pytest.fixture(scope="module", params=usual(["gru+reset"], ["lstm+readout", "gru+reset"]))
 def problem(request):
     return problems.make(request.param, T)
 
@@ -251,7 +251,7 @@ def test_deviations_are_standard_normal_where_nothing_is_biased():
         run(drawing(20 / num_samples**0.5), key=jax.random.key(3))
 
 
-@pytest.mark.parametrize("split", [None, [T], [1, 2, 4], [3, 3, 1]])
+@pytest.mark.parametrize("split", usual([None, [3, 3, 1]], [None, [T], [1, 2, 4], [3, 3, 1]]))
 def test_coverage_as_declared(split):
     assert_coverage(partial(truncated_bptt, window=3, stride=2), WINDOWS, split=split)
     assert_coverage(partial(truncated_bptt, window=5), num_steps=T, split=split)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contract import ESTIMATORS
-from problems import assert_close, one_update
+from problems import assert_close, one_update, usual
 
 from jbptt import (
     Batch,
@@ -56,7 +56,8 @@ def assert_derivative_of_the_numbers(function):
     assert float(jax.jit(jax.grad(along))(0.0)) == pytest.approx(measured, rel=1e-7)
 
 
-@pytest.mark.parametrize("name", [name for name in ESTIMATORS if name != "adaptive"])  # whose loop may end anywhere
+# The loop of an adaptive one may end anywhere.
+@pytest.mark.parametrize("name", usual(["ragged strides"], [name for name in ESTIMATORS if name != "adaptive"]))
 def test_derivative_of_two_updates(name):
     estimator, key = ESTIMATORS[name].make(step, loss), jax.random.key(1)
 
@@ -81,7 +82,7 @@ GATED = {
 }
 
 
-@pytest.mark.parametrize("name", GATED)
+@pytest.mark.parametrize("name", usual(["lag_profile"], GATED))
 def test_derivative_of_what_is_gated(name):
     assert_derivative_of_the_numbers(lambda params, carry: weighed(GATED[name](params, carry)))
 
@@ -108,7 +109,7 @@ def covered_carry_gradient(coverage):
     return jax.grad(mean_loss)(CARRY, jnp.asarray(coverage)[:, 0])
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", usual(["ragged strides", "randomized"], ESTIMATORS))
 def test_gradient_in_the_carry_that_entered(name):
     key = jax.random.key(2)
     estimate = jax.jit(partial(one_update, ESTIMATORS[name].make(step, loss)))(PARAMS, CARRY, BATCH, key)
@@ -117,7 +118,10 @@ def test_gradient_in_the_carry_that_entered(name):
     assert_close(estimate.info["carry_grads"], covered_carry_gradient(coverage))
 
 
-@pytest.mark.parametrize("name", ["full", "ragged blocks", "strides", "sliding", "parallel strides"])
+LATER = ["full", "ragged blocks", "strides", "sliding", "parallel strides"]
+
+
+@pytest.mark.parametrize("name", usual(["strides"], LATER))
 def test_gradient_in_the_carry_of_a_later_update(name):
     """Of the losses of this update, within their windows; how the stream was split before does not matter."""
     estimator = ESTIMATORS[name].make(step, loss)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental import sparse
 from jax.extend.core import jaxprs_in_params
-from problems import assert_close, one_update, squared_error
+from problems import assert_close, one_update, squared_error, usual, usual_rows
 
 from jbptt import Batch, Plan, cells, full_bptt, lag_profile, truncated_bptt, truncation_curve
 from jbptt.engine import forward_backward
@@ -126,16 +126,14 @@ def loss(y, target):
     return squared_error(first_output(y), target) + extra
 
 
-def ways():
-    """(with_readout, segment, chunk_bytes), half of them in the usual run."""
-    for with_readout, segment in ((False, None), (True, 4)):
-        for chunk_bytes in (1, 200, 2**19):
-            marks = [] if with_readout == (chunk_bytes == 200) else pytest.mark.full
-            yield pytest.param(with_readout, segment, chunk_bytes, marks=marks)
+READOUTS = (False, None), (True, 4)
+WAYS = [(*readout, chunk_bytes) for readout in READOUTS for chunk_bytes in (1, 200, 2**19)]
+HALF = [way for way in WAYS if way[0] != (way[2] == 200)]  # the other half is for the full run
+KINDS = "weight on the left of a batch", "used in other ways", "hidden in programs", "complex numbers"
 
 
-@pytest.mark.parametrize(("with_readout", "segment", "chunk_bytes"), list(ways()))
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize(("with_readout", "segment", "chunk_bytes"), usual_rows([(True, 4, 200)], WAYS, full=HALF))
+@pytest.mark.parametrize("name", usual(KINDS, STEPS))
 def test_gradient_of_any_step(name, with_readout, segment, chunk_bytes, monkeypatch):
     monkeypatch.setattr(forward_backward, "CHUNK_BYTES", chunk_bytes)
     step, num_products, carry = STEPS[name]
@@ -158,10 +156,11 @@ def test_gradient_of_any_step(name, with_readout, segment, chunk_bytes, monkeypa
     assert_close((estimate.loss, estimate.grads), (value, grads))
 
 
-@pytest.mark.parametrize("size", [NUM_STEPS, 2])
-@pytest.mark.parametrize(
-    "make", [full_bptt, partial(truncated_bptt, window=3), partial(truncated_bptt, window=3, stride=1)]
-)
+MAKERS = [full_bptt, partial(truncated_bptt, window=3), partial(truncated_bptt, window=3, stride=1)]
+
+
+@pytest.mark.parametrize("size", usual([NUM_STEPS], [NUM_STEPS, 2]))
+@pytest.mark.parametrize("make", usual(MAKERS[2:], MAKERS))
 def test_a_core_that_emits_nothing(make, size):
     """Its readout shows parameters alone, at every step: one that is as long as the sequence is no time axis."""
     step = cells.with_readout(lambda p, h, x: (plain(p, h, x)[0], None), lambda p, _: p["shown"])
@@ -174,7 +173,7 @@ def test_a_core_that_emits_nothing(make, size):
     assert not np.any(estimate.grads["h"])
 
 
-@pytest.mark.parametrize("chunk_bytes", [1, 2**19])
+@pytest.mark.parametrize("chunk_bytes", usual([1], [1, 2**19]))
 def test_products_wider_than_their_weights(chunk_bytes, monkeypatch):
     """A weight in float32 whose products are float64."""
     monkeypatch.setattr(forward_backward, "CHUNK_BYTES", chunk_bytes)
@@ -195,9 +194,7 @@ def test_products_wider_than_their_weights(chunk_bytes, monkeypatch):
     assert_close(estimate.grads, jax.grad(mean_loss)(params), rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "make", [full_bptt, partial(truncated_bptt, window=3), partial(truncated_bptt, window=3, stride=1)]
-)
+@pytest.mark.parametrize("make", usual(MAKERS[1:2], MAKERS))
 def test_parameters_of_weak_dtype(make):
     """A Python number takes the dtype of what it meets, in overlapping windows too."""
     xs = jnp.linspace(0, 1, NUM_STEPS)
@@ -210,7 +207,7 @@ def test_parameters_of_weak_dtype(make):
     assert found[jnp.bfloat16] == pytest.approx(found[jnp.float32], rel=0.02)
 
 
-@pytest.mark.parametrize(("kind", "number"), [("rnn", 1), ("gru", 5), ("lstm", 7)])
+@pytest.mark.parametrize(("kind", "number"), usual_rows([("lstm", 7)], [("rnn", 1), ("gru", 5), ("lstm", 7)]))
 def test_what_is_kept_of_a_step(kind, number):
     """Arrays of the carry's size: the gates and what a derivative needs of them, nothing twice, nothing cheap."""
     cell = getattr(cells, kind)(INPUT, HIDDEN)
@@ -236,8 +233,11 @@ def test_a_gradient_is_not_rounded_to_a_cast():
         assert np.mean(grad == grad.astype(jnp.bfloat16)) < 0.5
 
 
-@pytest.mark.parametrize("stored", [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("make", [full_bptt, partial(truncated_bptt, window=8, stride=4)])
+LONG = [full_bptt, partial(truncated_bptt, window=8, stride=4)]
+
+
+@pytest.mark.parametrize("stored", usual([jnp.bfloat16], [jnp.bfloat16, jnp.float32]))
+@pytest.mark.parametrize("make", usual(LONG[:1], LONG))
 def test_what_is_repeated_adds_up_in_float32(make, stored):
     """Over a thousand examples: biases, a factor, rows of tables; in bfloat16 or cast to it in the step."""
     rows = NUMBERS.integers(0, 3, 1024)
@@ -311,7 +311,7 @@ def products_in_loops(jaxpr, inside=False):
     return found
 
 
-@pytest.mark.parametrize("kind", ["rnn", "gru", "lstm"])
+@pytest.mark.parametrize("kind", usual(["lstm"], ["rnn", "gru", "lstm"]))
 def test_no_weight_gradient_is_formed_inside_a_loop(kind):
     """One segment: the loops hold products of the examples' rows alone, none of a weight's shape."""
     cell = getattr(cells, kind)(INPUT, HIDDEN)
@@ -340,9 +340,10 @@ def test_bfloat16_over_thousands_of_steps():
         assert low[name].dtype == jnp.float32 and error < 0.005, (name, error)
 
 
-@pytest.mark.parametrize(
-    "make", [full_bptt, partial(truncated_bptt, window=4), partial(truncated_bptt, window=3, stride=1)]
-)
+SPARSE = [full_bptt, partial(truncated_bptt, window=4), partial(truncated_bptt, window=3, stride=1)]
+
+
+@pytest.mark.parametrize("make", usual(SPARSE[1:2], SPARSE))
 def test_sparse_weights(make):
     """JAX has their derivative step by step, not for all steps under one vmap."""
     dense = jnp.where(W_H > 0, W_H, 0)
