@@ -1,4 +1,7 @@
-"""`python -m benchmarks speed|scan|memory|analysis|accuracy [--quick] [--device cpu|gpu] [--out FOLDER]`."""
+"""The command line: `python -m benchmarks WHAT [--quick] [--device cpu|gpu] [--out FOLDER]`.
+
+WHAT is speed, scan, memory, analysis or accuracy.
+"""
 
 import importlib
 import os

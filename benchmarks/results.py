@@ -65,10 +65,9 @@ def save(name: str, results: dict[str, Any], figure: Any, page: str, folder: Pat
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     known = circumstances()
-    heading = (
-        f"# {name}\n\n`python -m benchmarks {name}`, {known['date']}, commit {known['commit']}, {known['device']}, "
-    )
-    heading += f"{known['num_devices']} devices, jax {known['versions']['jax']}\n\n![{name}]({name}.svg)\n\n"
+    measured = f"{known['date']}, commit {known['commit']}, {known['device']}"
+    measured += f", {known['num_devices']} devices, jax {known['versions']['jax']}"
+    heading = f"# {name}\n\n`python -m benchmarks {name}`, {measured}\n\n![{name}]({name}.svg)\n\n"
     for ending, text in {".json": json.dumps({**known, **results}, indent=1), ".md": heading + page}.items():
         draft = path.with_suffix(".part")
         draft.write_text(text + "\n")

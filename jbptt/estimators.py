@@ -245,7 +245,9 @@ def truncated_bptt(
 ) -> Estimator:
     """Truncated BPTT: each loss flows back through at most `window` steps, its own included.
 
-        C[t, i] = 1 where (t // stride + 1)·stride − window ≤ i ≤ t,   t counted over the whole stream
+        C[t, i] = 1 where (t // stride + 1)·stride − window ≤ i ≤ t
+
+    with t counted over the whole stream.
 
     TBPTT(k1 = stride, k2 = window) of Williams & Peng (1990): blocks for stride = window, sliding for
     stride = 1. Biased: pairs further apart than the window are lost (for blocks, those across a

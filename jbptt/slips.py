@@ -19,7 +19,8 @@ from jbptt.types import Carry, Params, PyTree, Step
 OWN = tuple(
     f"{Path(module).parent}{os.sep}" for module in (__file__, jax.__file__)
 )  # files whose lines tell the user nothing
-SMALL = 0.05  # a sum of weights below this share of the sum of their sizes is a difference of two noisy numbers
+# A sum of weights below this share of the sum of their sizes is a difference of two noisy numbers.
+SMALL = 0.05
 
 
 def not_an_array(leaf: Any) -> str:

@@ -128,7 +128,9 @@ def taylor_slope(
 ) -> float:
     """The order at which the first Taylor remainder vanishes: 2.00 ± 0.05 for the right gradient, 1 for a wrong one.
 
-        |f(w + h·d) − f(w) − h·Re Σ g·d| = O(h²),   d random, of unit length in units of the entries' sizes
+        |f(w + h·d) − f(w) − h·Re Σ g·d| = O(h²)
+
+    with d random, of unit length in units of the entries' sizes.
 
     Args:
       function: of the parameters, scalar and twice differentiable near them; `frozen_loss` for truncation.

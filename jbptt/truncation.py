@@ -128,7 +128,7 @@ def check_length_probs(value: Any, num_steps: int | None) -> None:
 def random_lengths(key: jax.Array, num_steps: int, length_probs: jax.Array, *, reweight: bool = True) -> jax.Array:
     """Windows whose lengths are drawn one after another from any distribution.
 
-        c(δ) = p_δ / (1 − Σ_{k<δ} p_k),     gates[t] = (1 − X_t) / (1 − c(δ)),     X_t ~ Bernoulli(c(δ))
+        c(δ) = p_δ / (1 − Σ_{k<δ} p_k),   X_t ~ Bernoulli(c(δ)),   gates[t] = (1 − X_t) / (1 − c(δ))
 
     with δ the steps since the last cut. Constant keep probabilities are geometric lengths, ARTBP's have a
     heavier tail. Language models are often trained with `reweight=False` (Merity et al., AWD-LSTM, 2018),
@@ -248,7 +248,9 @@ def random_lengths_coverage(num_steps: int, length_probs: jax.Array, *, reweight
 def _renewal_coverage(num_steps, hazard_fn):
     """P(no cut in i+1 … t): a window that begins at some a ≤ i, with probability u_a, lasts beyond step t.
 
-    E C[t, i] = Σ_{a≤i} u_a S(t − a),   S(n) = Π_{δ≤n} (1 − c(δ)),   u from Σ_{a≤t} u_a S(t − a) = 1: some window
+        E C[t, i] = Σ_{a≤i} u_a S(t − a),   S(n) = Π_{δ≤n} (1 − c(δ))
+
+    and u from Σ_{a≤t} u_a S(t − a) = 1: some window
     holds step t.
     """
     survival = jnp.cumprod(jnp.append(1.0, 1 - hazard_fn(jnp.arange(1, num_steps))))

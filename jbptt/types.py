@@ -110,10 +110,13 @@ class Estimate:
 class Estimator(NamedTuple):
     """One way of estimating the gradient: two pure functions, and what they estimate.
 
-        E ĝ = Σ_t Σ_{i≤t} C[t, i] · G[t, i],    G[t, i] the part of loss t's gradient that enters at step i
+        E ĝ = Σ_t Σ_{i≤t} C[t, i] · G[t, i]
+
+    with G[t, i] the part of loss t's gradient that enters at step i.
 
     >>> from jbptt import truncated_bptt
-    >>> print(truncated_bptt(None, None, window=2, stride=1).coverage(3))  # neither step nor loss matters
+    >>> sliding = truncated_bptt(None, None, window=2, stride=1)  # neither step nor loss matters
+    >>> print(sliding.coverage(3))
     [[1. 0. 0.]
      [1. 1. 0.]
      [0. 1. 1.]]

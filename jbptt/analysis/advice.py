@@ -9,7 +9,8 @@ WASTED = 0.25  # full BPTT wastes where a window of this part of T leaves 1 % of
 SHORT = 0.25  # a half-life of less than this part of T is short
 HEAVY = 10.0  # a largest norm of this many medians makes single updates decide
 UNEVEN = 2.0  # and of this many where the gradient explodes
-EVEN = 0.1  # an exponent that scatters over examples by less than this part of it is that of one matrix
+# An exponent that scatters over examples by less than this part of it is that of one matrix.
+EVEN = 0.1
 STUCK = 0.25  # this share of dead or saturated units is too much
 STABLE_CURVATURE = 2.0  # gradient descent overshoots where learning rate · curvature is larger
 
@@ -35,7 +36,8 @@ class Advice(NamedTuple):
     remedy: str
 
     def __str__(self) -> str:
-        return f"{self.topic}: {self.evidence} {self.value:.3g} {self.sign} {self.threshold:.3g}: {self.remedy}"
+        compared = f"{self.value:.3g} {self.sign} {self.threshold:.3g}"
+        return f"{self.topic}: {self.evidence} {compared}: {self.remedy}"
 
 
 def advise(found: Any) -> tuple[Advice, ...]:

@@ -70,7 +70,8 @@ class Comparison:
         columns = (self.relative_bias, self.relative_bias_error, self.relative_std, self.cosine, self.norm_ratio)
         for name, *row in zip(self.names, *map(np.asarray, columns), strict=True):
             bias, error, std, cosine, ratio = map(float, row)
-            lines.append(f"{name:<{width}}  {bias:9.3g} ± {error:<9.2g} {std:10.3g} {cosine:9.4f} {ratio:11.4g}")
+            biased = f"{bias:9.3g} ± {error:<9.2g}"
+            lines.append(f"{name:<{width}}  {biased} {std:10.3g} {cosine:9.4f} {ratio:11.4g}")
         if len(self.names) > 1:
             lines += ["", "cosine between the mean estimates", *self._pairs(width)]
         return "\n".join(lines)

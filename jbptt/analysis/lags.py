@@ -174,7 +174,8 @@ def truncation_curve(
 ) -> TruncationCurve:
     """The error of every window 1 … max_window against the exact gradient, in one pass over lags.
 
-        sliding: ĝ_n = Σ_{k<n} D_k        blocks, averaged over their phase: ĝ_n = Σ_{k<n} (1 − k/n) D_k
+        sliding:                            ĝ_n = Σ_{k<n} D_k
+        blocks, averaged over their phase:  ĝ_n = Σ_{k<n} (1 − k/n) D_k
 
     The gradient in blocks depends on where the first cut falls; here it is averaged over all places, and
     one placement scatters around that. One exact gradient and max_window rounds of T step derivatives

@@ -49,7 +49,8 @@ def from_linen(
     >>> from flax import linen
     >>> import jax.numpy as jnp
     >>> cell, carry = linen.GRUCell(8), jnp.zeros(8)
-    >>> step, params, initial_carry = from_linen(cell, cell.init(jax.random.key(0), carry, jnp.zeros(3)), input_size=3)
+    >>> variables = cell.init(jax.random.key(0), carry, jnp.zeros(3))
+    >>> step, params, initial_carry = from_linen(cell, variables, input_size=3)
     >>> step(params, initial_carry((2,)), jnp.zeros((2, 3)))[1].shape
     (2, 8)
     """

@@ -15,8 +15,8 @@ from typing import Any
 from jbptt import __version__
 from jbptt.report import interruption
 
-DESCRIPTION = """How far back does the gradient of a recurrent model reach, and what does each truncation of
-backpropagation through time cost? `jbptt --version` prints the version."""
+DESCRIPTION = """How far back does the gradient of a recurrent model reach, and what does each
+truncation of backpropagation through time cost? `jbptt --version` prints the version."""
 NEEDED = ("tyro", "rich", "matplotlib", "jinja2")
 
 

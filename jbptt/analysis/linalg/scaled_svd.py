@@ -133,7 +133,8 @@ def rotate(matrix: Graded, pairs: jax.Array) -> tuple[Graded, jax.Array]:
 
     With a = u 2^e the larger and b = v 2^f the smaller row, ρ = 2^(f−e) ≤ 1, and tan the angle's tangent:
 
-        η = (u·u − ρ² v·v) / (2 u·v),   τ = tan/ρ = sign(η) / (|η| + sqrt(ρ² + η²)),   cos = 1 / sqrt(1 + (ρτ)²)
+        η = (u·u − ρ² v·v) / (2 u·v),   τ = tan/ρ = sign(η) / (|η| + sqrt(ρ² + η²)),
+        cos = 1 / sqrt(1 + (ρτ)²)
         u ← cos (u + ρ² τ v),           v ← cos (v − τ u)
     """
     first, second = pairs
