@@ -1,1 +1,3 @@
-"""What jbptt costs beside what a user would pick instead: `python -m benchmarks speed|memory|analysis|accuracy`."""
+"""What jbptt costs beside what a user would pick instead:
+`python -m benchmarks speed|memory|analysis|accuracy`.
+"""

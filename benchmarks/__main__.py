@@ -12,7 +12,9 @@ import tyro
 
 
 def main(
-    what: Annotated[Literal["speed", "scan", "memory", "analysis", "accuracy"], tyro.conf.Positional],
+    what: Annotated[
+        Literal["speed", "scan", "memory", "analysis", "accuracy"], tyro.conf.Positional
+    ],
     /,
     quick: bool = False,
     device: Literal["cpu", "gpu"] = "cpu",
@@ -22,23 +24,31 @@ def main(
 
     Args:
       what: the benchmark.
-      quick: few and small cases, to see that it runs; its results go to `quick-NAME` and are not to be cited.
-      device: where. On CPU every core becomes a device, so that ours and theirs can be divided over them.
+      quick: few and small cases, to see that it runs; its results go to `quick-NAME` and are not to
+        be cited.
+      device: where. On CPU every core becomes a device, so that ours and theirs can be divided over
+        them.
       out: the folder; None: benchmarks/results.
     """
     if device == "gpu":
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs room beside JAX
+        os.environ.setdefault(
+            "XLA_PYTHON_CLIENT_PREALLOCATE", "false"
+        )  # PyTorch needs room beside JAX
     import jax
 
     jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[device])
     if device == "cpu":
         jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
     else:
-        jax.config.update("jax_default_matmul_precision", "highest")  # float32, not TF32, for everyone
+        jax.config.update(
+            "jax_default_matmul_precision", "highest"
+        )  # float32, not TF32, for everyone
     from benchmarks import results
 
     measured, figure, page = importlib.import_module(f"benchmarks.{what}").run(quick)
-    path = results.save(f"quick-{what}" if quick else what, measured, figure, page, out or results.FOLDER)
+    path = results.save(
+        f"quick-{what}" if quick else what, measured, figure, page, out or results.FOLDER
+    )
     print(page)
     print(path)
 

@@ -1,4 +1,6 @@
-"""How exact a low-precision gradient of a long sequence is: bfloat16 against float64 at the same rounded inputs."""
+"""How exact a low-precision gradient of a long sequence is: bfloat16 against float64 at the same
+rounded inputs.
+"""
 
 from typing import Any
 
@@ -18,7 +20,14 @@ def gradients(kind: str, steps: int) -> dict[str, dict[str, np.ndarray]]:
     rng = np.random.default_rng(0)
     cell = getattr(cells, kind)(WIDTH, HIDDEN, dtype=jnp.bfloat16)
     low = cell.init(jax.random.key(0)), cell.initial_carry((EXAMPLES,))
-    low += (Batch(*(jnp.asarray(rng.normal(size=(steps, EXAMPLES, n)), jnp.bfloat16) for n in (WIDTH, HIDDEN))),)
+    low += (
+        Batch(
+            *(
+                jnp.asarray(rng.normal(size=(steps, EXAMPLES, n)), jnp.bfloat16)
+                for n in (WIDTH, HIDDEN)
+            )
+        ),
+    )
 
     def ours(params, carry, batch):
         estimator = full_bptt(cell.step, squared_error)
@@ -34,7 +43,9 @@ def gradients(kind: str, steps: int) -> dict[str, dict[str, np.ndarray]]:
     with jax.enable_x64(True):
         exact = jax.jit(ours)(*jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), low))
     found = {"exact": exact, "jbptt": jax.jit(ours)(*low), "plain scan": jax.jit(plain)(*low)}
-    return {name: {k: np.asarray(g, float) for k, g in grads.items()} for name, grads in found.items()}
+    return {
+        name: {k: np.asarray(g, float) for k, g in grads.items()} for name, grads in found.items()
+    }
 
 
 def error(found: dict[str, np.ndarray], exact: dict[str, np.ndarray], name: str) -> float:
@@ -52,13 +63,24 @@ def picture(rows: list[dict[str, Any]]) -> Any:
         own = [row for row in rows if row["kind"] == kind]
         for name, style in (("plain scan", "--"), ("jbptt", "-")):
             label = f"{kind}, {name}"
-            ax.plot([r["steps"] for r in own], [r[name] for r in own], style, marker="o", color=colour, label=label)
+            ax.plot(
+                [r["steps"] for r in own],
+                [r[name] for r in own],
+                style,
+                marker="o",
+                color=colour,
+                label=label,
+            )
     ax.axhline(0.005, color="0.5", linewidth=1)
-    ax.set(xscale="log", yscale="log", xlabel="steps", ylabel="relative error of the gradient of w_h")
+    ax.set(
+        xscale="log", yscale="log", xlabel="steps", ylabel="relative error of the gradient of w_h"
+    )
     ax.set_title("bfloat16 against float64 at the same rounded inputs (line: 0.5 %)")
     ax.set_xticks(LENGTHS, [str(n) for n in LENGTHS])
     ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3%}" if value < 0.001 else f"{value:.1%}"))
+    ax.yaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value:.3%}" if value < 0.001 else f"{value:.1%}")
+    )
     ax.grid(alpha=0.3)
     ax.legend(frameon=False)
     return figure
@@ -69,13 +91,21 @@ def run(quick: bool) -> tuple[dict[str, Any], Any, str]:
     for kind in ("rnn", "lstm"):
         for steps in LENGTHS[:2] if quick else LENGTHS:
             found = gradients(kind, steps)
-            own = {name: error(found[name], found["exact"], "w_h") for name in ("jbptt", "plain scan")}
-            own |= {f"{name}, b": error(found[name], found["exact"], "b") for name in ("jbptt", "plain scan")}
+            own = {
+                name: error(found[name], found["exact"], "w_h") for name in ("jbptt", "plain scan")
+            }
+            own |= {
+                f"{name}, b": error(found[name], found["exact"], "b")
+                for name in ("jbptt", "plain scan")
+            }
             rows.append({"kind": kind, "steps": steps, **own})
-    lines = ["| cell | steps | jbptt, w_h | plain scan, w_h | jbptt, b | plain scan, b |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| cell | steps | jbptt, w_h | plain scan, w_h | jbptt, b | plain scan, b |",
+        "|---|---|---|---|---|---|",
+    ]
     lines += [
-        f"| {r['kind']} | {r['steps']} | {r['jbptt']:.3%} | {r['plain scan']:.2%} | {r['jbptt, b']:.3%} | "
-        f"{r['plain scan, b']:.2%} |"
+        f"| {r['kind']} | {r['steps']} | {r['jbptt']:.3%} | {r['plain scan']:.2%} | "
+        f"{r['jbptt, b']:.3%} | {r['plain scan, b']:.2%} |"
         for r in rows
     ]
     return {"rows": rows}, picture(rows), "\n".join(lines)

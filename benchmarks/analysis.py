@@ -15,20 +15,26 @@ from jbptt import Batch, truncation
 
 
 def _check(name: str, found: Any, wanted: Any, tolerance: float) -> None:
-    error = float(np.max(np.abs(np.asarray(found) - np.asarray(wanted))) / np.max(np.abs(np.asarray(wanted))))
+    error = float(
+        np.max(np.abs(np.asarray(found) - np.asarray(wanted))) / np.max(np.abs(np.asarray(wanted)))
+    )
     if not error <= tolerance:
         raise SystemExit(f"{name}: results are {error:.2g} apart; nothing was timed.")
 
 
 def curve(quick: bool) -> tuple[str, dict[str, Callable]]:
-    """The errors of 64 windows against 64 gradients: sliding by estimators, blocks vmapped through gates."""
+    """The errors of 64 windows against 64 gradients: sliding by estimators, blocks vmapped through
+    gates.
+    """
     steps, windows = (64, 8) if quick else (512, 64)
     work = Work("rnn", 1, steps, 64)
     cell, params = our_cell(work)
     carry, batch = cell.initial_carry((1,)), Batch(*data(work))
 
     def gradient(estimator):
-        return ravel_pytree(estimator.update(params, estimator.init(params, carry, batch), batch)[0].grads)[0]
+        return ravel_pytree(
+            estimator.update(params, estimator.init(params, carry, batch), batch)[0].grads
+        )[0]
 
     exact = jax.jit(lambda: gradient(jbptt.full_bptt(cell.step, squared_error)))()
 
@@ -37,7 +43,9 @@ def curve(quick: bool) -> tuple[str, dict[str, Callable]]:
 
     @jax.jit
     def at_once(params):
-        return jbptt.truncation_curve(cell.step, squared_error, params, carry, batch, max_window=windows)
+        return jbptt.truncation_curve(
+            cell.step, squared_error, params, carry, batch, max_window=windows
+        )
 
     def sliding_of(window):
         estimator = jbptt.truncated_bptt(cell.step, squared_error, window=window, stride=1)
@@ -58,7 +66,9 @@ def curve(quick: bool) -> tuple[str, dict[str, Callable]]:
 
         return jax.vmap(one)(jnp.arange(1, windows + 1))
 
-    _check("truncation curve", at_once(params).relative_error, [one(params) for one in separate], 1e-3)
+    _check(
+        "truncation curve", at_once(params).relative_error, [one(params) for one in separate], 1e-3
+    )
     runs = {
         "truncation_curve": lambda: at_once(params),
         "separate sliding gradients": lambda: [one(params) for one in separate],
@@ -86,7 +96,9 @@ def flow(quick: bool) -> tuple[str, dict[str, Callable]]:
         return jnp.sqrt(jnp.mean(jnp.sum(rows**2, axis=-1), axis=-1))
 
     nudges = jnp.zeros((steps, *carry.shape))
-    ours = jax.jit(lambda params: jbptt.gradient_flow(cell.step, squared_error, params, carry, batch))
+    ours = jax.jit(
+        lambda params: jbptt.gradient_flow(cell.step, squared_error, params, carry, batch)
+    )
     jacobian = jax.jit(lambda params: rms(jax.jacrev(losses)(nudges, params)))
     row = jax.jit(lambda params, t: rms(jax.grad(lambda n: losses(n, params)[t])(nudges)))
     _check("gradient flow", ours(params), jacobian(params), 1e-4)
@@ -99,10 +111,15 @@ def flow(quick: bool) -> tuple[str, dict[str, Callable]]:
 
 
 def lyapunov(quick: bool) -> tuple[str, dict[str, Callable]]:
-    """All exponents of a random network against a NumPy loop of QR decompositions; beside it QR and nothing else."""
+    """All exponents of a random network against a NumPy loop of QR decompositions; beside it QR and
+    nothing else.
+    """
     size, steps = (32, 200) if quick else (256, 2000)
     weights = np.random.default_rng(0).normal(size=(size, size)) * 2 / np.sqrt(size)
-    w, start = jnp.asarray(weights, jnp.float32), jnp.asarray(np.random.default_rng(1).normal(size=size), jnp.float32)
+    w, start = (
+        jnp.asarray(weights, jnp.float32),
+        jnp.asarray(np.random.default_rng(1).normal(size=size), jnp.float32),
+    )
 
     def step(w, h, x):
         h = w @ jnp.tanh(h)
@@ -130,7 +147,11 @@ def lyapunov(quick: bool) -> tuple[str, dict[str, Callable]]:
 
     if abs(float(ours(w)[0]) - loop()[0]) > 0.05:  # a chaotic system in two orders of summation
         raise SystemExit("Lyapunov: the largest exponents differ; nothing was timed.")
-    runs = {"lyapunov_spectrum": lambda: ours(w), "NumPy QR loop": loop, "its QR alone": lambda: decompositions(w)}
+    runs = {
+        "lyapunov_spectrum": lambda: ours(w),
+        "NumPy QR loop": loop,
+        "its QR alone": lambda: decompositions(w),
+    }
     return f"all {size} Lyapunov exponents, T={steps}", runs
 
 
@@ -138,13 +159,20 @@ def picture(rows: list[dict[str, Any]]) -> Any:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    bars = [(f"{row['what']}\n{name}", r["median"]) for row in rows for name, r in row["ratios"].items()]
+    bars = [
+        (f"{row['what']}\n{name}", r["median"]) for row in rows for name, r in row["ratios"].items()
+    ]
     figure = Figure(figsize=(8, 0.8 + 0.7 * len(bars)), layout="constrained")
     ax = figure.subplots()
     ax.barh(range(len(bars)), [value for _, value in bars], color="#0072b2")
     for i, (_, value) in enumerate(bars):
         ax.annotate(
-            f"{value:.3g}×", (value, i), (6, 0), textcoords="offset points", va="center", backgroundcolor="white"
+            f"{value:.3g}×",
+            (value, i),
+            (6, 0),
+            textcoords="offset points",
+            va="center",
+            backgroundcolor="white",
         )
     ax.axvline(1, color="0.4", linewidth=1)
     ax.set_yticks(range(len(bars)), [name for name, _ in bars])
@@ -164,7 +192,13 @@ def run(quick: bool) -> tuple[dict[str, Any], Any, str]:
         ours = next(iter(runs))
         ratios = {name: ratio(t, times[ours]) for name, t in times.items() if name != ours}
         shown = {name: r._asdict() for name, r in ratios.items()}
-        rows.append({"what": what, "milliseconds": {n: milliseconds(t) for n, t in times.items()}, "ratios": shown})
+        rows.append(
+            {
+                "what": what,
+                "milliseconds": {n: milliseconds(t) for n, t in times.items()},
+                "ratios": shown,
+            }
+        )
         for name, t in times.items():
             r = ratios.get(name)
             about = "–" if r is None else f"{r.median:.2f} ({r.low:.2f} … {r.high:.2f})"

@@ -1,4 +1,6 @@
-"""What no way to compute a gradient falls below: its loop, if every step did next to nothing, and its arithmetic."""
+"""What no way to compute a gradient falls below: its loop, if every step did next to nothing, and
+its arithmetic.
+"""
 
 import functools
 import time
@@ -34,14 +36,18 @@ def operations_per_second() -> float:
 
 
 def operations(work: Work) -> int:
-    """Of the products alone: forward, weights and, but for the inputs, the cotangents behind them."""
+    """Of the products alone: forward, weights and, but for the inputs, the cotangents behind
+    them.
+    """
     wide = GATES[work.kind] * work.hidden
     inputs, recurrent, head = WIDTH * wide, work.hidden * wide, work.hidden * WIDTH
     return 2 * work.examples * work.steps * (2 * inputs + 3 * recurrent + 3 * head)
 
 
 def floors(work: Work) -> dict[str, float]:
-    """Milliseconds: of 2 T steps that only multiply a carry by a number, and of the products at full rate."""
+    """Milliseconds: of 2 T steps that only multiply a carry by a number, and of the products at
+    full rate.
+    """
     run = jax.jit(lambda h: lax.scan(lambda h, _: (h * 0.5, None), h, length=2 * work.steps)[0])
     loop = _seconds(run, jnp.ones((work.examples, work.hidden), jnp.float32))
     return {"loop": loop * 1e3, "arithmetic": operations(work) / operations_per_second() * 1e3}
@@ -49,7 +55,10 @@ def floors(work: Work) -> dict[str, float]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The floors beside the best of ours, in Markdown."""
-    lines = ["| cell | B | T | H | jbptt, ms | loop, ms | arithmetic, ms | jbptt over the higher |", "|---" * 8 + "|"]
+    lines = [
+        "| cell | B | T | H | jbptt, ms | loop, ms | arithmetic, ms | jbptt over the higher |",
+        "|---" * 8 + "|",
+    ]
     for row in rows:
         ours, under = row["milliseconds"][row["best of ours"]], row["floors"]
         shown = [f"{ours:.2f}", *(f"{under[name]:.2f}" for name in ("loop", "arithmetic"))]

@@ -26,7 +26,9 @@ def temporary_bytes(estimator: Any, params: Any, carry: Any, batch: Batch) -> in
         estimate, state = estimator.update(params, estimator.init(params, carry, batch), batch)
         return estimate.loss, estimate.grads, state.carry
 
-    return jax.jit(gradient).lower(params, carry, batch).compile().memory_analysis().temp_size_in_bytes
+    return (
+        jax.jit(gradient).lower(params, carry, batch).compile().memory_analysis().temp_size_in_bytes
+    )
 
 
 def plain_bytes(step: Any, params: Any, carry: Any, batch: Batch) -> int:
@@ -34,7 +36,13 @@ def plain_bytes(step: Any, params: Any, carry: Any, batch: Batch) -> int:
         _, ys = jax.lax.scan(lambda carry, x: step(params, carry, x), carry, batch.xs)
         return jnp.mean(squared_error(ys, batch.targets))
 
-    return jax.jit(jax.value_and_grad(loss)).lower(params, carry, batch).compile().memory_analysis().temp_size_in_bytes
+    return (
+        jax.jit(jax.value_and_grad(loss))
+        .lower(params, carry, batch)
+        .compile()
+        .memory_analysis()
+        .temp_size_in_bytes
+    )
 
 
 def shares(kind: str, steps: int) -> dict[str, Any]:
@@ -47,10 +55,15 @@ def shares(kind: str, steps: int) -> dict[str, Any]:
 
 
 def million(steps: int) -> dict[str, Any]:
-    """An exact gradient over a very long sequence: memory, and time per step against that of 1000 steps."""
+    """An exact gradient over a very long sequence: memory, and time per step against that of 1000
+    steps.
+    """
     long, short = Work("rnn", 1, steps, 64), Work("rnn", 1, 1000, 64)
     step, *given = shapes(long)
-    found = {"steps": steps, "temporary bytes": temporary_bytes(full_bptt(step, squared_error), *given)}
+    found = {
+        "steps": steps,
+        "temporary bytes": temporary_bytes(full_bptt(step, squared_error), *given),
+    }
     per_step = {}
     for work in (long, short):
         cell, params = our_cell(work)
@@ -67,7 +80,10 @@ def curve(kind: str, steps: int, seconds: float) -> list[dict[str, Any]]:
     carry = cell.initial_carry((16,))
     segments = [s for s in (8, 16, 32, 64, 128, 256, 512, 1024, 4096) if s <= steps]
     step, *given = shapes(work)
-    times = alternate({str(s): by_estimator(step, params, carry, work, Plan(s)) for s in segments}, seconds=seconds)
+    times = alternate(
+        {str(s): by_estimator(step, params, carry, work, Plan(s)) for s in segments},
+        seconds=seconds,
+    )
     return [
         {
             "segment": s,
@@ -87,10 +103,14 @@ def picture(rows: list[dict[str, Any]], title: str) -> Any:
     ax.plot([row["bytes"] / MEBIBYTE for row in rows], [row["milliseconds"] for row in rows], "o-")
     for before, row in zip([rows[0], *rows[:-1]], rows, strict=True):
         place = row["bytes"] / MEBIBYTE, row["milliseconds"]
-        inside = row["bytes"] < before["bytes"]  # where the curve turns back, the space to the right is taken
+        inside = (
+            row["bytes"] < before["bytes"]
+        )  # where the curve turns back, the space to the right is taken
         offset, align = ((-6, -4), "right") if inside else ((4, 5), "left")
         ax.annotate(str(row["segment"]), place, xytext=offset, textcoords="offset points", ha=align)
-    ax.set(xscale="log", xlabel="temporary memory, MiB", ylabel="time of one gradient, ms", title=title)
+    ax.set(
+        xscale="log", xlabel="temporary memory, MiB", ylabel="time of one gradient, ms", title=title
+    )
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_ylim(0, 1.15 * max(row["milliseconds"] for row in rows))
@@ -108,10 +128,18 @@ def run(quick: bool) -> tuple[dict[str, Any], Any, str]:
     batch = Batch(*data(Work("lstm", 16, steps, 64)))
     given = cell.step, squared_error, params, cell.initial_carry((16,)), batch
     plan, _ = jbptt.choose_plan(*given, memory_budget=8 * MEBIBYTE, num_repeats=2 if quick else 5)
-    lines = [f"| B 16, T {steps}, H 64 | plain scan, MiB | full | truncated, window 32 |", "|---|---|---|---|"]
+    lines = [
+        f"| B 16, T {steps}, H 64 | plain scan, MiB | full | truncated, window 32 |",
+        "|---|---|---|---|",
+    ]
     for row in rows:
-        part = [f"{row[n] / MEBIBYTE:.2f} MiB, {row[n] / row['plain']:.2%}" for n in ("full", "truncated, window 32")]
-        lines.append(f"| {row['kind']} | {row['plain'] / MEBIBYTE:.1f} | " + " | ".join(part) + " |")
+        part = [
+            f"{row[n] / MEBIBYTE:.2f} MiB, {row[n] / row['plain']:.2%}"
+            for n in ("full", "truncated, window 32")
+        ]
+        lines.append(
+            f"| {row['kind']} | {row['plain'] / MEBIBYTE:.1f} | " + " | ".join(part) + " |"
+        )
     lines += [
         "",
         f"Exact gradient over {long['steps']:,} steps (rnn, B 1, H 64): "
@@ -122,7 +150,10 @@ def run(quick: bool) -> tuple[dict[str, Any], Any, str]:
         "",
         "| segment | MiB | ms |",
         "|---|---|---|",
-        *(f"| {r['segment']} | {r['bytes'] / MEBIBYTE:.2f} | {r['milliseconds']:.1f} |" for r in segments),
+        *(
+            f"| {r['segment']} | {r['bytes'] / MEBIBYTE:.2f} | {r['milliseconds']:.1f} |"
+            for r in segments
+        ),
     ]
     results = {"shares": rows, "long": long, "segments": segments, "plan under 8 MiB": str(plan)}
     title = f"lstm, B 16, T {steps}, H 64: one point for each segment length"

@@ -1,4 +1,6 @@
-"""What a benchmark leaves behind: a JSON with all that explains the numbers, a picture, and a page of tables."""
+"""What a benchmark leaves behind: a JSON with all that explains the numbers, a picture, and a page
+of tables.
+"""
 
 import datetime
 import importlib.metadata
@@ -27,10 +29,17 @@ def _commit() -> str | None:
     here = Path(__file__).parent
     try:
         name = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, check=True, text=True
+            ["git", "rev-parse", "--short", "HEAD"],
+            cwd=here,
+            capture_output=True,
+            check=True,
+            text=True,
         )
         changed = subprocess.run(
-            ["git", "status", "--porcelain", "jbptt"], cwd=here.parent, capture_output=True, text=True
+            ["git", "status", "--porcelain", "jbptt"],
+            cwd=here.parent,
+            capture_output=True,
+            text=True,
         )
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -40,7 +49,9 @@ def _commit() -> str | None:
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 
@@ -68,7 +79,10 @@ def save(name: str, results: dict[str, Any], figure: Any, page: str, folder: Pat
     measured = f"{known['date']}, commit {known['commit']}, {known['device']}"
     measured += f", {known['num_devices']} devices, jax {known['versions']['jax']}"
     heading = f"# {name}\n\n`python -m benchmarks {name}`, {measured}\n\n![{name}]({name}.svg)\n\n"
-    for ending, text in {".json": json.dumps({**known, **results}, indent=1), ".md": heading + page}.items():
+    for ending, text in {
+        ".json": json.dumps({**known, **results}, indent=1),
+        ".md": heading + page,
+    }.items():
         draft = path.with_suffix(".part")
         draft.write_text(text + "\n")
         draft.replace(path.with_suffix(ending))

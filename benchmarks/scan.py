@@ -1,7 +1,8 @@
-"""`jbptt.scan` beside `lax.scan`, and in segments beside checkpointed segments; losses that no step has alone.
+"""`jbptt.scan` beside `lax.scan`, and in segments beside checkpointed segments; losses that no step
+has alone.
 
-One device each. The loss looks at all outputs at once (attention with a learned query), so that estimators, which
-want a loss for each step, cannot serve it.
+One device each. The loss looks at all outputs at once (attention with a learned query), so that
+estimators, which want a loss for each step, cannot serve it.
 """
 
 import time
@@ -25,7 +26,9 @@ from benchmarks.work import Work, data, our_cell
 def checkpointed(f: Callable, init: Any, xs: Any, segment: int) -> tuple[Any, Any]:
     """`lax.scan` over segments that are computed again on the way back."""
     pieces = jax.tree.map(lambda a: a.reshape((-1, segment, *a.shape[1:])), xs)
-    carry, ys = lax.scan(jax.checkpoint(lambda carry, piece: lax.scan(f, carry, piece)), init, pieces)
+    carry, ys = lax.scan(
+        jax.checkpoint(lambda carry, piece: lax.scan(f, carry, piece)), init, pieces
+    )
     return carry, jax.tree.map(lambda a: a.reshape((-1, *a.shape[2:])), ys)
 
 
@@ -45,7 +48,9 @@ def divisor(steps: int) -> int:
     return max(n for n in range(1, int(steps**0.5) + 1) if steps % n == 0)
 
 
-def measure(name: str, step: Callable, params: Any, carry: Any, work: Work, seconds: float) -> dict[str, Any]:
+def measure(
+    name: str, step: Callable, params: Any, carry: Any, work: Work, seconds: float
+) -> dict[str, Any]:
     """One row: times, memory and the time to the first result."""
     xs, _ = data(work)
     segment = divisor(work.steps)
@@ -67,12 +72,18 @@ def measure(name: str, step: Callable, params: Any, carry: Any, work: Work, seco
         memory[way] = compiled.memory_analysis().temp_size_in_bytes
         runs[way] = partial(compiled, params, query, xs)
     for way in ways:
-        for ours, theirs in zip(jax.tree.leaves(found[way]), jax.tree.leaves(found["lax.scan"]), strict=True):
+        for ours, theirs in zip(
+            jax.tree.leaves(found[way]), jax.tree.leaves(found["lax.scan"]), strict=True
+        ):
             error = float(jnp.linalg.norm(ours - theirs) / (jnp.linalg.norm(theirs) + 1e-30))
             if error > 1e-4:
-                raise ValueError(f"{name}: the gradient by {way} differs from lax.scan's by {error:.1g}")
+                raise ValueError(
+                    f"{name}: the gradient by {way} differs from lax.scan's by {error:.1g}"
+                )
     times = alternate(runs, seconds=seconds, fewest=7)
-    returned = 2 * y.size * y.dtype.itemsize * work.steps  # the ys and their cotangents, which nobody can spare
+    returned = (
+        2 * y.size * y.dtype.itemsize * work.steps
+    )  # the ys and their cotangents, which nobody can spare
     return {
         "name": name,
         "segment": segment,
@@ -81,7 +92,8 @@ def measure(name: str, step: Callable, params: Any, carry: Any, work: Work, seco
         "over checkpointed": ratio(times["checkpointed"], times["scan, segments"])._asdict(),
         "MiB": {way: memory[way] / MEBIBYTE for way in ways},
         "memory over lax.scan": {
-            way: (memory[way] - returned) / (memory["lax.scan"] - returned) for way in ("scan", "scan, segments")
+            way: (memory[way] - returned) / (memory["lax.scan"] - returned)
+            for way in ("scan", "scan, segments")
         },
         "first result over lax.scan": first["scan"] / first["lax.scan"],
     }
@@ -98,7 +110,9 @@ def problems(quick: bool) -> list[tuple]:
     work = Work("rnn", 16, 256, 64)
     for name, make in STEPS.items():
         step, params, start = make(work)
-        found.append((name, step, params, start((work.examples,)) if callable(start) else start, work))
+        found.append(
+            (name, step, params, start((work.examples,)) if callable(start) else start, work)
+        )
     return found
 
 
@@ -142,10 +156,19 @@ def run(quick: bool) -> tuple[dict[str, Any], Any, str]:
             [row["first result over lax.scan"] for row in rows]
         ),
     }
-    lines = ["| | |", "|---|---|", *(f"| {name} | {value:.2f} |" for name, value in summary.items()), ""]
+    lines = [
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value:.2f} |" for name, value in summary.items()),
+        "",
+    ]
     lines += ["Memory is beyond the ys and their cotangents. Milliseconds are medians.", ""]
     ways = list(rows[0]["milliseconds"])
-    lines += ["| step | " + " | ".join(ways) + " | over lax.scan (quartiles) | over checkpointed | memory | segments |"]
+    lines += [
+        "| step | "
+        + " | ".join(ways)
+        + " | over lax.scan (quartiles) | over checkpointed | memory | segments |"
+    ]
     lines += ["|---" * (len(ways) + 5) + "|"]
     for row in rows:
         of, by, memory = row["over lax.scan"], row["over checkpointed"], row["memory over lax.scan"]

@@ -1,4 +1,6 @@
-"""Any step, not only ours: five that the engine was not written for, against `jax.grad` of a plain scan."""
+"""Any step, not only ours: five that the engine was not written for, against `jax.grad` of a plain
+scan.
+"""
 
 from typing import Any
 
@@ -44,7 +46,11 @@ def layer_norm(work: Work):
         h = params["scale"] * jax.nn.standardize(h)
         return h, h
 
-    return cells.with_readout(step, _head), {**params, "scale": jnp.ones(work.hidden)}, cell.initial_carry
+    return (
+        cells.with_readout(step, _head),
+        {**params, "scale": jnp.ones(work.hidden)},
+        cell.initial_carry,
+    )
 
 
 def dropout(work: Work):
@@ -67,7 +73,10 @@ def closure(work: Work):
     """A fixed random input expansion, closed over."""
     cell = cells.rnn(4 * WIDTH, work.hidden)
     expansion = jax.random.normal(jax.random.key(3), (WIDTH, 4 * WIDTH)) / np.sqrt(WIDTH)
-    params = {**cell.init(jax.random.key(0)), "w_y": jax.random.normal(jax.random.key(2), (work.hidden, WIDTH)) / 9}
+    params = {
+        **cell.init(jax.random.key(0)),
+        "w_y": jax.random.normal(jax.random.key(2), (work.hidden, WIDTH)) / 9,
+    }
 
     def step(params, h, x):
         return cell.step(params, h, jax.nn.relu(x @ expansion))
@@ -93,7 +102,10 @@ def nnx_cell(work: Work):
 def _gru(work: Work):
     cell = cells.gru(WIDTH, work.hidden)
     params = cell.init(jax.random.key(0))
-    return cell, {**params, "w_y": jax.random.normal(jax.random.key(2), (work.hidden, WIDTH)) / work.hidden}
+    return cell, {
+        **params,
+        "w_y": jax.random.normal(jax.random.key(2), (work.hidden, WIDTH)) / work.hidden,
+    }
 
 
 STEPS = {
@@ -117,12 +129,22 @@ def measure(name: str, work: Work, seconds: float) -> dict[str, Any]:
     runs = {"jbptt": by_estimator(step, params, carry, work), "scan": plain}
     num_devices = jax.device_count()
     if num_devices > 1:
-        runs["jbptt, sharded"] = by_estimator(step, params, carry, work, Plan(num_shards=num_devices))
+        runs["jbptt, sharded"] = by_estimator(
+            step, params, carry, work, Plan(num_shards=num_devices)
+        )
     if not (error := Contestant(runs["jbptt"], plain).disagreement()) <= 1e-4:
         raise SystemExit(f"{name}: the gradient is {error:.2g} off; nothing was timed.")
     times = alternate(runs, seconds=seconds)
-    ratios = {ours: ratio(times["scan"], times[ours])._asdict() for ours in times if ours.startswith("jbptt")}
-    return {"step": name, "milliseconds": {n: milliseconds(t) for n, t in times.items()}, "over plain scan": ratios}
+    ratios = {
+        ours: ratio(times["scan"], times[ours])._asdict()
+        for ours in times
+        if ours.startswith("jbptt")
+    }
+    return {
+        "step": name,
+        "milliseconds": {n: milliseconds(t) for n, t in times.items()},
+        "over plain scan": ratios,
+    }
 
 
 def run(quick: bool) -> tuple[list[dict[str, Any]], dict[str, float], str]:
@@ -143,7 +165,10 @@ def run(quick: bool) -> tuple[list[dict[str, Any]], dict[str, float], str]:
         "|---|---|---|---|---|",
     ]
     for row in rows:
-        times, ratios = row["milliseconds"], {name: Ratio(**r) for name, r in row["over plain scan"].items()}
+        times, ratios = (
+            row["milliseconds"],
+            {name: Ratio(**r) for name, r in row["over plain scan"].items()},
+        )
         own, spread = ratios["jbptt"], ratios.get("jbptt, sharded")
         shown = [row["step"], f"{times['scan']:.2f}", f"{times['jbptt']:.2f}"]
         shown += [

@@ -1,4 +1,6 @@
-"""The same workload as `pytest-benchmark` cases: `pip install pytest-benchmark; pytest benchmarks`."""
+"""The same workload as `pytest-benchmark` cases:
+`pip install pytest-benchmark; pytest benchmarks`.
+"""
 
 import jax
 import pytest

@@ -1,4 +1,6 @@
-"""Paired measurements: everyone in turn, in one process, so that what disturbs the machine disturbs all alike."""
+"""Paired measurements: everyone in turn, in one process, so that what disturbs the machine disturbs
+all alike.
+"""
 
 import time
 from collections.abc import Callable
@@ -9,18 +11,22 @@ import numpy as np
 
 
 class Ratio(NamedTuple):
-    """How many times as long theirs takes as ours, round by round: the median and the quartiles around it."""
+    """How many times as long theirs takes as ours, round by round: the median and the quartiles
+    around it.
+    """
 
     median: float
     low: float
     high: float
 
 
-def alternate(runs: dict[str, Callable], *, seconds: float, fewest: int = 5, most: int = 300) -> dict[str, np.ndarray]:
+def alternate(
+    runs: dict[str, Callable], *, seconds: float, fewest: int = 5, most: int = 300
+) -> dict[str, np.ndarray]:
     """Seconds of every call, `[rounds]` each, the order drawn anew each round.
 
-    Two calls of each come first and do not count: compilation, and the first touch of memory. The number of rounds
-    is what fits into `seconds`, within the bounds.
+    Two calls of each come first and do not count: compilation, and the first touch of memory. The
+    number of rounds is what fits into `seconds`, within the bounds.
     """
     once = 0.0
     for run in runs.values():

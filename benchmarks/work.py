@@ -1,7 +1,9 @@
-"""The workload, and who does it: value and gradient of a mean squared error with an output head, float32.
+"""The workload, and who does it: value and gradient of a mean squared error with an output head,
+float32.
 
-Everyone is written in the best form its own documentation has for a recurrent layer of one kind. What is
-returned is `(loss, gradients)`, so that the gradients can be held against each other before anything is timed.
+Everyone is written in the best form its own documentation has for a recurrent layer of one kind.
+What is returned is `(loss, gradients)`, so that the gradients can be held against each other before
+anything is timed.
 """
 
 import functools
@@ -37,7 +39,8 @@ class Contestant(NamedTuple):
 
     Attributes:
       run: gives (loss, gradients).
-      expected: the same by another road: a library's by jbptt's engine on that library's model, ours by a plain scan.
+      expected: the same by another road: a library's by jbptt's engine on that library's model,
+        ours by a plain scan.
       comparable: what `expected` is held against, where it is not what `run` gives.
     """
 
@@ -49,7 +52,9 @@ class Contestant(NamedTuple):
         """The largest relative distance of loss and gradient, each as one vector."""
         found, wanted = (self.comparable or self.run)(), self.expected()
         assert jax.tree.structure(found) == jax.tree.structure(wanted)
-        pairs = [(ravel_pytree(f)[0], ravel_pytree(w)[0]) for f, w in zip(found, wanted, strict=True)]
+        pairs = [
+            (ravel_pytree(f)[0], ravel_pytree(w)[0]) for f, w in zip(found, wanted, strict=True)
+        ]
         return max(float(jnp.linalg.norm(f - w) / jnp.linalg.norm(w)) for f, w in pairs)
 
 
@@ -88,11 +93,17 @@ def ours(work: Work, plan: jbptt.Plan | None = None) -> Contestant:
     return Contestant(by_estimator(cell.step, params, carry, work, plan), scan(work).run)
 
 
-def differentiated(loss: Callable, params: Any, work: Work, sharded: bool) -> Callable[[], tuple[Any, Any]]:
-    """`jax.value_and_grad` of `loss(params, xs, targets)`; sharded: each device on its examples, as ours does it."""
+def differentiated(
+    loss: Callable, params: Any, work: Work, sharded: bool
+) -> Callable[[], tuple[Any, Any]]:
+    """`jax.value_and_grad` of `loss(params, xs, targets)`; sharded: each device on its examples, as
+    ours does it.
+    """
     value_and_grad = jax.value_and_grad(loss)
     if sharded:
-        mesh = jax.make_mesh((jax.device_count(),), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+        mesh = jax.make_mesh(
+            (jax.device_count(),), ("batch",), axis_types=(jax.sharding.AxisType.Auto,)
+        )
         whole, divided = jax.P(), jax.P(None, "batch")
         value_and_grad = jax.shard_map(
             lambda *given: jax.lax.pmean(jax.value_and_grad(loss)(*given), "batch"),
@@ -111,7 +122,9 @@ def scan(work: Work, sharded: bool = False) -> Contestant:
     cell, params = our_cell(work)
 
     def loss(params, xs, targets):
-        _, ys = jax.lax.scan(functools.partial(cell.step, params), cell.initial_carry((xs.shape[1],)), xs)
+        _, ys = jax.lax.scan(
+            functools.partial(cell.step, params), cell.initial_carry((xs.shape[1],)), xs
+        )
         return jnp.mean(squared_error(ys, targets))
 
     expected = by_estimator(cell.step, params, cell.initial_carry((work.examples,)), work)
@@ -218,14 +231,18 @@ def equinox(work: Work, sharded: bool = False) -> Contestant | None:
             carry = self.cell(x, carry)
             return carry, self.head(carry[0] if work.kind == "lstm" else carry)
 
-    model = Model(kind(WIDTH, work.hidden, key=keys[0]), eqx.nn.Linear(work.hidden, WIDTH, key=keys[1]))
+    model = Model(
+        kind(WIDTH, work.hidden, key=keys[0]), eqx.nn.Linear(work.hidden, WIDTH, key=keys[1])
+    )
     zeros = jnp.zeros(work.hidden)
     start = (zeros, zeros) if work.kind == "lstm" else zeros
     params, static = eqx.partition(model, eqx.is_inexact_array)
 
     def loss(params, xs, targets):
         live = eqx.combine(params, static)
-        ys = jax.vmap(lambda xs: jax.lax.scan(lambda carry, x: live(carry, x), start, xs)[1], 1, 1)(xs)
+        ys = jax.vmap(lambda xs: jax.lax.scan(lambda carry, x: live(carry, x), start, xs)[1], 1, 1)(
+            xs
+        )
         return jnp.mean(squared_error(ys, targets))
 
     step, _, first = interop.from_equinox(model, initial_carry=start)
@@ -239,20 +256,41 @@ def cudnn(work: Work, sharded: bool = False) -> Contestant | None:
 
     if sharded or work.kind != "lstm" or jax.default_backend() != "gpu":
         return None
-    layer = {"input_size": WIDTH, "hidden_size": work.hidden, "num_layers": 1, "bidirectional": False}
+    layer = {
+        "input_size": WIDTH,
+        "hidden_size": work.hidden,
+        "num_layers": 1,
+        "bidirectional": False,
+    }
     cell, given = our_cell(work)
-    params = {"w_y": given["w_y"], "b_y": given["b_y"], "flat": rnn.init_lstm_weight(jax.random.key(0), **layer)}
+    params = {
+        "w_y": given["w_y"],
+        "b_y": given["b_y"],
+        "flat": rnn.init_lstm_weight(jax.random.key(0), **layer),
+    }
 
     def loss(params, xs, targets):
-        zeros, lengths = jnp.zeros((1, xs.shape[1], work.hidden)), jnp.full(xs.shape[1], xs.shape[0], jnp.int32)
+        zeros, lengths = (
+            jnp.zeros((1, xs.shape[1], work.hidden)),
+            jnp.full(xs.shape[1], xs.shape[0], jnp.int32),
+        )
         precision = jax.config.jax_default_matmul_precision
         hs, _, _ = rnn.lstm(
-            xs.swapaxes(0, 1), zeros, zeros, params["flat"], lengths, dropout=0.0, precision=precision, **layer
+            xs.swapaxes(0, 1),
+            zeros,
+            zeros,
+            params["flat"],
+            lengths,
+            dropout=0.0,
+            precision=precision,
+            **layer,
         )
         return jnp.mean(squared_error(hs.swapaxes(0, 1) @ params["w_y"] + params["b_y"], targets))
 
     def step(params, carry, x):
-        w_x, w_h, b_x, b_h = (arrays[0] for arrays in rnn.unpack_lstm_weights(params["flat"], **layer))
+        w_x, w_h, b_x, b_h = (
+            arrays[0] for arrays in rnn.unpack_lstm_weights(params["flat"], **layer)
+        )
         return cell.step({**params, "w_x": w_x.T, "w_h": w_h.T, "b": b_x + b_h}, carry, x)
 
     expected = by_estimator(step, params, cell.initial_carry((work.examples,)), work)
@@ -260,7 +298,9 @@ def cudnn(work: Work, sharded: bool = False) -> Contestant | None:
 
 
 def torch(work: Work, sharded: bool = False) -> Contestant | None:
-    """PyTorch with as many threads as there are cores; our parameters, so that ours must have its gradients."""
+    """PyTorch with as many threads as there are cores; our parameters, so that ours must have its
+    gradients.
+    """
     import os
 
     import torch
@@ -268,9 +308,13 @@ def torch(work: Work, sharded: bool = False) -> Contestant | None:
     if sharded:
         return None
     torch.set_num_threads(os.cpu_count() or 1)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 is float32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
+        False  # float32 is float32
+    )
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
-    layer = {"rnn": torch.nn.RNN, "gru": torch.nn.GRU, "lstm": torch.nn.LSTM}[work.kind](WIDTH, work.hidden).to(device)
+    layer = {"rnn": torch.nn.RNN, "gru": torch.nn.GRU, "lstm": torch.nn.LSTM}[work.kind](
+        WIDTH, work.hidden
+    ).to(device)
     head = torch.nn.Linear(work.hidden, WIDTH).to(device)
     _, params = our_cell(work)
     given = {k: torch.tensor(np.asarray(v)) for k, v in params.items()}

@@ -1,4 +1,6 @@
-"""How far back does the gradient of your recurrent model reach, and what does each truncation cost?"""
+"""How far back does the gradient of your recurrent model reach, and what does each truncation
+cost?
+"""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,4 +1,6 @@
-"""A window that follows the model: as short as a bound on the bias allows, and data, so that nothing recompiles."""
+"""A window that follows the model: as short as a bound on the bias allows, and data, so that
+nothing recompiles.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -38,7 +40,8 @@ class RunningMeans(NamedTuple):
 
 @exported
 class AdaptiveState(NamedTuple):
-    """The live carry, the steps that a window may reach back to, the running means, and the next window.
+    """The live carry, the steps that a window may reach back to, the running means, and the next
+    window.
 
     Attributes:
       carry: the live carry.
@@ -62,30 +65,34 @@ def adaptive_bptt(
     smoothing: float = 0.9,
     plan: Plan | None = None,
 ) -> Estimator:
-    """Truncated BPTT whose sliding window keeps a bound on the relative bias (Aicher, Foti & Fox, 2019).
+    """Truncated BPTT whose sliding window keeps a bound on the relative bias (Aicher, Foti & Fox,
+    2019).
 
         K = min {k : δ(k) ≤ tolerance},   δ(k) = E(k) / (‖ĝ‖ − E(k)),   E(k) = M Σ_{j ≥ k−1} φ_j
 
-    with φ_j the adjoint's norm at lag j and an exponential tail beyond the lags measured. The last loss of every
-    update, and of every max_window steps within it, is a probe (of the examples in which it has weight and a slope at
-    all: an ignored target says nothing): it goes back max_window − 1 steps and updates running means of φ_j and of what
-    the lags add to the gradient, from which the *next* update's window follows (`decay.bound_bias`). The first update,
-    which knows nothing, takes max_window. Where no window up to max_window keeps the bound, as with a gradient that
-    does not decay, max_window is taken, and `info["bias_bound"]` says what is left of the promise: inf, if nothing.
-    Nothing is promised by fewer than 8 lags, nor by a zero that fewer than 3 probes met (a reset, perhaps).
+    with φ_j the adjoint's norm at lag j and an exponential tail beyond the lags measured. The last
+    loss of every update, and of every max_window steps within it, is a probe (of the examples in
+    which it has weight and a slope at all: an ignored target says nothing): it goes back max_window
+    − 1 steps and updates running means of φ_j and of what the lags add to the gradient, from which
+    the *next* update's window follows (`decay.bound_bias`). The first update, which knows nothing,
+    takes max_window. Where no window up to max_window keeps the bound, as with a gradient that does
+    not decay, max_window is taken, and `info["bias_bound"]` says what is left of the promise: inf,
+    if nothing. Nothing is promised by fewer than 8 lags, nor by a zero that fewer than 3 probes met
+    (a reset, perhaps).
 
     Coverage is that of a first update, max_window; a later one's is that of its `info["window"]`,
     `truncation.window_coverage(T, window, 1)`.
 
-    `info["window"]` is the window of the update, `info["bias_bound"]` its δ by all that has been seen, this
-    update included; `info["next_window"]` what follows from it. M is measured, not proved, and ‖ĝ‖ is that of
-    the update's own gradient, so the bound is an estimate. Biased within it. Time: a window's, and one
-    backward pass over max_window steps for each probe, so updates shorter than that are dear; memory of a few
-    max_windows. The loop over lags has as many rounds as the window says, so reverse mode does not go through
-    `update`.
+    `info["window"]` is the window of the update, `info["bias_bound"]` its δ by all that has been
+    seen, this update included; `info["next_window"]` what follows from it. M is measured, not
+    proved, and ‖ĝ‖ is that of the update's own gradient, so the bound is an estimate. Biased within
+    it. Time: a window's, and one backward pass over max_window steps for each probe, so updates
+    shorter than that are dear; memory of a few max_windows. The loop over lags has as many rounds
+    as the window says, so reverse mode does not go through `update`.
 
     Args:
-      step: `(params, carry, x) -> (carry, y)`; every inexact carry leaf begins with the batch shape.
+      step: `(params, carry, x) -> (carry, y)`; every inexact carry leaf begins with the batch
+        shape.
       loss: `(y, target) -> [*batch]`, or that and aux.
       tolerance: of the relative bias, in (0, 1).
       max_window: the longest window, in steps.
@@ -93,15 +100,19 @@ def adaptive_bptt(
       plan: the devices that the batch is divided over.
 
     Raises:
-      ValueError: tolerance or smoothing out of range, max_window < 1; carries without the batch shape; a plan with a
-        segment or parallel_windows; what `full_bptt` raises.
+      ValueError: tolerance or smoothing out of range, max_window < 1; carries without the batch
+        shape; a plan with a segment or parallel_windows; what `full_bptt` raises.
     """
     validation.check_between("tolerance", tolerance, 0, 1, "0.1 means a bias of 10 %")
     max_window = validation.check_positive_integer("max_window", max_window)
     if smoothing != 0:
-        validation.check_between("smoothing", smoothing, 0, 1, "the past must fade; 0 keeps only the last probe")
+        validation.check_between(
+            "smoothing", smoothing, 0, 1, "the past must fade; 0 keeps only the last probe"
+        )
 
-    plan = plan_of(plan, {"segment": "windows that overlap are not recomputed in segments", **NO_WINDOWS})
+    plan = plan_of(
+        plan, {"segment": "windows that overlap are not recomputed in segments", **NO_WINDOWS}
+    )
     why = "the probe measures norms per example"
 
     def init(params: Params, carry: Carry, batch: Batch, key=None) -> AdaptiveState:
@@ -109,7 +120,9 @@ def adaptive_bptt(
         batch_shape = check_problem(step, loss, params, carry, batch, per_example=why).batch_shape
         start = start_of(carry, params)
         history = empty_history(max_window - 1, start, batch, batch_shape)
-        means = RunningMeans(*(jnp.zeros(max_window) for _ in RunningMeans._fields))  # a buffer each, to be donated
+        means = RunningMeans(
+            *(jnp.zeros(max_window) for _ in RunningMeans._fields)
+        )  # a buffer each, to be donated
         seen = varying((means, jnp.array(max_window, int)), (params, start, batch))
         return AdaptiveState(kept(carry), history, *seen)
 
@@ -120,7 +133,9 @@ def adaptive_bptt(
             carry, history, means, total, first, entering = running
             part = problem.on(carry, piece)
             streamed = go_on(part, history, sums)
-            sums, more = overlapping_sums(part, streamed, max_window - 1, 0, first, window=window, stride=1)
+            sums, more = overlapping_sums(
+                part, streamed, max_window - 1, 0, first, window=window, stride=1
+            )
             entering = [e + m.astype(e.dtype) for e, m in zip(entering, more, strict=True)]
             weights = jnp.abs(part.loss_weights())
             weights = jnp.where(says_something(streamed, weights), weights, 0)
@@ -137,15 +152,25 @@ def adaptive_bptt(
         carry, history, means, total, _, entering = running
         return Updated(sums, carry, entering, history, (means, total))
 
-    def update(params: Params, state: AdaptiveState, batch: Batch) -> tuple[Estimate, AdaptiveState]:
+    def update(
+        params: Params, state: AdaptiveState, batch: Batch
+    ) -> tuple[Estimate, AdaptiveState]:
         problem, start = entered_problem(step, loss, params, state.carry, batch, per_example=why)
         validation.check_history(state.history, batch, problem.batch_shape)
         updated = planned(plan, run, problem, state.history, (state.means, state.window))
         means, total = updated.seen
-        size = norm(updated.sums.grad) / one_if_zero(total)  # weights of both signs: per |w|, as the probes
+        size = norm(updated.sums.grad) / one_if_zero(
+            total
+        )  # weights of both signs: per |w|, as the probes
         window, bounds = choose_window(means, size, tolerance, 1 - smoothing**3)
-        info = {"window": state.window, "bias_bound": bounds[state.window - 1], "next_window": window}
-        return estimate_of(updated, start, **info), AdaptiveState(updated.carry, updated.history, means, window)
+        info = {
+            "window": state.window,
+            "bias_bound": bounds[state.window - 1],
+            "next_window": window,
+        }
+        return estimate_of(updated, start, **info), AdaptiveState(
+            updated.carry, updated.history, means, window
+        )
 
     def coverage(num_steps: int, key=None) -> jax.Array:
         del key
@@ -155,15 +180,21 @@ def adaptive_bptt(
 
 
 def varying(tree: PyTree, given: PyTree) -> PyTree:
-    """`tree`, inside a `shard_map` marked as different on each device if something given is, as loops want it."""
+    """`tree`, inside a `shard_map` marked as different on each device if something given is, as
+    loops want it.
+    """
     leaves = [leaf for leaf in jax.tree.leaves(given) if not is_key(leaf)]
-    count = jax.eval_shape(lambda leaves: sum(map(jnp.count_nonzero, leaves), jnp.zeros((), int)), leaves)
+    count = jax.eval_shape(
+        lambda leaves: sum(map(jnp.count_nonzero, leaves), jnp.zeros((), int)), leaves
+    )
     zero = lax.full_like(count, 0)
     return jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), tree)
 
 
 def says_something(streamed: Streamed, weights: jax.Array) -> jax.Array:
-    """Which losses `[S, *batch]` have a slope at all: an ignored target's zeros say nothing about memory."""
+    """Which losses `[S, *batch]` have a slope at all: an ignored target's zeros say nothing about
+    memory.
+    """
     found = jnp.zeros(weights.shape, bool)
     for leaf in streamed.outputs_bar:
         slopes = leaf[leaf.shape[0] - weights.shape[0] :] != 0  # without the history
@@ -181,10 +212,11 @@ def probe(
     smoothing: chex.Numeric,
     add_up: Callable,
 ) -> RunningMeans:
-    """Sends the last step's loss back as far as the means reach; `weights` `[*batch]` are that loss's, |w|.
+    """Sends the last step's loss back as far as the means reach; `weights` `[*batch]` are that
+    loss's, |w|.
 
-    A loss without weight says nothing, and leaves the means as they are. `add_up` adds over the shares of a batch that
-    is divided.
+    A loss without weight says nothing, and leaves the means as they are. `add_up` adds over the
+    shares of a batch that is divided.
     """
     real, outputs_bar = streamed.real, streamed.outputs_bar
     num_lags, last = len(means.weights), real.mask.shape[0] - 1
@@ -195,7 +227,9 @@ def probe(
         at = jax.tree.map(lambda a: a[i], real)
         own = [jnp.where(lag == 0, y[i], 0) for y in outputs_bar]
         grad, cotangents = problem.pullback(at.carries, (at.xs, at.mask))(cotangents, own, None)
-        grad, total_norm = add_up((grad, jnp.sum(jnp.where(weights == 0, 0, norm(cotangents, ndim)))))
+        grad, total_norm = add_up(
+            (grad, jnp.sum(jnp.where(weights == 0, 0, norm(cotangents, ndim))))
+        )
         return cotangents, (total_norm, norm(grad), real.exists[i])
 
     start = [jnp.zeros_like(leaf[last]) for leaf in split_inexact(real.carries)[0]]
@@ -206,14 +240,20 @@ def probe(
     def fade(past, new):
         return jnp.where(usable, smoothing * past + (1 - smoothing) * new, past)
 
-    new = RunningMeans(weighted_mean(cotangent_norms, total), weighted_mean(grad_norms, total), jnp.ones(num_lags))
+    new = RunningMeans(
+        weighted_mean(cotangent_norms, total), weighted_mean(grad_norms, total), jnp.ones(num_lags)
+    )
     return RunningMeans(*map(fade, means, new))
 
 
-def choose_window(means: RunningMeans, kept: jax.Array, tolerance: float, enough: float) -> tuple[jax.Array, jax.Array]:
-    """The shortest window whose bound keeps the tolerance (or the longest there is), and all bounds, `[max_window]`.
+def choose_window(
+    means: RunningMeans, kept: jax.Array, tolerance: float, enough: float
+) -> tuple[jax.Array, jax.Array]:
+    """The shortest window whose bound keeps the tolerance (or the longest there is), and all
+    bounds, `[max_window]`.
 
-    `kept` is the norm of the gradient, per weight; below the weight `enough` a zero is not taken for the end of all.
+    `kept` is the norm of the gradient, per weight; below the weight `enough` a zero is not taken
+    for the end of all.
     """
     longest, num_lags = len(means.weights), jnp.sum(means.weights > 0)
     norms, grad_norms = (weighted_mean(total, means.weights) for total in means[:2])

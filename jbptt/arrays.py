@@ -1,4 +1,6 @@
-"""Small things on arrays and trees: which leaves have gradients, how wide sums are held, axes, masks and gates."""
+"""Small things on arrays and trees: which leaves have gradients, how wide sums are held, axes,
+masks and gates.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -33,7 +35,9 @@ def split_inexact(tree: PyTree) -> tuple[list[jax.Array], Callable[[list[jax.Arr
 
     def rebuild(parts):
         parts = iter(parts)
-        return structure.unflatten([next(parts) if i else leaf for i, leaf in zip(inexact, leaves, strict=True)])
+        return structure.unflatten(
+            [next(parts) if i else leaf for i, leaf in zip(inexact, leaves, strict=True)]
+        )
 
     return [jnp.asarray(leaf) for i, leaf in zip(inexact, leaves, strict=True) if i], rebuild
 
@@ -41,26 +45,32 @@ def split_inexact(tree: PyTree) -> tuple[list[jax.Array], Callable[[list[jax.Arr
 def real_vector(tree: PyTree) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:
     """All numbers of a tree of inexact leaves as one real vector, and the way back.
 
-    A complex leaf gives its real parts, then its imaginary parts. JAX's gradient in it has the sign of the latter
-    turned, `∂f/∂x − i ∂f/∂y`, so that `df = Re Σ g·dz`.
+    A complex leaf gives its real parts, then its imaginary parts. JAX's gradient in it has the sign
+    of the latter turned, `∂f/∂x − i ∂f/∂y`, so that `df = Re Σ g·dz`.
     """
     leaves, structure = jax.tree.flatten(tree)
     leaves = [jnp.asarray(leaf) for leaf in leaves]
     flat, back = ravel_pytree([(a.real, a.imag) if jnp.iscomplexobj(a) else (a,) for a in leaves])
 
     def rebuild(vector):
-        return structure.unflatten([lax.complex(*parts) if len(parts) == 2 else parts[0] for parts in back(vector)])
+        return structure.unflatten(
+            [lax.complex(*parts) if len(parts) == 2 else parts[0] for parts in back(vector)]
+        )
 
     return flat, rebuild
 
 
 def align_leading(array: jax.Array, ndim: int) -> jax.Array:
-    """Appends axes of size 1, so that `array` broadcasts along leading axes, never trailing ones."""
+    """Appends axes of size 1, so that `array` broadcasts along leading axes, never trailing
+    ones.
+    """
     return jnp.reshape(array, jnp.shape(array) + (1,) * (ndim - jnp.ndim(array)))
 
 
 def one_if_zero(divisor: jax.Array) -> jax.Array:
-    """A divisor with 1 in the place of 0, so that `0 / one_if_zero(0)` is 0 and has a derivative."""
+    """A divisor with 1 in the place of 0, so that `0 / one_if_zero(0)` is 0 and has a
+    derivative.
+    """
     return jnp.where(divisor == 0, 1, divisor)
 
 
@@ -82,7 +92,9 @@ def widened(array: jax.Array) -> jax.Array:
 
 
 def times_gate(cotangent: jax.Array, gate: jax.Array) -> jax.Array:
-    """`gate · cotangent`, 0 where the gate is 0, in float32 at least: 1/π must not be rounded to bfloat16."""
+    """`gate · cotangent`, 0 where the gate is 0, in float32 at least: 1/π must not be rounded to
+    bfloat16.
+    """
     wide = widened_dtype(cotangent.dtype, gate.dtype)
     gate = align_leading(gate, cotangent.ndim).astype(jnp.finfo(wide).dtype)
     product = (gate * cotangent.astype(wide)).astype(cotangent.dtype)
@@ -118,21 +130,27 @@ def zero_masked(mask: jax.Array | None, tree: PyTree) -> PyTree:
 
 
 def split_time(tree: PyTree, segment: int, num_whole: int) -> tuple[PyTree, PyTree]:
-    """Cuts `[T, ...]` leaves into `num_whole` segments `[num_whole, segment, ...]` and what is left."""
+    """Cuts `[T, ...]` leaves into `num_whole` segments `[num_whole, segment, ...]` and what is
+    left.
+    """
     whole = num_whole * segment
     main = jax.tree.map(lambda a: a[:whole].reshape((num_whole, segment, *a.shape[1:])), tree)
     return main, jax.tree.map(lambda a: a[whole:], tree)
 
 
 def steps_from(tree: PyTree, start: Any, length: int) -> PyTree:
-    """`length` steps of `[T, ...]` leaves, cut out where they are used: to slice them all up front copies them."""
+    """`length` steps of `[T, ...]` leaves, cut out where they are used: to slice them all up front
+    copies them.
+    """
     return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, length), tree)
 
 
 def zeros_along(leaf: Any, length: int) -> jax.Array:
-    """`[length, ...]` zeros for a leaf (or its shape) `[T, ...]`, so placed on the devices that the two can be joined.
+    """`[length, ...]` zeros for a leaf (or its shape) `[T, ...]`, so placed on the devices that the
+    two can be joined.
 
-    Placement is part of a type: the sharding in an explicit mesh, under shard_map whether devices differ.
+    Placement is part of a type: the sharding in an explicit mesh, under shard_map whether devices
+    differ.
     """
     zeros = lax.full_like(leaf, 0, jax.dtypes.canonicalize_dtype(leaf.dtype))
     return jnp.broadcast_to(zeros[:1], (length, *leaf.shape[1:]))

@@ -1,7 +1,8 @@
-"""Which axes hold examples: told by running one step on shapes with another number of them, not by sizes alone.
+"""Which axes hold examples: told by running one step on shapes with another number of them, not by
+sizes alone.
 
-An axis of examples can be resized in the carry, the inputs and the targets, and the parameters do not mind. An axis of
-features cannot: the parameters fix its size.
+An axis of examples can be resized in the carry, the inputs and the targets, and the parameters do
+not mind. An axis of features cannot: the parameters fix its size.
 """
 
 from collections.abc import Callable
@@ -18,8 +19,9 @@ from jbptt.types import Batch, Carry, Loss, Params, PyTree, Step
 
 Shape = tuple[int, ...]
 WHAT_A_LOSS_RETURNS = (
-    "a loss returns one number per example, of the batch shape: sum or average over features and outputs in it, "
-    "jnp.sum(..., axis=-1), and leave the mean over examples and steps to the estimate"
+    "a loss returns one number per example, of the batch shape: sum or average over features and "
+    "outputs in it, jnp.sum(..., axis=-1), and leave the mean over examples and steps to the "
+    "estimate"
 )
 
 
@@ -37,11 +39,16 @@ class OneStep(NamedTuple):
         """With other shapes of the carry, the inputs and the targets."""
 
         def change_all(tree):
-            return jax.tree.map(lambda a: jax.ShapeDtypeStruct(change(a.shape), a.dtype), _shapes(tree))
+            return jax.tree.map(
+                lambda a: jax.ShapeDtypeStruct(change(a.shape), a.dtype), _shapes(tree)
+            )
 
         params = change_all(self.params) if params_too else self.params
         return self._replace(
-            params=params, carry=change_all(self.carry), x=change_all(self.x), target=change_all(self.target)
+            params=params,
+            carry=change_all(self.carry),
+            x=change_all(self.x),
+            target=change_all(self.target),
         )
 
     def run(self) -> tuple[PyTree, Shape] | None:
@@ -56,9 +63,13 @@ class OneStep(NamedTuple):
         return y, getattr(value[0] if isinstance(value, tuple) and value else value, "shape", ())
 
 
-def first_step(step: Step, loss: Loss | None, params: Params, carry: Carry, batch: Batch) -> OneStep:
+def first_step(
+    step: Step, loss: Loss | None, params: Params, carry: Carry, batch: Batch
+) -> OneStep:
     """What is asked of other numbers of examples: one step, on shapes."""
-    x, target = jax.eval_shape(lambda tree: jax.tree.map(lambda a: a[0], tree), (batch.xs, batch.targets))
+    x, target = jax.eval_shape(
+        lambda tree: jax.tree.map(lambda a: a[0], tree), (batch.xs, batch.targets)
+    )
     return OneStep(step, loss, params, carry, x, target)
 
 
@@ -75,14 +86,18 @@ def _begins(shape: Shape, prefix: Shape) -> bool:
 
 
 def _new_size(size: int, *trees: PyTree) -> int:
-    """A size that stands nowhere else, so that nothing fits by chance; a multiple, for a mesh that divides the axis."""
+    """A size that stands nowhere else, so that nothing fits by chance; a multiple, for a mesh that
+    divides the axis.
+    """
     taken = {n for shape in _sizes(trees) for n in shape}
     return next(n for n in count(2 * size or 1, size or 1) if n not in taken)
 
 
 def _at_the_end_of(prefix: Shape, new: int) -> Callable[[Shape], Shape]:
     """Resizes the last axis of a leading `prefix` where there is one."""
-    return lambda shape: (*prefix[:-1], new, *shape[len(prefix) :]) if _begins(shape, prefix) else shape
+    return lambda shape: (
+        (*prefix[:-1], new, *shape[len(prefix) :]) if _begins(shape, prefix) else shape
+    )
 
 
 def _everywhere(size: int, new: int) -> Callable[[Shape], Shape]:
@@ -101,7 +116,8 @@ def warn_of_doubts_about_loss(one: OneStep, batch: Batch, batch_shape: Shape) ->
 def doubts_about_loss(one: OneStep, batch_shape: Shape) -> str:
     """Why the loss's axes look like no examples; "" where they look like some.
 
-    Costs nothing where sizes leave no doubt: the first axes of the carry are the loss's, and no parameter is as long.
+    Costs nothing where sizes leave no doubt: the first axes of the carry are the loss's, and no
+    parameter is as long.
     """
     carries = _sizes(list(filter(is_inexact, jax.tree.leaves(one.carry))))
     pinned = {n for shape in _sizes(one.params) for n in shape}
@@ -111,27 +127,30 @@ def doubts_about_loss(one: OneStep, batch_shape: Shape) -> str:
             fixed = size > 1 and size in pinned and _fixed_by_params(one, prefix, batch_shape)
             if fixed and not misplaced_examples(one, batch_shape):
                 return (
-                    f"the loss has shape {batch_shape}, and its axis {axis}, of size {size}, is one that params fix: "
-                    f"features, not examples; {WHAT_A_LOSS_RETURNS}"
+                    f"the loss has shape {batch_shape}, and its axis {axis}, of size {size}, is "
+                    f"one that params fix: features, not examples; {WHAT_A_LOSS_RETURNS}"
                 )
         elif axis and any(_begins(shape, prefix[:-1]) for shape in carries):
             return (
-                f"the loss has shape {batch_shape}, but no leaf of the carry begins with {prefix} (they have shapes "
-                f"{carries}): its axis {axis} is one too many; {WHAT_A_LOSS_RETURNS}"
+                f"the loss has shape {batch_shape}, but no leaf of the carry begins with {prefix} "
+                f"(they have shapes {carries}): its axis {axis} is one too many; "
+                f"{WHAT_A_LOSS_RETURNS}"
             )
     if _pools_examples(one, [shape for shape in carries if shape], batch_shape):
         return (
-            f"the loss has shape {batch_shape}, but the carry's first axis (its leaves have shapes {carries}) looks "
-            "like one of examples: the inputs and outputs have it too, and no row depends on another; "
-            f"{WHAT_A_LOSS_RETURNS}"
+            f"the loss has shape {batch_shape}, but the carry's first axis (its leaves have shapes "
+            f"{carries}) looks like one of examples: the inputs and outputs have it too, and no "
+            f"row depends on another; {WHAT_A_LOSS_RETURNS}"
         )
     return ""
 
 
 def _fixed_by_params(one: OneStep, prefix: Shape, batch_shape: Shape) -> bool:
-    """Whether the last axis of `prefix` cannot be resized alone, and what stands along it depends on each other.
+    """Whether the last axis of `prefix` cannot be resized alone, and what stands along it depends
+    on each other.
 
-    Where that cannot be tried: whether it can be resized together with all that is as long in the parameters.
+    Where that cannot be tried: whether it can be resized together with all that is as long in the
+    parameters.
     """
     size, axis = prefix[-1], len(prefix) - 1
     new = _new_size(size, one.params, one.carry, one.x, one.target)
@@ -146,7 +165,9 @@ def _fixed_by_params(one: OneStep, prefix: Shape, batch_shape: Shape) -> bool:
 
 
 def _pools_examples(one: OneStep, carries: list[Shape], batch_shape: Shape) -> bool:
-    """Whether the carry's first axis, which the loss lacks, is one of examples: free, and before one of features."""
+    """Whether the carry's first axis, which the loss lacks, is one of examples: free, and before
+    one of features.
+    """
     leading, xs = {shape[0] for shape in carries}, _sizes(one.x)
     if len(leading) != 1 or min(map(len, carries)) < 2 or not xs:
         return False
@@ -155,17 +176,22 @@ def _pools_examples(one: OneStep, carries: list[Shape], batch_shape: Shape) -> b
         return False
     new = _new_size(size, one.params, one.carry, one.x, one.target)
     found = one.resized(_at_the_end_of((size,), new)).run()
-    if not found or found[1] != batch_shape or not all(_begins(shape, (new,)) for shape in _sizes(found[0])):
+    if (
+        not found
+        or found[1] != batch_shape
+        or not all(_begins(shape, (new,)) for shape in _sizes(found[0]))
+    ):
         return False
     free = [one.resized(_at_the_end_of(shape[:2], new)).run() for shape in set(carries)]
     return not all(free) and bool(_independent(one, (size,)))
 
 
 def _independent(one: OneStep, prefix: Shape) -> bool | None:
-    """Whether what comes out at one index of the last axis of `prefix` depends on the carry at this index alone.
+    """Whether what comes out at one index of the last axis of `prefix` depends on the carry at this
+    index alone.
 
-    One step is run on random numbers, with NaN at index 0 of the carry: a small program, in doubtful cases alone. None
-    if that fails, as where the step closes over traced values.
+    One step is run on random numbers, with NaN at index 0 of the carry: a small program, in
+    doubtful cases alone. None if that fails, as where the step closes over traced values.
     """
     axis = len(prefix) - 1
     numbers = np.random.default_rng(0)
@@ -178,7 +204,9 @@ def _independent(one: OneStep, prefix: Shape) -> bool | None:
 
     def poisoned(leaf):
         at_0 = (slice(None),) * axis + (0,)
-        return leaf.at[at_0].set(jnp.nan) if is_inexact(leaf) and _begins(leaf.shape, prefix) else leaf
+        return (
+            leaf.at[at_0].set(jnp.nan) if is_inexact(leaf) and _begins(leaf.shape, prefix) else leaf
+        )
 
     def rest_is_finite(leaf):
         if not is_inexact(leaf) or not _begins(np.shape(leaf), prefix):
@@ -195,12 +223,15 @@ def _independent(one: OneStep, prefix: Shape) -> bool | None:
 
 
 def check_examples_come_first(one: OneStep, batch_shape: Shape, why: str) -> None:
-    """A ValueError where the carry begins with the batch shape by chance, and its examples are on another axis."""
+    """A ValueError where the carry begins with the batch shape by chance, and its examples are on
+    another axis.
+    """
     if found := misplaced_examples(one, batch_shape):
         raise ValueError(
-            f"carry{jax.tree_util.keystr(found.path)} has shape {found.shape}, wanted the batch axis first, because "
-            f"{why}, but its axis {found.axis} holds the examples (with another number of them the step runs only if "
-            f"that axis changes); pass jnp.moveaxis(leaf, {found.axis}, 0), and move it back and forth inside the step"
+            f"carry{jax.tree_util.keystr(found.path)} has shape {found.shape}, wanted the batch "
+            f"axis first, because {why}, but its axis {found.axis} holds the examples (with "
+            "another number of them the step runs only if that axis changes); pass "
+            f"jnp.moveaxis(leaf, {found.axis}, 0), and move it back and forth inside the step"
         )
 
 
@@ -220,7 +251,11 @@ def misplaced_examples(one: OneStep, batch_shape: Shape) -> Misplaced | None:
     if len(batch_shape) != 1:
         return None
     (size,) = batch_shape
-    named = [(path, np.shape(leaf)) for path, leaf in jax.tree.leaves_with_path(one.carry) if is_inexact(leaf)]
+    named = [
+        (path, np.shape(leaf))
+        for path, leaf in jax.tree.leaves_with_path(one.carry)
+        if is_inexact(leaf)
+    ]
     if not any(size in shape[1:] for _, shape in named):
         return None
     new = _new_size(size, one.params, one.carry, one.x)
@@ -235,5 +270,9 @@ def misplaced_examples(one: OneStep, batch_shape: Shape) -> Misplaced | None:
 
         carry = one.resized(moved).carry
         if one.resized(_at_the_end_of(batch_shape, new))._replace(carry=carry).run():
-            return next(Misplaced(path, shape, axis) for path, shape in named if shape[axis : axis + 1] == batch_shape)
+            return next(
+                Misplaced(path, shape, axis)
+                for path, shape in named
+                if shape[axis : axis + 1] == batch_shape
+            )
     return None

@@ -13,9 +13,13 @@ TAIL_LAGS = 8
 
 
 def slope_of(x: jax.Array, y: jax.Array, used: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Slope of a line through the points used, its standard error and the root mean square residual."""
+    """Slope of a line through the points used, its standard error and the root mean square
+    residual.
+    """
     points = jnp.where(used, jnp.stack([jnp.ones_like(x), x, y - y[0]]), 0)
-    (count, sum_x, sum_y), (_, sum_xx, sum_xy), _ = jnp.matmul(points, points.T, precision=lax.Precision.HIGHEST)
+    (count, sum_x, sum_y), (_, sum_xx, sum_xy), _ = jnp.matmul(
+        points, points.T, precision=lax.Precision.HIGHEST
+    )
     spread = sum_xx - sum_x**2 / jnp.maximum(count, 1)
     spread = jnp.where(count > 1, spread, jnp.inf)
     slope = (sum_xy - sum_x * sum_y / jnp.maximum(count, 1)) / spread
@@ -40,9 +44,9 @@ class BiasBound(NamedTuple):
 def tail_rate(norms: jax.Array, num_lags: jax.Array) -> jax.Array:
     """The slowest change of ln φ per lag that the later half of the lags measured allows.
 
-    The largest of the least-squares slope over them plus two standard errors, and the mean change over any
-    eighth of all lags among them: a slow part of the gradient shows itself late. −∞ where the last one is
-    exactly zero; inf below 8 lags, too few to tell, and where there is no decay.
+    The largest of the least-squares slope over them plus two standard errors, and the mean change
+    over any eighth of all lags among them: a slow part of the gradient shows itself late. −∞ where
+    the last one is exactly zero; inf below 8 lags, too few to tell, and where there is no decay.
 
     Args:
       norms: φ, `[K]`.
@@ -55,7 +59,9 @@ def tail_rate(norms: jax.Array, num_lags: jax.Array) -> jax.Array:
     span = jnp.maximum(num_lags // 8, 1)
     ahead = lag + span
     change = (logs[jnp.minimum(ahead, len(norms) - 1)] - logs) / span.astype(logs.dtype)
-    rate = jnp.maximum(slope + 2 * error, max_or_nan(jnp.where(later & (ahead < num_lags), change, -jnp.inf)))
+    rate = jnp.maximum(
+        slope + 2 * error, max_or_nan(jnp.where(later & (ahead < num_lags), change, -jnp.inf))
+    )
     rate = jnp.where((num_lags < TAIL_LAGS) | (rate >= 0), jnp.inf, rate)
     return jnp.where((num_lags > 0) & (norms[jnp.maximum(num_lags - 1, 0)] == 0), -jnp.inf, rate)
 
@@ -72,12 +78,12 @@ def bound_bias(
 
         δ(K) = E(K) / (‖ĝ_K‖ − E(K)),   E(K) = M Σ_{k ≥ K−1} φ_k
 
-    φ_k are the adjoint norms, φ_{k+1} = β φ_k beyond the lags measured, from the largest value on that the
-    later ones of them would have there. β is the decay of those later lags (`tail_rate`), not of the first
-    ones: the paper's holds beyond a lag τ. M, in the paper a bound on ‖∂⁺h/∂w‖, is the smallest number that
-    bounds what each lag measured adds to the gradient, ‖D_k‖ ≤ M φ_{k−1}: a larger one would only weaken
-    the bound. inf where there is no decay (β ≥ 1) or E(K) ≥ ‖ĝ_K‖. Beyond the windows measured ĝ stays what
-    it is and E(K) falls by β per step.
+    φ_k are the adjoint norms, φ_{k+1} = β φ_k beyond the lags measured, from the largest value on
+    that the later ones of them would have there. β is the decay of those later lags (`tail_rate`),
+    not of the first ones: the paper's holds beyond a lag τ. M, in the paper a bound on ‖∂⁺h/∂w‖, is
+    the smallest number that bounds what each lag measured adds to the gradient, ‖D_k‖ ≤ M φ_{k−1}:
+    a larger one would only weaken the bound. inf where there is no decay (β ≥ 1) or E(K) ≥ ‖ĝ_K‖.
+    Beyond the windows measured ĝ stays what it is and E(K) falls by β per step.
 
     Args:
       norms: φ, `[K]`, `LagProfile.cotangent_norms`.
@@ -91,8 +97,12 @@ def bound_bias(
     lag = jnp.arange(len(norms))
     to_last = num_lags - 1 - lag
     later = (lag >= (num_lags - 1) // 2) & (to_last >= 0)
-    last = max_or_nan(jnp.where(later, norms * decay ** jnp.maximum(to_last, 0).astype(decay.dtype), 0))
-    phi = jnp.where(to_last >= 0, norms, last * decay ** jnp.maximum(-to_last, 0).astype(decay.dtype))
+    last = max_or_nan(
+        jnp.where(later, norms * decay ** jnp.maximum(to_last, 0).astype(decay.dtype), 0)
+    )
+    phi = jnp.where(
+        to_last >= 0, norms, last * decay ** jnp.maximum(-to_last, 0).astype(decay.dtype)
+    )
     slope = max_or_nan(grad_norms[1:] / jnp.where(phi[:-1] > 0, phi[:-1], jnp.inf), initial=0)
     reached = jnp.where(num_lags == len(norms), last, phi[-1])
     beyond = jnp.where(decays, reached * decay / jnp.where(decays, 1 - decay, 1), jnp.inf)

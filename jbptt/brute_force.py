@@ -25,7 +25,9 @@ def _spread(array: Any, default: Any, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _flat_carry(carry: Carry) -> tuple[jax.Array, Callable[[jax.Array, Carry], Carry]]:
-    """The floating leaves of a carry as a real vector, and the way back into another carry's remaining leaves."""
+    """The floating leaves of a carry as a real vector, and the way back into another carry's
+    remaining leaves.
+    """
     leaves, structure = jax.tree.flatten(carry)
     floating = [is_inexact(leaf) for leaf in leaves]
     flat, back = real_vector([leaf for leaf, f in zip(leaves, floating, strict=True) if f])
@@ -48,7 +50,9 @@ def _hold(mask: jax.Array, new: Carry, old: Carry) -> Carry:
     return jax.tree.map(one, new, old)
 
 
-def _one_step(step: Step, loss: Loss, params: Params, carry: Carry, inputs: Any) -> tuple[Carry, jax.Array]:
+def _one_step(
+    step: Step, loss: Loss, params: Params, carry: Carry, inputs: Any
+) -> tuple[Carry, jax.Array]:
     """The carry after a step and its weighted losses `[*batch]`."""
     x, target, mask, weight = inputs
     after, y = step(params, carry, x)
@@ -76,7 +80,8 @@ def brute_force_gradient(
       step: any; padding under the mask must hold finite numbers.
       loss: `(y, target) -> [*batch]`; aux is left out.
       params: the parameters.
-      carry: what enters step 0, or a function of the parameters, whose gradient belongs to source 0.
+      carry: what enters step 0, or a function of the parameters, whose gradient belongs to source
+        0.
       batch: a small one: T² products of `[n, n]` Jacobians, n the size of the whole batch's carry.
       coverage: `[T, T]` or `[T, T, *batch]`; None: all ones, the exact gradient.
 
@@ -88,7 +93,9 @@ def brute_force_gradient(
     coverage = jnp.ones((num_steps, num_steps)) if coverage is None else jnp.asarray(coverage)
     wanted = ((num_steps, num_steps), (num_steps, num_steps, *batch_shape))
     if coverage.shape not in wanted:
-        raise ValueError(f"coverage has shape {coverage.shape}, wanted [T, T] or [T, T, *batch] = {wanted[1]}")
+        raise ValueError(
+            f"coverage has shape {coverage.shape}, wanted [T, T] or [T, T, *batch] = {wanted[1]}"
+        )
     coverage = jnp.broadcast_to(align_leading(coverage, 2 + len(batch_shape)), wanted[1])
     coverage = coverage.reshape(num_steps, num_steps, -1)
     flat_params, to_params = real_vector(params)
@@ -117,7 +124,9 @@ def brute_force_gradient(
         return (rows, grad + jnp.sum(weighed, (0, 1)) @ sources[i]), None
 
     diagonal = jnp.einsum("tb,tbp->p", coverage[jnp.arange(num_steps), jnp.arange(num_steps)], own)
-    (rows, grad), _ = lax.scan(back, (jnp.zeros_like(slopes), diagonal), jnp.arange(num_steps)[::-1])
+    (rows, grad), _ = lax.scan(
+        back, (jnp.zeros_like(slopes), diagonal), jnp.arange(num_steps)[::-1]
+    )
     if callable(carry):  # what step 0 receives belongs to its source
 
         def start(vector):
@@ -132,7 +141,8 @@ def brute_force_gradient(
 def frozen_loss(
     step: Step, loss: Loss, params: Params, carry: Carry, batch: Batch, *, coverage: Any
 ) -> Callable[[Params], jax.Array]:
-    """The function whose gradient a truncated gradient is: carries at the cuts stay what they are at `params`.
+    """The function whose gradient a truncated gradient is: carries at the cuts stay what they are
+    at `params`.
 
         f(w) = Σ_t w_t ℓ_t(run from step s(t) with the carry that entered it, frozen) / Σ_t w_t
 
@@ -149,12 +159,19 @@ def frozen_loss(
     inputs, _, total = _inputs(step, loss, params, carry, batch)
     num_steps = inputs[2].shape[0]
     coverage = np.asarray(coverage)
-    starts = np.argmax(coverage != 0, axis=1) if coverage.shape == (num_steps, num_steps) else np.zeros(num_steps, int)
+    starts = (
+        np.argmax(coverage != 0, axis=1)
+        if coverage.shape == (num_steps, num_steps)
+        else np.zeros(num_steps, int)
+    )
     t, i = np.arange(num_steps)[:, None], np.arange(num_steps)[None]
-    if coverage.shape != (num_steps, num_steps) or np.any(coverage != ((starts[:, None] <= i) & (i <= t))):
+    if coverage.shape != (num_steps, num_steps) or np.any(
+        coverage != ((starts[:, None] <= i) & (i <= t))
+    ):
         raise ValueError(
-            f"coverage must be [T, T] = {(num_steps, num_steps)} of zeros and ones with one run of ones up to the "
-            f"diagonal in each row, got {coverage.tolist()}; reweighted gates are checked with assert_unbiased"
+            f"coverage must be [T, T] = {(num_steps, num_steps)} of zeros and ones with one run of "
+            f"ones up to the diagonal in each row, got {coverage.tolist()}; reweighted gates are "
+            "checked with assert_unbiased"
         )
 
     def record(carry, inputs_t):

@@ -1,8 +1,8 @@
 """Recurrent cells as pure functions, and what can be wrapped around a step.
 
 Every cell is a `Cell(init, initial_carry, step)` whose parameters are
-`{"w_x": [input, m·H], "w_h": [H, m·H], "b": [m·H]}` (gru: `"b_h"` too), m = 1 for linear and rnn, 3 for
-gru, 4 for lstm, and whose output is the hidden state: `y = h`.
+`{"w_x": [input, m·H], "w_h": [H, m·H], "b": [m·H]}` (gru: `"b_h"` too), m = 1 for linear and rnn, 3
+for gru, 4 for lstm, and whose output is the hidden state: `y = h`.
 """
 
 from collections.abc import Callable
@@ -39,7 +39,9 @@ def glorot() -> Initializer:
 
 
 def orthogonal(scale: float = 1.0) -> Initializer:
-    """A random orthogonal matrix times `scale`: every singular value is `scale` (Saxe et al., 2014)."""
+    """A random orthogonal matrix times `scale`: every singular value is `scale` (Saxe et al.,
+    2014).
+    """
     return jax.nn.initializers.orthogonal(scale)
 
 
@@ -54,15 +56,20 @@ def identity(scale: float = 1.0) -> Initializer:
 
 
 def _weights(input_size, hidden_size, num_gates, input_init, recurrent_init, dtype):
-    """`init` for the common layout; each gate's block is drawn on its own, so it can be orthogonal."""
+    """`init` for the common layout; each gate's block is drawn on its own, so it can be
+    orthogonal.
+    """
     validation.check_positive_integer("input_size", input_size)
     validation.check_positive_integer("hidden_size", hidden_size)
     real = jax.dtypes.canonicalize_dtype(dtype)
 
     def blocks(key, init, rows):
-        # One batched draw: several QR decompositions at once can deadlock XLA's thread pool on few cores.
+        # One batched draw: several QR decompositions at once can deadlock XLA's thread pool on few
+        # cores.
         wide = widened_dtype(real)  # QR knows no half precision
-        drawn = jax.vmap(lambda k: init(k, (rows, hidden_size), wide))(jax.random.split(key, num_gates))
+        drawn = jax.vmap(lambda k: init(k, (rows, hidden_size), wide))(
+            jax.random.split(key, num_gates)
+        )
         return jnp.concatenate(list(drawn), axis=1).astype(real)
 
     def init(key):
@@ -101,7 +108,9 @@ def rnn(
     Raises:
       ValueError: a size < 1.
     """
-    init, zeros = _weights(input_size, hidden_size, 1, input_init or glorot(), recurrent_init or orthogonal(), dtype)
+    init, zeros = _weights(
+        input_size, hidden_size, 1, input_init or glorot(), recurrent_init or orthogonal(), dtype
+    )
 
     def step(params, h, x):
         h = activation(x @ params["w_x"] + h @ params["w_h"] + params["b"])
@@ -137,7 +146,8 @@ def gru(
     recurrent_init: Initializer | None = None,
     dtype: Any = float,
 ) -> Cell:
-    """The gated recurrent unit (Cho et al., 2014), gates r, z, n, reset after the product (PyTorch's form).
+    """The gated recurrent unit (Cho et al., 2014), gates r, z, n, reset after the product
+    (PyTorch's form).
 
         r = σ(x W_r + h U_r + b_r + b_hr)        n = tanh(x W_n + b_n + r ⊙ (h U_n + b_hn))
         z = σ(x W_z + h U_z + b_z + b_hz)        h ← (1 − z) ⊙ n + z ⊙ h
@@ -145,7 +155,9 @@ def gru(
     Arguments as in `rnn`. A `torch.nn.GRU` layer maps by `w_x = weight_ih.T`, `w_h = weight_hh.T`,
     `b = bias_ih`, `b_h = bias_hh`.
     """
-    init, zeros = _weights(input_size, hidden_size, 3, input_init or glorot(), recurrent_init or orthogonal(), dtype)
+    init, zeros = _weights(
+        input_size, hidden_size, 3, input_init or glorot(), recurrent_init or orthogonal(), dtype
+    )
 
     def init_with_b_h(key):
         params = init(key)
@@ -180,7 +192,9 @@ def lstm(
     2015). A `torch.nn.LSTM` layer maps by `w_x = weight_ih.T`, `w_h = weight_hh.T`,
     `b = bias_ih + bias_hh`.
     """
-    init, zeros = _weights(input_size, hidden_size, 4, input_init or glorot(), recurrent_init or orthogonal(), dtype)
+    init, zeros = _weights(
+        input_size, hidden_size, 4, input_init or glorot(), recurrent_init or orthogonal(), dtype
+    )
 
     def init_with_forget_bias(key):
         params = init(key)
@@ -193,12 +207,16 @@ def lstm(
         h = jax.nn.sigmoid(o) * jnp.tanh(c)
         return (h, c), h
 
-    return Cell(init_with_forget_bias, lambda batch_shape=(): (zeros(batch_shape), zeros(batch_shape)), step)
+    return Cell(
+        init_with_forget_bias, lambda batch_shape=(): (zeros(batch_shape), zeros(batch_shape)), step
+    )
 
 
 @dataclass(frozen=True)
 class ReadoutStep:
-    """A step in two parts: `core`, which recurs, and `readout`, which only looks. Calling it runs both."""
+    """A step in two parts: `core`, which recurs, and `readout`, which only looks. Calling it runs
+    both.
+    """
 
     core: Step
     readout: Callable[[Params, PyTree], PyTree]
@@ -218,7 +236,9 @@ def with_readout(step: Step, readout: Callable[[Params, PyTree], PyTree]) -> Ste
 
 
 def with_linear_readout(cell: Cell, output_size: int) -> Cell:
-    """`cell` followed by `y = h w_y + b_y`; adds `"w_y": [H, output]` and `"b_y": [output]` to its params."""
+    """`cell` followed by `y = h w_y + b_y`; adds `"w_y": [H, output]` and `"b_y": [output]` to its
+    params.
+    """
     validation.check_positive_integer("output_size", output_size)
 
     def init(key):
@@ -259,7 +279,11 @@ def with_reset(step: Step, initial_carry: Any) -> Step:
         x, reset = inputs
         reset = jnp.asarray(reset)
         start = initial_carry(reset.shape) if callable(initial_carry) else initial_carry
-        start = jax.tree.map(lambda s, c: jnp.broadcast_to(s, jnp.shape(c)).astype(jnp.result_type(c)), start, carry)
-        return step(params, select_leading(~reset, carry, start), x)  # a shared leaf goes on while one example does
+        start = jax.tree.map(
+            lambda s, c: jnp.broadcast_to(s, jnp.shape(c)).astype(jnp.result_type(c)), start, carry
+        )
+        return step(
+            params, select_leading(~reset, carry, start), x
+        )  # a shared leaf goes on while one example does
 
     return reset_step

@@ -66,7 +66,8 @@ def full_bptt(step: Step, loss: Loss, *, plan: Plan | None = None) -> Estimator:
       plan: how: the steps recomputed at a time, and the devices that the batch is divided over.
 
     Raises:
-      ValueError: a plan with parallel_windows; at init or update: bad shapes, before anything is compiled.
+      ValueError: a plan with parallel_windows; at init or update: bad shapes, before anything is
+        compiled.
 
     >>> estimator = full_bptt(lambda w, h, x: (w * h + x, w * h + x), lambda y, target: y)
     >>> batch = Batch(jnp.ones(3))
@@ -111,19 +112,21 @@ def gated_bptt(
         λ_t = ∂ℓ_t/∂h_t + gates[t+1] · J_{t+1}ᵀ λ_{t+1},    C[t, i] = Π_{j=i+1..t} gates[j]
 
     What it costs is what full BPTT costs: a gate of 0 saves no time. As biased as its coverage; the
-    gradient is cut at the update's edge. `info["gates"]` holds the gates used. `coverage(T, key)` is that of
-    the draw; without a key that of `gates_fn(None, T)`, for which a gates_fn that draws has no answer.
+    gradient is cut at the update's edge. `info["gates"]` holds the gates used. `coverage(T, key)`
+    is that of the draw; without a key that of `gates_fn(None, T)`, for which a gates_fn that draws
+    has no answer.
 
     Args:
       step: `(params, carry, x) -> (carry, y)`.
       loss: `(y, target) -> [*batch]`, or that and aux.
-      gates_fn: `(key, T) -> gates`, `[T]` or `[T, *batch]`; windows, phases and keep probabilities in
-        it may be traced. The key is split off the state's, new for every update; None without one.
+      gates_fn: `(key, T) -> gates`, `[T]` or `[T, *batch]`; windows, phases and keep probabilities
+        in it may be traced. The key is split off the state's, new for every update; None without
+        one.
       plan: as in `full_bptt`.
 
     Raises:
-      ValueError: gates of the wrong length or batch shape; what `full_bptt` raises; `coverage` without a key
-        where gates_fn draws from it.
+      ValueError: gates of the wrong length or batch shape; what `full_bptt` raises; `coverage`
+        without a key where gates_fn draws from it.
     """
     plan = plan_of(plan, NO_WINDOWS)
 
@@ -153,8 +156,9 @@ def gated_bptt(
             if key is not None:
                 raise
             raise ValueError(
-                f"coverage needs a key, got key=None, with which gates_fn raised {error!r}; pass the key of a draw, "
-                "or, if you know the mean over all draws, make it the estimator's: estimator._replace(coverage=...)"
+                f"coverage needs a key, got key=None, with which gates_fn raised {error!r}; pass "
+                "the key of a draw, or, if you know the mean over all draws, make it the "
+                "estimator's: estimator._replace(coverage=...)"
             ) from error
         validation.check_gates(gates, num_steps, np.shape(gates)[1:], None)
         return truncation.coverage(jnp.asarray(gates))
@@ -172,7 +176,8 @@ def randomized_bptt(
     reweight: bool = True,
     plan: Plan | None = None,
 ) -> Estimator:
-    """Randomized truncation: cuts fall at random, and what survives is weighted up (Tallec & Ollivier, 2017).
+    """Randomized truncation: cuts fall at random, and what survives is weighted up (Tallec &
+    Ollivier, 2017).
 
         gates[t] = ξ_t / π_t,   ξ_t ~ Bernoulli(π_t),   so that E[C] = 1
 
@@ -183,23 +188,24 @@ def randomized_bptt(
     Args:
       step: `(params, carry, x) -> (carry, y)`.
       loss: `(y, target) -> [*batch]`, or that and aux.
-      keep_prob: π, scalar, `[T]` or `[T, *batch]`: `truncation.randomized`. A scalar cuts windows of
-        1/(1 − π) steps on average.
+      keep_prob: π, scalar, `[T]` or `[T, *batch]`: `truncation.randomized`. A scalar cuts windows
+        of 1/(1 − π) steps on average.
       mean_length: L₀ in steps instead: `truncation.artbp`, whose hazard falls with the lag.
       length_probs: the distribution of the windows' lengths instead: `truncation.random_lengths`.
       reweight: False leaves the weights out; biased towards short lags.
       plan: as in `full_bptt`.
 
     Raises:
-      ValueError: not exactly one of keep_prob, mean_length and length_probs; a value out of range; init
-        without a key.
+      ValueError: not exactly one of keep_prob, mean_length and length_probs; a value out of range;
+        init without a key.
     """
     options = {"keep_prob": keep_prob, "mean_length": mean_length, "length_probs": length_probs}
     given = [name for name, value in options.items() if value is not None]
     if len(given) != 1:
         raise ValueError(
             f"randomized_bptt needs one of keep_prob, mean_length and length_probs, got "
-            f"{', '.join(f'{name}={value!r}' for name, value in options.items())}; pass exactly one of them"
+            f"{', '.join(f'{name}={value!r}' for name, value in options.items())}; pass exactly "
+            "one of them"
         )
     schedule_fn, mean_fn, check = {
         "keep_prob": (
@@ -224,12 +230,19 @@ def randomized_bptt(
 
     def init(params: Params, carry: Carry, batch: Batch, key=None) -> KeyState:
         if key is None:
-            raise ValueError("randomized_bptt needs a key, got key=None; pass init(..., key=jax.random.key(seed))")
+            raise ValueError(
+                "randomized_bptt needs a key, got key=None; pass init(..., "
+                "key=jax.random.key(seed))"
+            )
         return gated.init(params, carry, batch, key)
 
     def coverage(num_steps: int, key=None) -> jax.Array:
         assert gated.coverage is not None
-        return mean_fn(num_steps, value, reweight=reweight) if key is None else gated.coverage(num_steps, key)
+        return (
+            mean_fn(num_steps, value, reweight=reweight)
+            if key is None
+            else gated.coverage(num_steps, key)
+        )
 
     return Estimator(init, gated.update, coverage)
 
@@ -249,42 +262,47 @@ def truncated_bptt(
 
     with t counted over the whole stream.
 
-    TBPTT(k1 = stride, k2 = window) of Williams & Peng (1990): blocks for stride = window, sliding for
-    stride = 1. Biased: pairs further apart than the window are lost (for blocks, those across a
-    block's edge). Window ≥ T with stride = window is exact. Blocks: one forward and one backward pass,
-    memory of one window; of a window or √T steps, and one more forward pass, where an update may begin
-    within a block. Otherwise window/stride times as many step derivatives as full BPTT.
+    TBPTT(k1 = stride, k2 = window) of Williams & Peng (1990): blocks for stride = window, sliding
+    for stride = 1. Biased: pairs further apart than the window are lost (for blocks, those across a
+    block's edge). Window ≥ T with stride = window is exact. Blocks: one forward and one backward
+    pass, memory of one window; of a window or √T steps, and one more forward pass, where an update
+    may begin within a block. Otherwise window/stride times as many step derivatives as full BPTT.
 
-    With `Plan(parallel_windows=P)`, first one forward pass records the carry at the start of each window; then P
-    windows are differentiated side by side: one more evaluation of every step in blocks, and the memory of P windows,
-    for P times fewer sequential steps of the backward pass. The gradient is the same. Pays for a single example, whose
-    products are then P times as tall; docs/speed.md has numbers.
+    With `Plan(parallel_windows=P)`, first one forward pass records the carry at the start of each
+    window; then P windows are differentiated side by side: one more evaluation of every step in
+    blocks, and the memory of P windows, for P times fewer sequential steps of the backward pass.
+    The gradient is the same. Pays for a single example, whose products are then P times as tall;
+    docs/speed.md has numbers.
 
     The stream goes on from update to update: the state holds the phase of the stride and the steps
-    that a window may still reach, so however a sequence is split into updates the total is the same.
-    Initialise with the shape of the batches to come: where T is a multiple of the stride, blocks need
-    no history. A state's structure changes when an update of another kind breaks that pattern.
-    With `streams=False` every update is a stream of its own: its first window begins with it, no window reaches behind
-    it, and the state holds the carry alone.
+    that a window may still reach, so however a sequence is split into updates the total is the
+    same. Initialise with the shape of the batches to come: where T is a multiple of the stride,
+    blocks need no history. A state's structure changes when an update of another kind breaks that
+    pattern. With `streams=False` every update is a stream of its own: its first window begins with
+    it, no window reaches behind it, and the state holds the carry alone.
 
-    `info["reach"]` is the most steps that a loss of the update can see: less than the window where the
-    stream, or an update whose blocks keep no history, is shorter (a window > T alone means full BPTT).
+    `info["reach"]` is the most steps that a loss of the update can see: less than the window where
+    the stream, or an update whose blocks keep no history, is shorter (a window > T alone means full
+    BPTT).
 
     Args:
       step: `(params, carry, x) -> (carry, y)`.
       loss: `(y, target) -> [*batch]`, or that and aux.
       window: the most steps that a loss may see, ≥ 1.
       stride: losses per backward pass, 1 … window; None: window.
-      streams: whether windows go on from one update to the next; False for batches that are whole sequences.
+      streams: whether windows go on from one update to the next; False for batches that are whole
+        sequences.
       plan: how; see `Plan`.
 
     Raises:
-      ValueError: window or stride < 1, not an integer, or stride > window; a plan with a segment where windows
-        overlap; what `full_bptt` raises.
+      ValueError: window or stride < 1, not an integer, or stride > window; a plan with a segment
+        where windows overlap; what `full_bptt` raises.
     """
     window, stride = validation.check_window(window, stride)
     overlap = stride < window
-    plan = plan_of(plan, {"segment": "windows that overlap are not recomputed in segments"} if overlap else {})
+    plan = plan_of(
+        plan, {"segment": "windows that overlap are not recomputed in segments"} if overlap else {}
+    )
 
     def init(params: Params, carry: Carry, batch: Batch, key=None) -> WindowState:
         del key
@@ -293,15 +311,21 @@ def truncated_bptt(
             return WindowState(kept(carry), None, None)
         aligned = num_steps % stride == 0
         reach = window - stride if aligned else window - 1
-        history = empty_history(reach, start_of(carry, params), batch, batch_shape) if reach else None
+        history = (
+            empty_history(reach, start_of(carry, params), batch, batch_shape) if reach else None
+        )
         return WindowState(kept(carry), history, None if aligned else jnp.zeros((), int))
 
     def run(problem: Problem, history: PastSteps | None, phase: Any, _: Any) -> Updated:
         parallel = plan.parallel_windows
         if overlap:
             if history is None:  # of an update on its own
-                history = empty_history(window - stride, problem.carry, problem.batch, problem.batch_shape)
-            return in_strides(problem, history, phase, window=window, stride=stride, parallel=parallel)
+                history = empty_history(
+                    window - stride, problem.carry, problem.batch, problem.batch_shape
+                )
+            return in_strides(
+                problem, history, phase, window=window, stride=stride, parallel=parallel
+            )
         options: Any = {"window": window, "segment": plan.segment}
         if phase is None:
             return in_blocks(problem, parallel=parallel, streams=streams, **options)
@@ -314,7 +338,9 @@ def truncated_bptt(
         if history is not None:
             validation.check_history(history, batch, problem.batch_shape)
         updated = planned(plan, run, problem, history, phase)
-        furthest = window if phase is None else window - stride + jnp.minimum(phase + num_steps, stride)
+        furthest = (
+            window if phase is None else window - stride + jnp.minimum(phase + num_steps, stride)
+        )
         steps = num_steps if history is None else num_steps + jnp.sum(history.exists)
         estimate = estimate_of(updated, start, reach=jnp.minimum(furthest, steps))
         if not streams:

@@ -1,7 +1,9 @@
-"""Compiled programs of users' functions: one for the same functions and settings, dropped with the functions.
+"""Compiled programs of users' functions: one for the same functions and settings, dropped with the
+functions.
 
-JAX compiles once for each function object. An analysis makes its functions anew in every call, so that JAX alone
-would compile anew in every call; here a program is found again by the identity of the step and the loss.
+JAX compiles once for each function object. An analysis makes its functions anew in every call, so
+that JAX alone would compile anew in every call; here a program is found again by the identity of
+the step and the loss.
 """
 
 import weakref
@@ -20,21 +22,26 @@ MOST = 256
 
 
 class WeakCache:
-    """What is made of functions, found by their identity and by settings until one of the functions dies."""
+    """What is made of functions, found by their identity and by settings until one of the functions
+    dies.
+    """
 
     def __init__(self):
         self._values: dict[Hashable, tuple] = {}
 
     def find(self, functions: tuple, settings: Hashable, make: Callable) -> Any:
-        """`make(*functions)`, made once; what it is given holds the functions weakly, and so does its value.
+        """`make(*functions)`, made once; what it is given holds the functions weakly, and so does
+        its value.
 
-        Made in every call, of the functions themselves, where one cannot be hashed (what it computes may
-        change) or referred to weakly, or where the settings cannot be hashed.
+        Made in every call, of the functions themselves, where one cannot be hashed (what it
+        computes may change) or referred to weakly, or where the settings cannot be hashed.
         """
         try:
             key = tuple(map(_identity, functions)), settings
             hash((functions, key))
-            weak = [_weakly(function, lambda _: self._values.pop(key, None)) for function in functions]
+            weak = [
+                _weakly(function, lambda _: self._values.pop(key, None)) for function in functions
+            ]
         except TypeError:
             return make(*functions)
         value, weak = self._values.pop(key, None) or (make(*weak), weak)
@@ -50,7 +57,9 @@ class WeakCache:
 
 
 def _identity(function: Callable) -> Hashable:
-    """What tells a function from others while it lives; methods and steps with readouts by what they consist of."""
+    """What tells a function from others while it lives; methods and steps with readouts by what
+    they consist of.
+    """
     if type(function) is ReadoutStep:
         return _identity(function.core), _identity(function.readout)
     if isinstance(function, MethodType):
@@ -59,10 +68,14 @@ def _identity(function: Callable) -> Hashable:
 
 
 def _weakly(function: Callable, forget: Callable) -> Callable:
-    """A function that calls this one, which it does not keep alive; `forget` is called when this one dies."""
+    """A function that calls this one, which it does not keep alive; `forget` is called when this
+    one dies.
+    """
     if type(function) is ReadoutStep:
         return ReadoutStep(_weakly(function.core, forget), _weakly(function.readout, forget))
-    reference = (weakref.WeakMethod if isinstance(function, MethodType) else weakref.ref)(function, forget)
+    reference = (weakref.WeakMethod if isinstance(function, MethodType) else weakref.ref)(
+        function, forget
+    )
 
     def call(*arguments, **named):
         alive: Any = reference()
@@ -75,7 +88,9 @@ _PROGRAMS = WeakCache()
 
 
 def compiled(body: Callable, functions: tuple, settings: Hashable = ()) -> Callable:
-    """`body(*functions, *arguments)` as one jitted program of the arguments, the same one in every call."""
+    """`body(*functions, *arguments)` as one jitted program of the arguments, the same one in every
+    call.
+    """
 
     def make(*functions):
         def program(*arguments):
@@ -88,10 +103,11 @@ def compiled(body: Callable, functions: tuple, settings: Hashable = ()) -> Calla
 
 
 def run(body: Callable, functions: tuple, settings: tuple, *arguments: Any, name: str = "") -> Any:
-    """`body(*functions, *settings, *arguments)`, compiled once for the same functions, settings and shapes.
+    """`body(*functions, *settings, *arguments)`, compiled once for the same functions, settings and
+    shapes.
 
-    As under jit, what the functions close over is read once. Not compiled where anything is traced already, and
-    where a function needs the numbers themselves (for an `if`, or NumPy).
+    As under jit, what the functions close over is read once. Not compiled where anything is traced
+    already, and where a function needs the numbers themselves (for an `if`, or NumPy).
 
     Args:
       body: a function of a module.
@@ -102,7 +118,9 @@ def run(body: Callable, functions: tuple, settings: tuple, *arguments: Any, name
     """
     leaves, structure = jax.tree.flatten(arguments)
     fixed = tuple(None if _is_array(leaf) else (type(leaf), leaf) for leaf in leaves)
-    if is_traced(arguments) or not all(pair is None or isinstance(pair[1], int | str) for pair in fixed):
+    if is_traced(arguments) or not all(
+        pair is None or isinstance(pair[1], int | str) for pair in fixed
+    ):
         return body(*functions, *settings, *arguments)
 
     def make(*functions):
@@ -121,13 +139,19 @@ def run(body: Callable, functions: tuple, settings: tuple, *arguments: Any, name
         _PROGRAMS.forget(program)
         return body(*functions, *settings, *arguments)
     if is_traced(result):
-        _PROGRAMS.forget(program)  # a function closes over what is traced, which lives no longer than this call
+        _PROGRAMS.forget(
+            program
+        )  # a function closes over what is traced, which lives no longer than this call
     return result
 
 
 def is_traced(tree: Any) -> bool:
-    """Whether a leaf is traced, or all that is computed: under jit a constant is, too, and data may be closed over."""
-    return any(isinstance(leaf, Tracer) for leaf in (*jax.tree.leaves(tree), jax.device_put(np.zeros(()))))
+    """Whether a leaf is traced, or all that is computed: under jit a constant is, too, and data may
+    be closed over.
+    """
+    return any(
+        isinstance(leaf, Tracer) for leaf in (*jax.tree.leaves(tree), jax.device_put(np.zeros(())))
+    )
 
 
 def _is_array(leaf: Any) -> bool:

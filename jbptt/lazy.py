@@ -1,4 +1,6 @@
-"""Names that a package imports when they are first asked for, so that a program waits for what it uses alone."""
+"""Names that a package imports when they are first asked for, so that a program waits for what it
+uses alone.
+"""
 
 import importlib
 import sys

@@ -24,10 +24,13 @@ def counted_steps(batch: Batch) -> jax.Array | None:
 
 
 def where_counted(loss: Loss) -> Callable:
-    """`(y, target, counted) -> (losses, aux)` of one step, 0 where `counted` is False; None counts all."""
+    """`(y, target, counted) -> (losses, aux)` of one step, 0 where `counted` is False; None counts
+    all.
+    """
 
     def counted_loss(y, target, counted):
-        # Both sides of the loss are cleared: a NaN target times a zero weight is still NaN on the way back.
+        # Both sides of the loss are cleared: a NaN target times a zero weight is still NaN on the
+        # way back.
         result = loss(zero_masked(counted, y), zero_masked(counted, target))
         value, aux = result if isinstance(result, tuple) else (result, None)
         return zero_masked(counted, value), zero_masked(counted, aux)
@@ -37,7 +40,9 @@ def where_counted(loss: Loss) -> Callable:
 
 def step_losses(counted_loss: Callable, ys: PyTree, batch: Batch) -> tuple[jax.Array, PyTree]:
     """Losses `[S, *batch]` (0 where they do not count) and aux of all steps at once."""
-    return jax.vmap(counted_loss, axis_size=batch_steps(batch))(ys, batch.targets, counted_steps(batch))
+    return jax.vmap(counted_loss, axis_size=batch_steps(batch))(
+        ys, batch.targets, counted_steps(batch)
+    )
 
 
 def loss_weights(batch: Batch, losses: jax.Array) -> jax.Array:
@@ -52,7 +57,9 @@ def loss_weights(batch: Batch, losses: jax.Array) -> jax.Array:
     return weights
 
 
-def weighted_losses(counted_loss: Callable, ys: PyTree, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
+def weighted_losses(
+    counted_loss: Callable, ys: PyTree, batch: Batch
+) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
     """`Σ w_t ℓ_t` and beside it `Σ w_t` and the weighted aux."""
     losses, aux = step_losses(counted_loss, ys, batch)
     weights = loss_weights(batch, losses)
@@ -60,6 +67,9 @@ def weighted_losses(counted_loss: Callable, ys: PyTree, batch: Batch) -> tuple[j
     def total(values):
         w = align_leading(weights, values.ndim)
         wide = widened_dtype(values.dtype, w.dtype)
-        return jnp.sum(jnp.where(w == 0, 0, w.astype(wide) * values.astype(wide)), axis=tuple(range(losses.ndim)))
+        return jnp.sum(
+            jnp.where(w == 0, 0, w.astype(wide) * values.astype(wide)),
+            axis=tuple(range(losses.ndim)),
+        )
 
     return total(losses), (jnp.sum(weights), jax.tree.map(total, aux))

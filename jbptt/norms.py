@@ -13,9 +13,12 @@ from jbptt.types import PyTree
 
 
 def unit(array: jax.Array, largest: jax.Array) -> jax.Array:
-    """`array / largest` along leading axes, at most 1 in size, in the wider dtype; `largest` 0 counts as 1."""
+    """`array / largest` along leading axes, at most 1 in size, in the wider dtype; `largest` 0
+    counts as 1.
+    """
     array = array.astype(widened_dtype(array.dtype, largest.dtype))
-    # XLA divides by multiplying with 1/m, which is flushed to 0 for the largest m: shrink both first.
+    # XLA divides by multiplying with 1/m, which is flushed to 0 for the largest m: shrink both
+    # first.
     shrink = jnp.where(largest > 1, 2.0**-10, 1.0).astype(largest.dtype)
     safe = jnp.where(largest == 0, 1, largest * shrink)
     return array * align_leading(shrink, array.ndim) / align_leading(safe, array.ndim)
@@ -24,7 +27,8 @@ def unit(array: jax.Array, largest: jax.Array) -> jax.Array:
 def max_or_nan(values: jax.Array, axis: Any = None, **options: Any) -> jax.Array:
     """`values.max(axis)`, NaN where an entry is NaN.
 
-    XLA's own maximum on CPU drops NaN from 4096 entries on, or 2048 rows along an axis (−inf if there is nothing else).
+    XLA's own maximum on CPU drops NaN from 4096 entries on, or 2048 rows along an axis (−inf if
+    there is nothing else).
     """
     return jnp.where(jnp.isnan(values).any(axis), jnp.nan, values.max(axis, **options))
 
@@ -32,11 +36,13 @@ def max_or_nan(values: jax.Array, axis: Any = None, **options: Any) -> jax.Array
 def scaled_norm(tree: PyTree, num_leading: int = 0) -> tuple[jax.Array, jax.Array]:
     """The norm over all but the first `num_leading` axes of all leaves, as two factors `(m, r)`.
 
-    m is the largest absolute entry and `r = sqrt(Σ (x/m)²) ≥ 1`: neither overflows where m is finite,
-    while their product, the norm, may. float32 at least; m = 0 gives r = 0, and m is inf or NaN where an entry is,
-    in arrays of any size.
+    m is the largest absolute entry and `r = sqrt(Σ (x/m)²) ≥ 1`: neither overflows where m is
+    finite, while their product, the norm, may. float32 at least; m = 0 gives r = 0, and m is inf or
+    NaN where an entry is, in arrays of any size.
     """
-    leaves = [jnp.asarray(a, widened_dtype(jnp.result_type(a))) for a in tree_util.tree_leaves(tree)]
+    leaves = [
+        jnp.asarray(a, widened_dtype(jnp.result_type(a))) for a in tree_util.tree_leaves(tree)
+    ]
 
     def rest(array):
         return tuple(range(num_leading, array.ndim))
@@ -45,7 +51,10 @@ def scaled_norm(tree: PyTree, num_leading: int = 0) -> tuple[jax.Array, jax.Arra
     if not sizes:
         return jnp.zeros(()), jnp.zeros(())
     largest = reduce(jnp.maximum, [max_or_nan(size, rest(size)) for size in sizes])
-    total = sum((jnp.sum(jnp.square(unit(a, largest)), axis=rest(a)) for a in sizes), jnp.zeros((), largest.dtype))
+    total = sum(
+        (jnp.sum(jnp.square(unit(a, largest)), axis=rest(a)) for a in sizes),
+        jnp.zeros((), largest.dtype),
+    )
     # Two selects: the derivative of the square root at 0 is infinite, and 0·inf would be NaN.
     return largest, jnp.where(total == 0, 0, jnp.sqrt(one_if_zero(total)))
 
@@ -56,7 +65,9 @@ def norm(tree: PyTree, num_leading: int = 0) -> jax.Array:
     return jnp.where(jnp.isinf(largest), largest, largest * ratio)
 
 
-def clip_to_norm(tree: PyTree, max_norm: Any, num_leading: int = 0) -> tuple[PyTree, jax.Array, jax.Array]:
+def clip_to_norm(
+    tree: PyTree, max_norm: Any, num_leading: int = 0
+) -> tuple[PyTree, jax.Array, jax.Array]:
     """`tree · min(1, max_norm / ‖tree‖)` along leading axes, ‖tree‖ before, and the factor.
 
     Where an entry is NaN or inf, everything passes unchanged, with a factor of 1.
@@ -87,10 +98,14 @@ def leafwise(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def in_units_of(exact: PyTree, num_leading: int = 0) -> Callable[[PyTree], PyTree]:
-    """Divides trees by ‖exact‖, along leading axes; it may overflow or underflow itself. By 1 where it is 0."""
+    """Divides trees by ‖exact‖, along leading axes; it may overflow or underflow itself. By 1 where
+    it is 0.
+    """
     largest, ratio = scaled_norm(exact, num_leading)
     ratio = one_if_zero(ratio)
-    return lambda tree: jax.tree.map(lambda a: unit(a, largest) / align_leading(ratio, a.ndim), tree)
+    return lambda tree: jax.tree.map(
+        lambda a: unit(a, largest) / align_leading(ratio, a.ndim), tree
+    )
 
 
 def normalised(tree: PyTree, num_leading: int = 0) -> PyTree:
@@ -99,7 +114,9 @@ def normalised(tree: PyTree, num_leading: int = 0) -> PyTree:
 
 
 def inner(left: PyTree, right: PyTree, num_leading: int = 0) -> jax.Array:
-    """The inner product `Re Σ conj(left) · right` over all but the first `num_leading` axes of all leaves."""
+    """The inner product `Re Σ conj(left) · right` over all but the first `num_leading` axes of all
+    leaves.
+    """
 
     def of_leaf(a, b):
         product = jnp.real(jnp.conj(a) * b)
@@ -112,8 +129,8 @@ def inner(left: PyTree, right: PyTree, num_leading: int = 0) -> jax.Array:
 def compared_with(exact: PyTree) -> Callable[[PyTree], tuple[jax.Array, jax.Array]]:
     """Compares estimates with `exact`: `estimate -> (‖estimate − exact‖ / ‖exact‖, cosine)`.
 
-    With exact 0 the error is 0 if the estimate is 0 too, else inf; the cosine is NaN where either is 0.
-    What depends on `exact` alone is computed here, once, for a loop over estimates.
+    With exact 0 the error is 0 if the estimate is 0 too, else inf; the cosine is NaN where either
+    is 0. What depends on `exact` alone is computed here, once, for a loop over estimates.
     """
     largest, _ = scaled_norm(exact)
     in_its_units = in_units_of(exact)
@@ -130,7 +147,9 @@ def compared_with(exact: PyTree) -> Callable[[PyTree], tuple[jax.Array, jax.Arra
 
 
 def compared_leafwise(exact: PyTree) -> Callable[[PyTree], tuple[PyTree, PyTree]]:
-    """As `compared_with`, every leaf with its own: `estimate -> (tree of errors, tree of cosines)`."""
+    """As `compared_with`, every leaf with its own:
+    `estimate -> (tree of errors, tree of cosines)`.
+    """
     structure = jax.tree.structure(exact)
     compare_fns = [compared_with(leaf) for leaf in jax.tree.leaves(exact)]
 

@@ -12,7 +12,9 @@ from jbptt.types import Batch, Carry, PyTree, exported
 
 @exported
 class PastSteps(NamedTuple):
-    """The latest steps before an update, leaves `[length, ...]`; `exists` is False where there is none yet."""
+    """The latest steps before an update, leaves `[length, ...]`; `exists` is False where there is
+    none yet.
+    """
 
     carries: Carry
     xs: PyTree
@@ -20,7 +22,9 @@ class PastSteps(NamedTuple):
     exists: jax.Array
 
 
-def empty_history(length: int, carry: Carry, batch: Batch, batch_shape: tuple[int, ...]) -> PastSteps:
+def empty_history(
+    length: int, carry: Carry, batch: Batch, batch_shape: tuple[int, ...]
+) -> PastSteps:
     """A history of `length` steps that never were. Of `batch` only the shapes behind T are read."""
     carries = jax.tree.map(lambda a: jnp.broadcast_to(a, (length, *jnp.shape(a))), carry)
 
@@ -50,8 +54,12 @@ def extend(history: PastSteps, carries: Carry, batch: Batch) -> PastSteps:
 
 
 def with_stand_ins(steps: PastSteps, first: int) -> PastSteps:
-    """Puts step `first` in the place of those that never were: the user's step meets only real inputs."""
-    filled = jax.tree.map(lambda a: jnp.where(align_leading(steps.exists, a.ndim), a, a[first]), steps)
+    """Puts step `first` in the place of those that never were: the user's step meets only real
+    inputs.
+    """
+    filled = jax.tree.map(
+        lambda a: jnp.where(align_leading(steps.exists, a.ndim), a, a[first]), steps
+    )
     return filled._replace(exists=steps.exists)
 
 

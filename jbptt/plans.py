@@ -24,18 +24,20 @@ class Plan:
     """How an estimator computes the gradient of one batch.
 
     Attributes:
-      segment: steps recomputed at a time; None: all of T (of a block: all of its window) up to 512, then √T, 64 at
-        least. Not for windows that overlap, which keep a few windows.
-      num_shards: devices over which the examples are divided, the first of `jax.devices()`. Each takes its share of
-        the batch through all of time, and the sums are added at the end. On CPU cores are devices after
-        `jax.config.update("jax_num_cpu_devices", n)`, before the first computation. Every leaf of carry, xs and targets
-        that has the batch axis is divided; examples must not see each other inside a step, and random numbers must come
-        from a key per example.
-      parallel_windows: of `truncated_bptt`, backward passes side by side, under vmap over time. None: of 16 blocks and
-        more of a single example up to 64 (fewer if their carries take more than a mebibyte), if the step's program
-        shows that vmap changes nothing (no callback, no cond, no random numbers but threefry's); of other blocks one;
-        where windows overlap about window/stride, those that share their steps. Where an update begins within a block,
-        its blocks go back one after another.
+      segment: steps recomputed at a time; None: all of T (of a block: all of its window) up to 512,
+        then √T, 64 at least. Not for windows that overlap, which keep a few windows.
+      num_shards: devices over which the examples are divided, the first of `jax.devices()`. Each
+        takes its share of the batch through all of time, and the sums are added at the end. On CPU
+        cores are devices after `jax.config.update("jax_num_cpu_devices", n)`, before the first
+        computation. Every leaf of carry, xs and targets that has the batch axis is divided;
+        examples must not see each other inside a step, and random numbers must come from a key per
+        example.
+      parallel_windows: of `truncated_bptt`, backward passes side by side, under vmap over time.
+        None: of 16 blocks and more of a single example up to 64 (fewer if their carries take more
+        than a mebibyte), if the step's program shows that vmap changes nothing (no callback, no
+        cond, no random numbers but threefry's); of other blocks one; where windows overlap about
+        window/stride, those that share their steps. Where an update begins within a block, its
+        blocks go back one after another.
 
     Raises:
       ValueError: a number < 1, or more shards than devices.
@@ -53,25 +55,44 @@ class Plan:
             if getattr(self, name) is not None:
                 validation.check_positive_integer(name, getattr(self, name))
         validation.check_positive_integer("num_shards", self.num_shards)
-        if self.num_shards > 1 and self.num_shards > jax.device_count():  # 1 must not start a backend
+        several = self.num_shards > 1  # one device must not start a backend
+        if several and self.num_shards > jax.device_count():
             raise ValueError(
-                f"num_shards must be at most the number of devices, {jax.device_count()}, got {self.num_shards}. On "
-                'CPU cores become devices by jax.config.update("jax_num_cpu_devices", n) before the first computation'
+                f"num_shards must be at most the number of devices, {jax.device_count()}, got "
+                f"{self.num_shards}. On CPU cores become devices by "
+                'jax.config.update("jax_num_cpu_devices", n) before the first computation'
             )
 
     def __str__(self):
-        segments = "segments of default length" if self.segment is None else f"segments of {self.segment} steps"
-        windows = "" if self.parallel_windows is None else f", {self.parallel_windows} windows side by side,"
-        where = "one device" if self.num_shards == 1 else f"{self.num_shards} devices, the batch divided over them"
+        segments = (
+            "segments of default length"
+            if self.segment is None
+            else f"segments of {self.segment} steps"
+        )
+        windows = (
+            ""
+            if self.parallel_windows is None
+            else f", {self.parallel_windows} windows side by side,"
+        )
+        where = (
+            "one device"
+            if self.num_shards == 1
+            else f"{self.num_shards} devices, the batch divided over them"
+        )
         return f"{segments}{windows} on {where}"
 
 
 def plan_of(plan: Plan | None, unused: dict[str, str]) -> Plan:
-    """The plan, or the default; a ValueError where it says what this estimator has no use for, and why."""
+    """The plan, or the default; a ValueError where it says what this estimator has no use for, and
+    why.
+    """
     if plan is None:
         return Plan()
     if not isinstance(plan, Plan):
-        raise ValueError(f"plan must be a jbptt.Plan, got {type(plan).__name__}; write Plan(segment=…, num_shards=…)")
+        raise ValueError(
+            f"plan must be a jbptt.Plan, got {type(plan).__name__}; write Plan(segment=…, "
+            "num_shards=…)"
+        )
     for name, why in unused.items():
         if (value := getattr(plan, name)) is not None:
             raise ValueError(f"plan must leave {name} at None, got {value}: {why}")
@@ -81,12 +102,15 @@ def plan_of(plan: Plan | None, unused: dict[str, str]) -> Plan:
 NO_WINDOWS = {"parallel_windows": "only the windows of truncated_bptt can go back side by side"}
 
 
-def planned(plan: Plan, run: Callable, problem: Problem, history: PyTree = None, seen: PyTree = None) -> Updated:
+def planned(
+    plan: Plan, run: Callable, problem: Problem, history: PyTree = None, seen: PyTree = None
+) -> Updated:
     """`run(problem, history, seen, add_up)`, on one device or on shares of the examples.
 
     Args:
       plan: its `num_shards`.
-      run: gives an `Updated`. `add_up` adds a tree of sums over all shares; the sums of `Updated` are added without.
+      run: gives an `Updated`. `add_up` adds a tree of sums over all shares; the sums of `Updated`
+        are added without.
       problem: the whole batch.
       history: leaves `[length, ...]`, divided like the batch.
       seen: every device has it whole.
@@ -98,7 +122,9 @@ def planned(plan: Plan, run: Callable, problem: Problem, history: PyTree = None,
         return run(problem, history, seen, lambda tree: tree)
     check_division(problem, plan.num_shards)
     num_examples, devices = problem.batch_shape[0], jax.devices()[: plan.num_shards]
-    mesh = jax.make_mesh((plan.num_shards,), (SHARDS,), axis_types=(AxisType.Auto,), devices=devices)
+    mesh = jax.make_mesh(
+        (plan.num_shards,), (SHARDS,), axis_types=(AxisType.Auto,), devices=devices
+    )
     share = num_examples // plan.num_shards, *problem.batch_shape[1:]
 
     def on_share(params, carry, batch, gates, history, seen, add_up):
@@ -112,10 +138,14 @@ def planned(plan: Plan, run: Callable, problem: Problem, history: PyTree = None,
     in_specs = whole, of_carry(data[1]), *map(of_time, data[2:5]), whole
     shapes = jax.eval_shape(lambda: run(problem, history, seen, lambda tree: tree))
     of_sums: Any = whole
-    out_specs = Updated(of_sums, of_carry(shapes.carry), of_carry(shapes.cotangents), of_time(shapes.history), whole)
+    out_specs = Updated(
+        of_sums, of_carry(shapes.carry), of_carry(shapes.cotangents), of_time(shapes.history), whole
+    )
     # Without the check: under it every segment's gradient would be added up over the devices.
     added = partial(on_share, add_up=partial(lax.psum, axis_name=SHARDS))
-    return jax.shard_map(added, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*data)
+    return jax.shard_map(added, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(
+        *data
+    )
 
 
 def _is_per_example(leaf: Any, axis: int, num_examples: int) -> bool:
@@ -126,13 +156,19 @@ def _specs(tree: PyTree, axis: int, num_examples: int) -> PyTree:
     """Divided along `axis` where that is the batch, whole elsewhere."""
 
     def one(leaf):
-        return PartitionSpec(*[None] * axis, SHARDS) if _is_per_example(leaf, axis, num_examples) else PartitionSpec()
+        return (
+            PartitionSpec(*[None] * axis, SHARDS)
+            if _is_per_example(leaf, axis, num_examples)
+            else PartitionSpec()
+        )
 
     return jax.tree.map(one, tree)
 
 
 def check_division(problem: Problem, num_shards: int) -> None:
-    """A ValueError unless each device computes of its examples what one device would; from shapes alone."""
+    """A ValueError unless each device computes of its examples what one device would; from shapes
+    alone.
+    """
 
     def refuse(reason, remedy="pass num_shards=1", cause=None):
         raise ValueError(f"num_shards={num_shards}: {reason}; {remedy}") from cause
@@ -148,7 +184,9 @@ def check_division(problem: Problem, num_shards: int) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(carry):
         if not _is_per_example(leaf, 0, num_examples):
             where = f"carry{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}"
-            reason = f"{where} and no axis of {num_examples} examples in front, so it cannot be divided"
+            reason = (
+                f"{where} and no axis of {num_examples} examples in front, so it cannot be divided"
+            )
             refuse(reason, "pass num_shards=1, or a carry whose leaves are per example")
     share = _Share(problem, num_examples // num_shards)
     try:
@@ -159,10 +197,17 @@ def check_division(problem: Problem, num_shards: int) -> None:
         refuse(f"of {share.size} examples alone, step or loss does not give one result each")
     if share.draws_for_all_at_once():
         remedy = "pass num_shards=1, or give each example a key of its own in the carry"
-        refuse("from one key are drawn random numbers for all examples, so each device would draw the same", remedy)
+        refuse(
+            "from one key are drawn random numbers for all examples, so each device would draw the "
+            "same",
+            remedy,
+        )
     for name in share.ambiguous():
         remedy = "pass num_shards=1, or hand on among the parameters what all share"
-        refuse(f"step and loss take {name} whole as well as divided, so it may not be per example", remedy)
+        refuse(
+            f"step and loss take {name} whole as well as divided, so it may not be per example",
+            remedy,
+        )
 
 
 class _Share:
@@ -172,14 +217,16 @@ class _Share:
         carry, batch, num_examples = problem.carry, problem.batch, problem.batch_shape[0]
         self.size, self.params, self.whole_carry = size, problem.params, carry
         first = jax.eval_shape(
-            lambda tree: jax.tree.map(lambda a: a[0], tree), {"xs": batch.xs, "targets": batch.targets}
+            lambda tree: jax.tree.map(lambda a: a[0], tree),
+            {"xs": batch.xs, "targets": batch.targets},
         )
         named, structure = jax.tree_util.tree_flatten_with_path(first)
         self.names = [path[0].key + jax.tree_util.keystr(path[1:]) for path, _ in named]
         self.whole = [leaf for _, leaf in named]
         self.carry = jax.eval_shape(lambda: jax.tree.map(lambda a: a[:size], carry))
         self.inputs = [
-            jax.eval_shape(lambda a: a[:size], a) if _is_per_example(a, 0, num_examples) else a for a in self.whole
+            jax.eval_shape(lambda a: a[:size], a) if _is_per_example(a, 0, num_examples) else a
+            for a in self.whole
         ]
         self.wanted = jax.tree.map(jnp.shape, self.carry), (size, *problem.batch_shape[1:])
 
@@ -200,7 +247,9 @@ class _Share:
         """Whether a key that is not divided gives numbers that are."""
         args = (self.carry, self.inputs), (self.whole_carry, self.whole)
         few, many = (draws(self.program(self.params, *two)[0].jaxpr) for two in args)
-        return len(few) != len(many) or any(a[0] == b[0] and a != b for a, b in zip(few, many, strict=True))
+        return len(few) != len(many) or any(
+            a[0] == b[0] and a != b for a, b in zip(few, many, strict=True)
+        )
 
     def ambiguous(self) -> list[str]:
         """What may as well be one axis of something that all examples share."""

@@ -1,4 +1,6 @@
-"""What an estimator really covers: the weight of every pair, measured on a sum whose every derivative is 1."""
+"""What an estimator really covers: the weight of every pair, measured on a sum whose every
+derivative is 1.
+"""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -29,8 +31,9 @@ def declared_coverage(estimator: Estimator, num_steps: int, key: chex.PRNGKey | 
     """The coverage that an estimator declares of a first update with this key."""
     if estimator.coverage is None:
         raise ValueError(
-            "coverage must be given, got None, and the estimator declares none; pass its matrix [T, T], or declare "
-            "it: Estimator(init, update, coverage) with coverage(num_steps, key=None) -> [T, T]"
+            "coverage must be given, got None, and the estimator declares none; pass its matrix "
+            "[T, T], or declare it: Estimator(init, update, coverage) with coverage(num_steps, "
+            "key=None) -> [T, T]"
         )
     return estimator.coverage(num_steps, key)
 
@@ -47,8 +50,8 @@ def measured_coverage(
 
         h_{t+1} = h_t + a_t,   ℓ_t = h_{t+1}:   every G[t, i] = ∂ℓ_t/∂a_i = 1 for i ≤ t
 
-    so the estimated gradient in a_i, with all weight on loss t, is the pair's weight itself. One probe
-    for each loss; all share the key and thus the draw.
+    so the estimated gradient in a_i, with all weight on loss t, is the pair's weight itself. One
+    probe for each loss; all share the key and thus the draw.
 
     Args:
       make_estimator: `(step, loss) -> Estimator`, say `partial(truncated_bptt, window=4)`.
@@ -88,35 +91,41 @@ def assert_coverage(
     split: Sequence[int] | None = None,
     atol: float = 1e-5,
 ) -> None:
-    """Holds the coverage that an estimator declares against `measured_coverage`; pairs i > t must be 0.
+    """Holds the coverage that an estimator declares against `measured_coverage`; pairs i > t must
+    be 0.
 
     Args:
       make_estimator: as in `measured_coverage`.
-      coverage: C, `[T, T]` or `[T, T, *batch]`; None: what the estimator declares of num_steps and key.
+      coverage: C, `[T, T]` or `[T, T, *batch]`; None: what the estimator declares of num_steps and
+        key.
       num_steps: T, where coverage is None.
       key, split: as in `measured_coverage`.
       atol: of each entry, relative to entries above 1.
 
     Raises:
       AssertionError: names the pair.
-      ValueError: both or neither of coverage and num_steps; no coverage and an estimator that declares none.
+      ValueError: both or neither of coverage and num_steps; no coverage and an estimator that
+        declares none.
     """
     if (coverage is None) == (num_steps is None):
         given = f"coverage={'None' if coverage is None else 'a matrix'}, num_steps={num_steps!r}"
         raise ValueError(
-            f"assert_coverage needs one of coverage and num_steps, got {given}; pass num_steps for the coverage that "
-            "the estimator declares"
+            f"assert_coverage needs one of coverage and num_steps, got {given}; pass num_steps for "
+            "the coverage that the estimator declares"
         )
     if num_steps is not None:
         coverage = declared_coverage(make_estimator(*_PROBE), num_steps, key)
     declared = np.asarray(coverage)
     found = np.asarray(
-        measured_coverage(make_estimator, len(declared), key=key, split=split, batch_shape=declared.shape[2:])
+        measured_coverage(
+            make_estimator, len(declared), key=key, split=split, batch_shape=declared.shape[2:]
+        )
     )
     wrong = np.argwhere(~(np.abs(found - declared) <= atol * np.maximum(1, np.abs(declared))))
     if len(wrong):
         t, i, *_ = where = tuple(map(int, wrong[0]))
         raise AssertionError(
-            f"coverage differs in {len(wrong)} of {declared.size} entries: the loss at step t={t} reaches source "
-            f"i={i} with weight {found[where]:.6g}, declared is {declared[where]:.6g}"
+            f"coverage differs in {len(wrong)} of {declared.size} entries: the loss at step t={t} "
+            f"reaches source i={i} with weight {found[where]:.6g}, declared is "
+            f"{declared[where]:.6g}"
         )

@@ -1,4 +1,6 @@
-"""What every estimator and analysis is asked about: a step and its loss on one batch, checked once at the border."""
+"""What every estimator and analysis is asked about: a step and its loss on one batch, checked once
+at the border.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,10 +21,12 @@ from jbptt.types import Batch, Carry, Loss, Params, PyTree, Step
 
 
 class Parts(NamedTuple):
-    """A step and its loss as the engine runs them: what meets the mask stands inside what may be vmapped.
+    """A step and its loss as the engine runs them: what meets the mask stands inside what may be
+    vmapped.
 
     Attributes:
-      core: `(params, carry, (x, mask)) -> (carry, outputs)`, which holds the carry where the mask is False.
+      core: `(params, carry, (x, mask)) -> (carry, outputs)`, which holds the carry where the mask
+        is False.
       readout: `(params, outputs) -> y`.
       loss: `(y, target, counted) -> (losses, aux)`, as `where_counted` makes it.
     """
@@ -88,19 +92,25 @@ class Problem:
         return replace(self, gates=jnp.asarray(gates))
 
     def trajectory(self) -> tuple[Carry, Carry, PyTree]:
-        """The carry after all steps; the carries that enter them and the core's outputs, `[T, ...]`."""
+        """The carry after all steps; the carries that enter them and the core's outputs,
+        `[T, ...]`.
+        """
         last, (carries, outputs) = trajectory(
             self.parts.core, self.params, self.carry, self.inputs, None, self.num_steps
         )
         return last, carries, outputs
 
     def pullback(self, carry: Carry, inputs: PyTree) -> Callable:
-        """The way back through one step at its own carry and inputs, as `engine.pullback` has it."""
+        """The way back through one step at its own carry and inputs, as `engine.pullback` has
+        it.
+        """
         return engine.pullback(self.parts.core, self.params, carry, inputs, self.live)[1]
 
     def parallel_pullback(self, carries: Carry, inputs: PyTree, num_steps: int) -> Callable:
         """The same for many steps side by side, leaves `[num_steps, ...]`."""
-        return engine.parallel_pullback(self.parts.core, self.params, carries, inputs, num_steps, self.live)[1]
+        return engine.parallel_pullback(
+            self.parts.core, self.params, carries, inputs, num_steps, self.live
+        )[1]
 
     def loss_weights(self) -> jax.Array:
         """`mask · weights`, `[T, *batch]`."""
@@ -133,7 +143,8 @@ def check_problem(
     *,
     per_example: str = "",
 ) -> Checked:
-    """Everything that an estimator or an analysis needs to hold, from shapes alone, before anything is compiled.
+    """Everything that an estimator or an analysis needs to hold, from shapes alone, before anything
+    is compiled.
 
     Args:
       step, loss, params, batch, gates: the user's; arrays or shapes.
@@ -171,20 +182,29 @@ def problem_of(
     *,
     per_example: str = "",
 ) -> Problem:
-    """The problem, checked (`check_problem`), to be asked by `answer`; a carry that is a function is evaluated."""
+    """The problem, checked (`check_problem`), to be asked by `answer`; a carry that is a function
+    is evaluated.
+    """
     checked = check_problem(step, loss, params, carry, batch, gates, per_example=per_example)
     start, parts = start_of(carry, params), parts_of(step, loss)
-    # Nothing is turned into arrays here: outside of jit that alone would compile a program for each shape.
-    return Problem(step, loss, params, start, batch, gates, checked.batch_shape, parts, checked.live)
+    # Nothing is turned into arrays here: outside of jit that alone would compile a program for each
+    # shape.
+    return Problem(
+        step, loss, params, start, batch, gates, checked.batch_shape, parts, checked.live
+    )
 
 
 def entered_problem(
     step: Step, loss: Loss, params: Params, carry: Any, batch: Batch, *, per_example: str = ""
 ) -> tuple[Problem, Entered]:
-    """The problem, checked; beside it the carry that enters, and the way back through it to the parameters."""
+    """The problem, checked; beside it the carry that enters, and the way back through it to the
+    parameters.
+    """
     checked = check_problem(step, loss, params, carry, batch, per_example=per_example)
     start = entered(carry, params)
-    return trusted_problem(step, loss, params, start.carry, batch, None, checked.batch_shape, checked.live), start
+    return trusted_problem(
+        step, loss, params, start.carry, batch, None, checked.batch_shape, checked.live
+    ), start
 
 
 def trusted_problem(
@@ -206,7 +226,8 @@ def trusted_problem(
 
 
 def answer(question: Callable, problem: Problem, *settings: Any, given: tuple = ()) -> Any:
-    """`question(problem, *settings, *given)`, compiled once for the same step, loss, settings and shapes.
+    """`question(problem, *settings, *given)`, compiled once for the same step, loss, settings and
+    shapes.
 
     Args:
       question: a function of a module.
@@ -214,7 +235,10 @@ def answer(question: Callable, problem: Problem, *settings: Any, given: tuple = 
       settings: hashable, whatever the program depends on beside.
       given: further trees of arrays.
     """
-    functions, data = (problem.step, problem.loss), (problem.params, problem.carry, problem.batch, problem.gates)
+    functions, data = (
+        (problem.step, problem.loss),
+        (problem.params, problem.carry, problem.batch, problem.gates),
+    )
     fixed = question, problem.batch_shape, problem.live, settings
     return run(_answer, functions, fixed, data, given, name=question.__name__)
 

@@ -9,7 +9,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from jbptt import batch_axes, validation
-from jbptt.arrays import align_leading, is_inexact, select_leading, split_time, times_gate, widened_dtype, zero_masked
+from jbptt.arrays import (
+    align_leading,
+    is_inexact,
+    select_leading,
+    split_time,
+    times_gate,
+    widened_dtype,
+    zero_masked,
+)
 from jbptt.cells import split_readout
 from jbptt.starts import start_of
 from jbptt.types import Batch, Carry, Params, PyTree, Step
@@ -33,24 +41,29 @@ def _first_order_gate_jvp(primals, tangents):
 
 
 def _keeps_bits(size: jax.Array) -> jax.Array:
-    """Where `c − (c − c)` is c: zeros and normal numbers. An integer compare: floats flush denormals to 0."""
+    """Where `c − (c − c)` is c: zeros and normal numbers. An integer compare: floats flush
+    denormals to 0.
+    """
     unsigned = jnp.dtype(f"uint{8 * size.dtype.itemsize}")
     zero = lax.bitcast_convert_type(size, unsigned) == 0
     return ((size >= jnp.finfo(size.dtype).tiny) & jnp.isfinite(size)) | zero
 
 
 def gate_cotangent(value: jax.Array, gate: jax.Array) -> jax.Array:
-    """The identity, bit for bit, whose derivative is `gate` (0 is a hard zero: 0·inf stays 0), in every order.
+    """The identity, bit for bit, whose derivative is `gate` (0 is a hard zero: 0·inf stays 0), in
+    every order.
 
-    Arithmetic with `stop_gradient`; where that would change the value (denormal, not finite or complex
-    entries) or the gate is not finite, `first_order_gate` with its exception.
+    Arithmetic with `stop_gradient`; where that would change the value (denormal, not finite or
+    complex entries) or the gate is not finite, `first_order_gate` with its exception.
     """
     if jnp.iscomplexobj(value):
         return first_order_gate(value, gate)
     constant, gate = lax.stop_gradient(value), lax.stop_gradient(gate)
     shape = align_leading(gate, value.ndim)
     finite = jnp.isfinite(gate)
-    difference = jnp.where(shape > 0, constant - value, value - constant)  # +0.0, with the sign of the gate
+    difference = jnp.where(
+        shape > 0, constant - value, value - constant
+    )  # +0.0, with the sign of the gate
     gated = constant - times_gate(difference, jnp.where(finite, jnp.abs(gate), 1))
     plain = _keeps_bits(jnp.abs(constant)) & align_leading(finite, value.ndim)
     gated = jnp.where(plain, gated, first_order_gate(value, gate))
@@ -62,11 +75,15 @@ def gated(carry: Carry, gate: jax.Array | None, gate_fn: Callable) -> Carry:
     if gate is None:
         return carry
     gate = gate.astype(widened_dtype(gate.dtype))
-    return jax.tree.map(lambda leaf: gate_fn(jnp.asarray(leaf), gate) if is_inexact(leaf) else leaf, carry)
+    return jax.tree.map(
+        lambda leaf: gate_fn(jnp.asarray(leaf), gate) if is_inexact(leaf) else leaf, carry
+    )
 
 
 def held(step: Step) -> Step:
-    """A step on `x = (x, mask)` that holds the carry where the mask is False; the caller clears its ys."""
+    """A step on `x = (x, mask)` that holds the carry where the mask is False; the caller clears its
+    ys.
+    """
 
     def held_step(params, carry, inputs):
         x, mask = inputs
@@ -79,7 +96,9 @@ def held(step: Step) -> Step:
 
 
 def gated_step(step: Step, gate_fn: Callable = first_order_gate) -> Step:
-    """A step on `x = (x, gate, mask)`: held where the mask is False, with a gate on what flows back out of it."""
+    """A step on `x = (x, gate, mask)`: held where the mask is False, with a gate on what flows back
+    out of it.
+    """
     step = held(step)
 
     def run(params, carry, inputs):
@@ -89,9 +108,22 @@ def gated_step(step: Step, gate_fn: Callable = first_order_gate) -> Step:
     return run
 
 
-def scan_steps(step, params, carry, xs, gates=None, mask=None, length=None, gate_fn: Callable = first_order_gate):
-    """`unroll` without the border checks, ys of masked steps as they come: what the engine calls."""
-    return lax.scan(partial(gated_step(step, gate_fn), params), carry, (xs, gates, mask), length=length)
+def scan_steps(
+    step,
+    params,
+    carry,
+    xs,
+    gates=None,
+    mask=None,
+    length=None,
+    gate_fn: Callable = first_order_gate,
+):
+    """`unroll` without the border checks, ys of masked steps as they come: what the engine
+    calls.
+    """
+    return lax.scan(
+        partial(gated_step(step, gate_fn), params), carry, (xs, gates, mask), length=length
+    )
 
 
 def held_core(step: Step) -> Step:
@@ -99,13 +131,17 @@ def held_core(step: Step) -> Step:
     return held(split_readout(step)[0])
 
 
-def states(step: Step, params: Params, carry: Carry, xs: PyTree, mask: jax.Array | None, num_steps: int) -> Carry:
+def states(
+    step: Step, params: Params, carry: Carry, xs: PyTree, mask: jax.Array | None, num_steps: int
+) -> Carry:
     """The carries that enter the steps, `[T, ...]`; no readout is run."""
     return trajectory(split_readout(step)[0], params, carry, xs, mask, num_steps)[1][0]
 
 
 def trajectory(step, params, carry, xs, mask=None, length=None):
-    """As `scan_steps`, and beside the ys the carry that enters each step: `(carry, (carries, ys))`."""
+    """As `scan_steps`, and beside the ys the carry that enters each step:
+    `(carry, (carries, ys))`.
+    """
     step = held(step)
 
     def body(carry_t, inputs_t):
@@ -118,7 +154,8 @@ def trajectory(step, params, carry, xs, mask=None, length=None):
 def default_segment(num_steps: int) -> int:
     """A segment length for which T/segment + segment is small.
 
-    Short sequences stay whole: to compute them twice took 3 to 27 % of the time, and `lax.scan` keeps more of them.
+    Short sequences stay whole: to compute them twice took 3 to 27 % of the time, and `lax.scan`
+    keeps more of them.
     """
     return num_steps if num_steps <= 512 else max(64, math.isqrt(num_steps))
 
@@ -148,7 +185,8 @@ def unroll(
     Args:
       step: `(params, carry, x) -> (carry, y)`.
       params: passed to the step as they are; may hold what is not an array.
-      carry: what enters step 0, or a function of the parameters that gives it. Integer and key leaves pass untouched.
+      carry: what enters step 0, or a function of the parameters that gives it. Integer and key
+        leaves pass untouched.
       xs: leaves `[T, ...]`, or None with `length`.
       gates: `[T]` or `[T, *batch]`, bool or real, traced or not; not differentiated. None: all one.
       mask: bool, `[T]` or `[T, *batch]`; see `Batch`.
@@ -175,7 +213,9 @@ def unroll(
     gates, mask = jax.tree.map(jnp.asarray, (gates, mask))
     if segment is not None:
         segment = validation.check_positive_integer("segment", segment)
-    carry, ys = _scan_segments(step, params, carry, (xs, gates, mask), num_steps, segment or num_steps + 1)
+    carry, ys = _scan_segments(
+        step, params, carry, (xs, gates, mask), num_steps, segment or num_steps + 1
+    )
     return carry, ys if mask is None else jax.vmap(zero_masked)(mask, ys)
 
 
@@ -188,7 +228,9 @@ def _scan_segments(step, params, carry, inputs, num_steps, segment):
         return run_through(carry, inputs, length=num_steps)
     main, tail = split_time(inputs, segment, num_whole)
 
-    carry, ys = lax.scan(jax.checkpoint(partial(run_through, length=segment)), carry, main, length=num_whole)
+    carry, ys = lax.scan(
+        jax.checkpoint(partial(run_through, length=segment)), carry, main, length=num_whole
+    )
     ys = jax.tree.map(lambda a: a.reshape((num_whole * segment, *a.shape[2:])), ys)
     if rest == 0:
         return carry, ys

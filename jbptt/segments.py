@@ -2,9 +2,10 @@
 
     λ_t = ∂ℓ_t/∂h_t + gate_{t+1} · J_{t+1}ᵀ λ_{t+1},     ∂L/∂w = Σ_t (∂⁺h_t/∂w)ᵀ λ_t
 
-`back_through` caches the carries at the segments' starts and goes through the segments from the last to the
-first: it recomputes each from its cached carry, runs its readouts and losses at once, runs λ backwards through it
-and hands it on, with the running total of the gradient. Memory is O(T/segment + segment).
+`back_through` caches the carries at the segments' starts and goes through the segments from the
+last to the first: it recomputes each from its cached carry, runs its readouts and losses at once,
+runs λ backwards through it and hands it on, with the running total of the gradient. Memory is
+O(T/segment + segment).
 """
 
 from collections.abc import Callable
@@ -52,29 +53,42 @@ class Updated(NamedTuple):
 
 
 def estimate_of(updated: Updated, start: Entered, **info: Any) -> Estimate:
-    """What an estimator returns; aux and the cotangents of the carry that entered are turned into means.
+    """What an estimator returns; aux and the cotangents of the carry that entered are turned into
+    means.
 
     Where that carry is a function of the parameters, its gradient is added.
     """
     sums, cotangents = updated.sums, updated.cotangents
-    aux = {} if sums.aux is None else {"aux": jax.tree.map(lambda a: weighted_mean(a, sums.weight), sums.aux)}
+    aux = (
+        {}
+        if sums.aux is None
+        else {"aux": jax.tree.map(lambda a: weighted_mean(a, sums.weight), sums.aux)}
+    )
     means = iter(weighted_mean(widened(c), sums.weight) for c in cotangents)
-    carry_grads = jax.tree.map(lambda a: next(means) if is_inexact(a) else jnp.zeros(jnp.shape(a)), start.carry)
+    carry_grads = jax.tree.map(
+        lambda a: next(means) if is_inexact(a) else jnp.zeros(jnp.shape(a)), start.carry
+    )
     grad = sums.grad
     if start.pull is not None:
         grad = jax.tree.map(lambda g, own: g + own.astype(g.dtype), grad, start.pull(cotangents))
     return Estimate(sums.loss, grad, sums.weight, {**aux, "carry_grads": carry_grads, **info})
 
 
-def add_losses(problem: Problem, outputs: PyTree, sums: Sums | None = None) -> tuple[Sums, list[jax.Array]]:
-    """Adds the losses, their weight and their gradient in the readout alone; and `∂L` in the core's outputs."""
+def add_losses(
+    problem: Problem, outputs: PyTree, sums: Sums | None = None
+) -> tuple[Sums, list[jax.Array]]:
+    """Adds the losses, their weight and their gradient in the readout alone; and `∂L` in the core's
+    outputs.
+    """
     parts, batch = problem.parts, problem.batch
 
     def look(params, output, _):
         return (), parts.readout(params, output)
 
     by_readout = problem.live._replace(carries=(), outputs=problem.live.ys)
-    (_, ys), pull = parallel_pullback(look, problem.params, outputs, None, problem.num_steps, by_readout)
+    (_, ys), pull = parallel_pullback(
+        look, problem.params, outputs, None, problem.num_steps, by_readout
+    )
     leaves, rebuild = split_inexact(ys)
     value, pull_losses, (weight, aux) = jax.vjp(
         lambda leaves: weighted_losses(parts.loss, rebuild(leaves), batch), leaves, has_aux=True
@@ -82,7 +96,9 @@ def add_losses(problem: Problem, outputs: PyTree, sums: Sums | None = None) -> t
     (ys_bar,) = pull_losses(jnp.ones_like(value))
     grad, cotangents = pull([], ys_bar, None if sums is None else sums.grad)
     if sums is not None:
-        value, weight, aux = jax.tree.map(jnp.add, (value, weight, aux), (sums.loss, sums.weight, sums.aux))
+        value, weight, aux = jax.tree.map(
+            jnp.add, (value, weight, aux), (sums.loss, sums.weight, sums.aux)
+        )
     return Sums(value, grad, weight, aux), cotangents
 
 
@@ -127,10 +143,17 @@ class BackwardPass(NamedTuple):
     starts: Carry
 
 
-def back_through_segment(problem: Problem, cotangents: Any = None, sums: Any = None) -> BackwardPass:
+def back_through_segment(
+    problem: Problem, cotangents: Any = None, sums: Any = None
+) -> BackwardPass:
     """One segment. `cotangents` belong to the carry after it; None is zero, as `sums` None is."""
     (after, outputs), back = segment_vjp(
-        problem.parts.core, problem.params, problem.carry, problem.inputs, problem.num_steps, problem.live
+        problem.parts.core,
+        problem.params,
+        problem.carry,
+        problem.inputs,
+        problem.num_steps,
+        problem.live,
     )
     sums, outputs_bar = add_losses(problem, outputs, sums)
     if cotangents is None:
@@ -141,13 +164,16 @@ def back_through_segment(problem: Problem, cotangents: Any = None, sums: Any = N
 
 
 def forward(problem: Problem, inputs_at: Callable, num_segments: int) -> tuple[Carry, Carry]:
-    """Runs the recurrent part only; returns the carry after it and the carries at the segments' starts.
+    """Runs the recurrent part only; returns the carry after it and the carries at the segments'
+    starts.
 
     `inputs_at(i)`: what the core takes beside parameters and carry in segment i.
     """
 
     def body(carry, i):
-        after, _ = lax.scan(partial(core_alone, problem.parts.core, problem.params), carry, *inputs_at(i))
+        after, _ = lax.scan(
+            partial(core_alone, problem.parts.core, problem.params), carry, *inputs_at(i)
+        )
         return after, carry
 
     return lax.scan(body, problem.carry, jnp.arange(num_segments))
@@ -158,14 +184,18 @@ def core_alone(core: Step, params: Params, carry: Carry, inputs: PyTree) -> tupl
     return core(params, carry, inputs)[0], None
 
 
-def back_through(problem: Problem, segment: int | None = None, sums: Sums | None = None) -> BackwardPass:
+def back_through(
+    problem: Problem, segment: int | None = None, sums: Sums | None = None
+) -> BackwardPass:
     """One batch, its gradient gated but otherwise exact, added to `sums`.
 
     Each step is evaluated twice (once in the last segment) and differentiated once.
     """
     num_steps = problem.num_steps
     segment = segment or default_segment(num_steps)
-    num_whole = (num_steps - 1) // segment  # the last segment, whole or ragged, opens the backward pass
+    num_whole = (
+        num_steps - 1
+    ) // segment  # the last segment, whole or ragged, opens the backward pass
     data = problem.batch, problem.gates
 
     def segment_at(carry, i):
@@ -176,7 +206,9 @@ def back_through(problem: Problem, segment: int | None = None, sums: Sums | None
 
     if num_whole == 0:
         return back_through_segment(problem, None, sums)
-    before_last, starts = forward(problem, lambda i: (segment_at(None, i).inputs, segment), num_whole)
+    before_last, starts = forward(
+        problem, lambda i: (segment_at(None, i).inputs, segment), num_whole
+    )
     passed = back_through_segment(last_from(before_last), None, sums)
 
     def body(state, inputs):

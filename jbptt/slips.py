@@ -1,4 +1,6 @@
-"""Common slips, told in words where JAX's own would come from its inside: arrays, axes, arguments, weights."""
+"""Common slips, told in words where JAX's own would come from its inside: arrays, axes, arguments,
+weights.
+"""
 
 import numbers
 import os
@@ -46,12 +48,17 @@ def check_arrays(name: str, tree: PyTree) -> None:
         if found := not_an_array(leaf):
             remedy = "pass JAX or NumPy arrays: np.asarray(...) of tensors and tables"
             if "dtype" in found:
-                remedy = "pass numbers; pad sequences of several lengths to one T, and say which steps count by mask"
+                remedy = (
+                    "pass numbers; pad sequences of several lengths to one T, and say which steps "
+                    "count by mask"
+                )
             raise ValueError(f"{name}{keystr(path)} is {found}, wanted an array; {remedy}")
 
 
 def warn_user(message: str) -> None:
-    """A UserWarning at the user's own line, so that Python shows it once for each, however deep it was found."""
+    """A UserWarning at the user's own line, so that Python shows it once for each, however deep it
+    was found.
+    """
     frame, level = sys._getframe(1), 2
     while frame.f_back and frame.f_code.co_filename.startswith(OWN):
         frame, level = frame.f_back, level + 1
@@ -64,68 +71,88 @@ def warn_of_float64(trees: dict[str, Any]) -> None:
         return
     for name, tree in trees.items():
         for path, leaf in jax.tree.leaves_with_path(tree):
-            if isinstance(leaf, (np.ndarray, np.generic)) and leaf.dtype in (np.float64, np.complex128):
+            if isinstance(leaf, (np.ndarray, np.generic)) and leaf.dtype in (
+                np.float64,
+                np.complex128,
+            ):
                 warn_user(
-                    f"{name}{keystr(path)} is {leaf.dtype}, which is computed in single precision while x64 is off; "
-                    "cast it to float32, or jax.config.update('jax_enable_x64', True) before anything else",
+                    f"{name}{keystr(path)} is {leaf.dtype}, which is computed in single precision "
+                    "while x64 is off; cast it to float32, or jax.config.update('jax_enable_x64', "
+                    "True) before anything else",
                 )
                 return
 
 
 def warn_of_cancelling_weights(weights: Any, mask: Any) -> None:
-    """A warning where a mean is divided by weights of both signs that nearly cancel; traced ones are not looked at."""
-    if weights is None or not all(a is None or isinstance(a, (np.ndarray, jax.Array)) for a in (weights, mask)):
+    """A warning where a mean is divided by weights of both signs that nearly cancel; traced ones
+    are not looked at.
+    """
+    if weights is None or not all(
+        a is None or isinstance(a, (np.ndarray, jax.Array)) for a in (weights, mask)
+    ):
         return
     if isinstance(weights, Tracer) or isinstance(mask, Tracer):
         return
     weights = np.asarray(weights, np.float64)
     if mask is not None:
         ndim = max(weights.ndim, np.ndim(mask))
-        weights, mask = (np.reshape(a, np.shape(a) + (1,) * (ndim - np.ndim(a))) for a in (weights, mask))
+        weights, mask = (
+            np.reshape(a, np.shape(a) + (1,) * (ndim - np.ndim(a))) for a in (weights, mask)
+        )
         weights = np.where(mask, weights, 0)
     total, size = abs(weights.sum()), np.abs(weights).sum()
     if total < SMALL * size:
         warn_user(
-            f"weights of both signs nearly cancel: they sum to {weights.sum():.3g}, their sizes to {size:.3g}, and "
-            "loss and grads are divided by that sum; divide grad_sum and loss_sum by the number of steps and examples "
-            "instead (docs/guide.md, weights of both signs)"
+            f"weights of both signs nearly cancel: they sum to {weights.sum():.3g}, their sizes to "
+            f"{size:.3g}, and loss and grads are divided by that sum; divide grad_sum and loss_sum "
+            "by the number of steps and examples instead (docs/guide.md, weights of both signs)"
         )
 
 
 def warn_of_missing_path(live: Paths, params: Params, carry: Carry, start: Any) -> None:
-    """A warning where every gradient is exactly zero, or where neither a step nor the start looks at a parameter.
+    """A warning where every gradient is exactly zero, or where neither a step nor the start looks
+    at a parameter.
 
     `carry` may be shapes; `start` is what was given for it, a function of the parameters perhaps.
     """
     by_start = dependences(start, params) if callable(start) else []
-    inexact = [of for of, leaf in zip(by_start, jax.tree.leaves(carry), strict=bool(by_start)) if is_inexact(leaf)]
-    leads_on = any(of and is_read for of, is_read in zip(inexact, live.carries, strict=bool(inexact)))
+    inexact = [
+        of
+        for of, leaf in zip(by_start, jax.tree.leaves(carry), strict=bool(by_start))
+        if is_inexact(leaf)
+    ]
+    leads_on = any(
+        of and is_read for of, is_read in zip(inexact, live.carries, strict=bool(inexact))
+    )
     if live.reason and not leads_on:
         warn_user(
-            f"the gradient is exactly zero: {live.reason}; look for stop_gradient, rounding, an integer or an output "
-            "that is not returned",
+            f"the gradient is exactly zero: {live.reason}; look for stop_gradient, rounding, an "
+            "integer or an output that is not returned",
         )
         return
     names = [f"params{keystr(path)}" for path, _ in jax.tree.leaves_with_path(params)]
     in_start = {names[i] for i in frozenset().union(*by_start)}
     if unread := [name for name in live.unread if name not in in_start]:
         warn_user(
-            f"no step reads {', '.join(unread)}: the gradient in it is exactly zero. For a learned start of the carry "
-            "pass a function of the parameters, carry=lambda params: …; leave what is not used out of params",
+            f"no step reads {', '.join(unread)}: the gradient in it is exactly zero. For a learned "
+            "start of the carry pass a function of the parameters, carry=lambda params: …; leave "
+            "what is not used out of params",
         )
 
 
 def batch_first(step: Step, params: Params, carry: Carry, xs: PyTree) -> str:
-    """What is said where the step runs once the first two axes of xs are swapped; "" where it does not."""
+    """What is said where the step runs once the first two axes of xs are swapped; "" where it does
+    not.
+    """
     if min(map(np.ndim, jax.tree.leaves(xs)), default=0) < 2:
         return ""
     if not _fits(step, params, carry, jax.tree.map(lambda a: _without(a, 1), xs), 1):
         return ""
     path, leaf = jax.tree.leaves_with_path(xs)[0]
     return (
-        f"time must come first: xs{keystr(path)} {list(np.shape(leaf))} hands the step x {list(np.shape(leaf)[1:])} "
-        f"for a carry {jax.tree.map(signature, carry)}, and with axes 0 and 1 swapped the step runs; pass "
-        "jnp.swapaxes(a, 0, 1) of xs, targets, mask and weights"
+        f"time must come first: xs{keystr(path)} {list(np.shape(leaf))} hands the step x "
+        f"{list(np.shape(leaf)[1:])} for a carry {jax.tree.map(signature, carry)}, and with axes 0 "
+        "and 1 swapped the step runs; pass jnp.swapaxes(a, 0, 1) of xs, targets, mask and weights"
     )
 
 
@@ -134,15 +161,18 @@ def input_first(step: Step, params: Params, carry: Carry, x: PyTree) -> str:
     if not _fits(lambda params, carry, x: step(params, x, carry), params, carry, x, 2):
         return ""
     return (
-        "step must take (params, carry, x) and return (carry, y): with x before the carry it runs; pass "
-        "lambda params, carry, x: step(params, x, carry)"
+        "step must take (params, carry, x) and return (carry, y): with x before the carry it runs; "
+        "pass lambda params, carry, x: step(params, x, carry)"
     )
 
 
 def where_it_failed(name: str, **given: PyTree) -> str:
     """A note for an error out of the user's function: what it was called with."""
     shapes = (f"{key} {jax.tree.map(signature, tree)}" for key, tree in given.items())
-    return f"This happened in one call of {name}, on {', '.join(shapes)}: one step, without the time axis."
+    return (
+        f"This happened in one call of {name}, on {', '.join(shapes)}: one step, without the time "
+        "axis."
+    )
 
 
 def same_shapes(tree: PyTree, other: PyTree) -> bool:
@@ -158,9 +188,13 @@ def _without(leaf: Any, axis: int) -> jax.ShapeDtypeStruct:
 
 
 def _fits(step: Step, params: Params, carry: Carry, x: PyTree, num_parts: int) -> bool:
-    """Whether the step runs on these shapes and one of the first parts of its result is a carry as it received it."""
+    """Whether the step runs on these shapes and one of the first parts of its result is a carry as
+    it received it.
+    """
     try:
         result = jax.eval_shape(lambda carry, x: step(params, carry, x), carry, x)
     except Exception:  # whatever the user's step raises
         return False
-    return isinstance(result, tuple) and any(same_shapes(carry, part) for part in result[:num_parts])
+    return isinstance(result, tuple) and any(
+        same_shapes(carry, part) for part in result[:num_parts]
+    )

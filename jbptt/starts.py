@@ -1,4 +1,6 @@
-"""The carry that enters a first step: given as it is, or as a function of the parameters (a learned start)."""
+"""The carry that enters a first step: given as it is, or as a function of the parameters (a learned
+start).
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,8 +18,8 @@ class Entered(NamedTuple):
 
     Attributes:
       carry: its arrays.
-      pull: the gradient in the parameters, by the path through the start, of cotangents of the carry (a list over its
-        inexact leaves); None where the carry was given.
+      pull: the gradient in the parameters, by the path through the start, of cotangents of the
+        carry (a list over its inexact leaves); None where the carry was given.
     """
 
     carry: Carry
@@ -25,16 +27,18 @@ class Entered(NamedTuple):
 
 
 def start_of(carry: Any, params: Params) -> Carry:
-    """The carry itself, or what a function of the parameters gives; a ValueError where that is no tree of arrays."""
+    """The carry itself, or what a function of the parameters gives; a ValueError where that is no
+    tree of arrays.
+    """
     if not callable(carry):
         return carry
     try:
         start = carry(params)
     except Exception as error:  # whatever the user's function raises
         raise ValueError(
-            "carry must be a tree of arrays, or a function of the parameters, got a function that fails on params "
-            f"({type(error).__name__}: {error}); of a function of the batch shape pass what it returns: "
-            "initial_carry((16,))"
+            "carry must be a tree of arrays, or a function of the parameters, got a function that "
+            f"fails on params ({type(error).__name__}: {error}); of a function of the batch shape "
+            "pass what it returns: initial_carry((16,))"
         ) from error
     slips.check_arrays("carry(params)", start)
     return start
@@ -46,7 +50,9 @@ def start_shapes(carry: Any, params: Params) -> Carry:
 
 
 def kept(carry: Any) -> Any:
-    """What a state holds until its first update: arrays, or the function as a tree without leaves."""
+    """What a state holds until its first update: arrays, or the function as a tree without
+    leaves.
+    """
     return Partial(carry) if callable(carry) and all_leaves([carry]) else carry
 
 

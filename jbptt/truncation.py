@@ -23,7 +23,9 @@ def full(num_steps: int) -> jax.Array:
     return jnp.ones(num_steps)
 
 
-def fixed(num_steps: int, window: jax.typing.ArrayLike, *, phase: jax.typing.ArrayLike = 0) -> jax.Array:
+def fixed(
+    num_steps: int, window: jax.typing.ArrayLike, *, phase: jax.typing.ArrayLike = 0
+) -> jax.Array:
     """Zeros where `(t + phase) % window == 0`, t > 0; ones elsewhere: blocks of `window` steps.
 
     Args:
@@ -43,15 +45,18 @@ def fixed(num_steps: int, window: jax.typing.ArrayLike, *, phase: jax.typing.Arr
     return jnp.where(((t + phase) % window == 0) & (t > 0), 0.0, 1.0)
 
 
-def randomized(key: jax.Array, num_steps: int, keep_prob: jax.typing.ArrayLike, *, reweight: bool = True) -> jax.Array:
-    """`ξ_t / π_t` with `ξ_t ~ Bernoulli(π_t)`, independent: the gradient is unbiased (Tallec & Ollivier, 2017).
+def randomized(
+    key: jax.Array, num_steps: int, keep_prob: jax.typing.ArrayLike, *, reweight: bool = True
+) -> jax.Array:
+    """`ξ_t / π_t` with `ξ_t ~ Bernoulli(π_t)`, independent: the gradient is unbiased (Tallec &
+    Ollivier, 2017).
 
     Args:
       key: a PRNG key; a new one for every update.
       num_steps: T.
-      keep_prob: π in (0, 1], scalar, `[T]` (each step its own), or `[T, *batch]` (each example its own,
-        and gates of its own); may be traced. The variance grows without bound with the length if the
-        squared Jacobian over π is ≥ 1.
+      keep_prob: π in (0, 1], scalar, `[T]` (each step its own), or `[T, *batch]` (each example its
+        own, and gates of its own); may be traced. The variance grows without bound with the length
+        if the squared Jacobian over π is ≥ 1.
       reweight: False leaves out 1/π; the gradient is then biased towards short lags.
 
     Raises:
@@ -69,20 +74,28 @@ def _keep_prob_by_step(num_steps, keep_prob):
     shape = jnp.shape(keep_prob) or (num_steps,)
     if shape[0] != num_steps:
         raise ValueError(
-            f"keep_prob has shape {shape}, wanted a scalar, [T] = ({num_steps},) or [T, *batch]: time is the first axis"
+            f"keep_prob has shape {shape}, wanted a scalar, [T] = ({num_steps},) or [T, *batch]: "
+            "time is the first axis"
         )
     return jnp.broadcast_to(jnp.asarray(keep_prob, float), shape)
 
 
 def artbp(
-    key: jax.Array, num_steps: int, mean_length: jax.typing.ArrayLike, *, alpha: float = 4.0, reweight: bool = True
+    key: jax.Array,
+    num_steps: int,
+    mean_length: jax.typing.ArrayLike,
+    *,
+    alpha: float = 4.0,
+    reweight: bool = True,
 ) -> jax.Array:
-    """Anticipated reweighted truncated backpropagation: cuts grow rarer since the last one (ibid., §4).
+    """Anticipated reweighted truncated backpropagation: cuts grow rarer since the last one (ibid.,
+    §4).
 
         c = (α − 1) / ((α − 2) L₀ + δ),     gates[t] = (1 − X_t) / (1 − c),     X_t ~ Bernoulli(c)
 
-    with δ the steps since the last cut (the sequence's start counts as one). The lengths between cuts
-    have mean L₀ and a tail δ^{−(α−1)}, so that long ones are not too rare and the weights stay moderate.
+    with δ the steps since the last cut (the sequence's start counts as one). The lengths between
+    cuts have mean L₀ and a tail δ^{−(α−1)}, so that long ones are not too rare and the weights stay
+    moderate.
 
     Args:
       key: a PRNG key; a new one for every update.
@@ -105,7 +118,9 @@ def _artbp_hazard(num_steps, mean_length, alpha):
 
 
 def check_length_probs(value: Any, num_steps: int | None) -> None:
-    """A ValueError unless `value` is a distribution over 1, 2, … steps, and (num_steps given) reaches that far."""
+    """A ValueError unless `value` is a distribution over 1, 2, … steps, and (num_steps given)
+    reaches that far.
+    """
     if isinstance(value, Tracer):
         return
     try:
@@ -119,33 +134,37 @@ def check_length_probs(value: Any, num_steps: int | None) -> None:
         )
     if num_steps is not None and probs[: num_steps - 1].sum() > 1 - 1e-6:
         raise ValueError(
-            f"length_probs lets hardly any window reach T = {num_steps} steps (less than 1e-6), so that pairs further "
-            "apart are never seen and no weight makes up for it; leave some probability to longer windows, "
-            "or pass reweight=False"
+            f"length_probs lets hardly any window reach T = {num_steps} steps (less than 1e-6), so "
+            "that pairs further apart are never seen and no weight makes up for it; leave some "
+            "probability to longer windows, or pass reweight=False"
         )
 
 
-def random_lengths(key: jax.Array, num_steps: int, length_probs: jax.Array, *, reweight: bool = True) -> jax.Array:
+def random_lengths(
+    key: jax.Array, num_steps: int, length_probs: jax.Array, *, reweight: bool = True
+) -> jax.Array:
     """Windows whose lengths are drawn one after another from any distribution.
 
         c(δ) = p_δ / (1 − Σ_{k<δ} p_k),   X_t ~ Bernoulli(c(δ)),   gates[t] = (1 − X_t) / (1 − c(δ))
 
-    with δ the steps since the last cut. Constant keep probabilities are geometric lengths, ARTBP's have a
-    heavier tail. Language models are often trained with `reweight=False` (Merity et al., AWD-LSTM, 2018),
-    which is biased towards short lags.
+    with δ the steps since the last cut. Constant keep probabilities are geometric lengths, ARTBP's
+    have a heavier tail. Language models are often trained with `reweight=False` (Merity et al.,
+    AWD-LSTM, 2018), which is biased towards short lags.
 
     Args:
       key: a PRNG key; a new one for every update.
       num_steps: T.
-      length_probs: p, `[L]`: `length_probs[k − 1]` is the probability of k steps; may be traced. What is
-        missing to 1 are windows longer than L, which no cut ends within the update.
+      length_probs: p, `[L]`: `length_probs[k − 1]` is the probability of k steps; may be traced.
+        What is missing to 1 are windows longer than L, which no cut ends within the update.
       reweight: False leaves out 1/(1 − c); biased.
 
     Raises:
-      ValueError: entries below 0 or not finite, a sum above 1; with weights, lengths that all end before T:
-        pairs further apart would never be seen, and no weight makes up for that.
+      ValueError: entries below 0 or not finite, a sum above 1; with weights, lengths that all end
+        before T: pairs further apart would never be seen, and no weight makes up for that.
     """
-    return _renewal_gates(key, num_steps, _length_hazard(num_steps, length_probs, reweight), reweight)
+    return _renewal_gates(
+        key, num_steps, _length_hazard(num_steps, length_probs, reweight), reweight
+    )
 
 
 def _length_hazard(num_steps, length_probs, reweight):
@@ -176,7 +195,8 @@ def _renewal_gates(key, num_steps, hazard_fn, reweight):
 
 
 def coverage(gates: jax.Array) -> jax.Array:
-    """The weight of each pair (loss step t, source step i): `C[t, i] = Π_{j=i+1..t} gates[j]`, i ≤ t.
+    """The weight of each pair (loss step t, source step i): `C[t, i] = Π_{j=i+1..t} gates[j]`, i ≤
+    t.
 
     Args:
       gates: `[T]`, or `[T, *batch]`.
@@ -190,7 +210,8 @@ def coverage(gates: jax.Array) -> jax.Array:
 
     def body(row, inputs):
         t, gate = inputs
-        # A select, as in the gradient: past a cut the weight is 0 even where another gate is infinite.
+        # A select, as in the gradient: past a cut the weight is 0 even where another gate is
+        # infinite.
         row = jnp.where((steps < t) & (gate != 0) & (row != 0), row * gate, 0)
         row = jnp.where(steps == t, 1.0, row)
         return row, row
@@ -199,16 +220,20 @@ def coverage(gates: jax.Array) -> jax.Array:
 
 
 def full_coverage(num_steps: int) -> jax.Array:
-    """Every pair once, `[T, T]`: ones for i ≤ t. Raises ValueError for num_steps < 1 or not an integer."""
+    """Every pair once, `[T, T]`: ones for i ≤ t. Raises ValueError for num_steps < 1 or not an
+    integer.
+    """
     validation.check_positive_integer("num_steps", num_steps)
     return jnp.tri(num_steps, dtype=float)
 
 
 def window_coverage(num_steps: int, window: int, stride: int) -> jax.Array:
-    """What `truncated_bptt` covers, `[T, T]`: `C[t, i] = 1` where `(t // s + 1)·s − window ≤ i ≤ t`.
+    """What `truncated_bptt` covers, `[T, T]`: `C[t, i] = 1` where
+    `(t // s + 1)·s − window ≤ i ≤ t`.
 
-    A pair's weight does not depend on where the sequence happens to end, so a ragged tail and a split
-    stream agree. Raises ValueError for window or stride < 1, not an integer, or stride > window.
+    A pair's weight does not depend on where the sequence happens to end, so a ragged tail and a
+    split stream agree. Raises ValueError for window or stride < 1, not an integer, or stride >
+    window.
     """
     validation.check_positive_integer("num_steps", num_steps)
     window, stride = validation.check_window(window, stride)
@@ -216,8 +241,11 @@ def window_coverage(num_steps: int, window: int, stride: int) -> jax.Array:
     return jnp.where(((t // stride + 1) * stride - window <= i) & (i <= t), 1.0, 0.0)
 
 
-def randomized_coverage(num_steps: int, keep_prob: jax.typing.ArrayLike, *, reweight: bool = True) -> jax.Array:
-    """What `randomized` covers on average: every pair once, unweighted `E C[t, i] = Π_{j=i+1..t} π_j`.
+def randomized_coverage(
+    num_steps: int, keep_prob: jax.typing.ArrayLike, *, reweight: bool = True
+) -> jax.Array:
+    """What `randomized` covers on average: every pair once, unweighted
+    `E C[t, i] = Π_{j=i+1..t} π_j`.
 
     Arguments, shapes and errors as there.
     """
@@ -228,7 +256,8 @@ def randomized_coverage(num_steps: int, keep_prob: jax.typing.ArrayLike, *, rewe
 def artbp_coverage(
     num_steps: int, mean_length: jax.typing.ArrayLike, *, alpha: float = 4.0, reweight: bool = True
 ) -> jax.Array:
-    """What `artbp` covers on average, `[T, T]`: every pair once, unweighted `E C[t, i]` = P(no cut between).
+    """What `artbp` covers on average, `[T, T]`: every pair once, unweighted `E C[t, i]` = P(no cut
+    between).
 
     Arguments and errors as there.
     """
@@ -236,8 +265,11 @@ def artbp_coverage(
     return full_coverage(num_steps) if reweight else _renewal_coverage(num_steps, hazard_fn)
 
 
-def random_lengths_coverage(num_steps: int, length_probs: jax.Array, *, reweight: bool = True) -> jax.Array:
-    """What `random_lengths` covers on average, `[T, T]`: every pair once, unweighted `E C[t, i]` = P(no cut between).
+def random_lengths_coverage(
+    num_steps: int, length_probs: jax.Array, *, reweight: bool = True
+) -> jax.Array:
+    """What `random_lengths` covers on average, `[T, T]`: every pair once, unweighted `E C[t, i]` =
+    P(no cut between).
 
     Arguments and errors as there.
     """
@@ -246,7 +278,8 @@ def random_lengths_coverage(num_steps: int, length_probs: jax.Array, *, reweight
 
 
 def _renewal_coverage(num_steps, hazard_fn):
-    """P(no cut in i+1 … t): a window that begins at some a ≤ i, with probability u_a, lasts beyond step t.
+    """P(no cut in i+1 … t): a window that begins at some a ≤ i, with probability u_a, lasts beyond
+    step t.
 
         E C[t, i] = Σ_{a≤i} u_a S(t − a),   S(n) = Π_{δ≤n} (1 − c(δ))
 

@@ -13,7 +13,9 @@ from jbptt.arrays import align_leading, weighted_mean
 OLDEST_JAX = (0, 10, 0)
 if jax.__version_info__ < OLDEST_JAX:  # here, since every other module imports this one
     wanted = ".".join(map(str, OLDEST_JAX))
-    raise ImportError(f"jbptt needs jax ≥ {wanted}, found {jax.__version__}: pip install -U jax jaxlib")
+    raise ImportError(
+        f"jbptt needs jax ≥ {wanted}, found {jax.__version__}: pip install -U jax jaxlib"
+    )
 
 PyTree = Any
 Params = Any
@@ -26,7 +28,9 @@ Kind = TypeVar("Kind", bound=type)
 
 
 def exported(kind: Kind) -> Kind:
-    """Lets a NamedTuple, or a dataclass of arrays alone, be an argument or result of what `jax.export` serializes."""
+    """Lets a NamedTuple, or a dataclass of arrays alone, be an argument or result of what
+    `jax.export` serializes.
+    """
     name = f"jbptt.{kind.__name__}"
     if issubclass(kind, tuple):
         export.register_namedtuple_serialization(kind, serialized_name=name)
@@ -67,8 +71,8 @@ class Estimate:
       loss_sum: `Σ w_t ℓ_t`, a scalar, float32 at least.
       grad_sum: its (estimated) gradient, shaped like the parameters, float32 at least.
       weight_sum: `Σ w_t` over steps and examples, a scalar.
-      info: diagnostics that the next update does not need. `info["aux"]` holds the weighted means of
-        what the loss returned beside its value; the other entries describe one update.
+      info: diagnostics that the next update does not need. `info["aux"]` holds the weighted means
+        of what the loss returned beside its value; the other entries describe one update.
     """
 
     loss_sum: jax.Array
@@ -92,7 +96,8 @@ class Estimate:
 
         def combine(a, b):
             return weighted_mean(
-                a * align_leading(self.weight_sum, jnp.ndim(a)) + b * align_leading(other.weight_sum, jnp.ndim(b)),
+                a * align_leading(self.weight_sum, jnp.ndim(a))
+                + b * align_leading(other.weight_sum, jnp.ndim(b)),
                 weight_sum,
             )
 
@@ -124,15 +129,16 @@ class Estimator(NamedTuple):
     Attributes:
       init: `(params, carry, batch, key=None) -> state`. Of `batch` (arrays or
         `jax.ShapeDtypeStruct`s) only shapes and dtypes are read. `carry` may be a function of the
-        parameters: the gradient of the first update then counts the path through it. Every state has
-        `.carry`, the live carry (before the first update the function, if it was one).
+        parameters: the gradient of the first update then counts the path through it. Every state
+        has `.carry`, the live carry (before the first update the function, if it was one).
       update: `(params, state, batch) -> (Estimate, state)`; jit-, vmap- and scan-able. T may differ
         between calls (one compilation per T).
-      coverage: `(num_steps, key=None) -> C`, `[T, T]` (`[T, T, *batch]` where examples have gates of
-        their own): how much of loss t's gradient by source i one update of T = num_steps steps counts,
-        0 for i > t. Of the first update after `init`; later ones that stream also count pairs with
-        steps of earlier updates. Where the estimator draws: of the draw that this update makes after
-        `init(..., key=key)`, and without a key the mean over all draws. Memory O(T²). None: not declared.
+      coverage: `(num_steps, key=None) -> C`, `[T, T]` (`[T, T, *batch]` where examples have gates
+        of their own): how much of loss t's gradient by source i one update of T = num_steps steps
+        counts, 0 for i > t. Of the first update after `init`; later ones that stream also count
+        pairs with steps of earlier updates. Where the estimator draws: of the draw that this update
+        makes after `init(..., key=key)`, and without a key the mean over all draws. Memory O(T²).
+        None: not declared.
     """
 
     init: Callable[..., Any]

@@ -1,15 +1,16 @@
 """Truncated BPTT: windows one after another, side by side, or overlapping.
 
-Blocks go back window by window, or in groups under vmap. Windows that overlap are those of TBPTT(k1 = stride,
-k2 = window), which for each chunk of `stride` losses goes back through the `window` steps that end with the chunk
-(Williams & Peng, 1990). With e_c the chunk's last step, all chunks c of a group go back together, one step at a time,
-q = 0 … window − 1:
+Blocks go back window by window, or in groups under vmap. Windows that overlap are those of TBPTT(k1
+= stride, k2 = window), which for each chunk of `stride` losses goes back through the `window` steps
+that end with the chunk (Williams & Peng, 1990). With e_c the chunk's last step, all chunks c of a
+group go back together, one step at a time, q = 0 … window − 1:
 
     i = e_c − q,    M_i += λ_c,    λ_c ← J_iᵀ λ_c + [q < stride] ∂ℓ_i/∂h_i
 
 and the weight gradient is one product over all steps, Σ_i (∂⁺h_{i+1}/∂w)ᵀ M_i, at the end.
 
-Pieces of a batch follow one another: each is handed the carry by the one before it, and the sums of all add up.
+Pieces of a batch follow one another: each is handed the carry by the one before it, and the sums of
+all add up.
 """
 
 import math
@@ -26,15 +27,26 @@ from jbptt.engine import same_under_vmap
 from jbptt.losses import batch_steps
 from jbptt.past_steps import PastSteps, empty_history, extend, latest, pad_front, with_stand_ins
 from jbptt.problem import Parts, Problem
-from jbptt.segments import BackwardPass, ForwardPass, Sums, Updated, back_through, forward, pass_forward
+from jbptt.segments import (
+    BackwardPass,
+    ForwardPass,
+    Sums,
+    Updated,
+    back_through,
+    forward,
+    pass_forward,
+)
 from jbptt.types import Batch
 
 
-def sum_pieces(run: Callable, state: Any, batch: Batch, length: int, sums: Sums | None) -> tuple[Sums, Any]:
-    """Adds what `run(state, piece, sums) -> (sums, state)` finds, over pieces of `length` steps and the ragged rest.
+def sum_pieces(
+    run: Callable, state: Any, batch: Batch, length: int, sums: Sums | None
+) -> tuple[Sums, Any]:
+    """Adds what `run(state, piece, sums) -> (sums, state)` finds, over pieces of `length` steps and
+    the ragged rest.
 
-    A running total goes from piece to piece, so that what is large (a table of which few rows are looked up) is not
-    added up whole for each.
+    A running total goes from piece to piece, so that what is large (a table of which few rows are
+    looked up) is not added up whole for each.
     """
     num_whole, rest = divmod(batch_steps(batch), length)
     tail = jax.tree.map(lambda a: a[num_whole * length :], batch)
@@ -64,55 +76,84 @@ def batch_part(batch: Batch, start: int, stop: int) -> Batch:
 def blocks_at_once(problem: Problem, window: int) -> int:
     """How many blocks go back side by side where the plan does not say.
 
-    Of a single example up to 64, fewer if their carries take more than a mebibyte: nothing else makes its products
-    tall. On CPU with more examples, or of few blocks, it may cost more than it gives: one, as where the step's program
-    holds something that may compute something else under vmap.
+    Of a single example up to 64, fewer if their carries take more than a mebibyte: nothing else
+    makes its products tall. On CPU with more examples, or of few blocks, it may cost more than it
+    gives: one, as where the step's program holds something that may compute something else under
+    vmap.
     """
     num_windows = problem.num_steps // window
     if math.prod(problem.batch_shape) > 1 or num_windows < 16:
         return 1
-    of_step = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(problem.carry) if hasattr(leaf, "size"))
+    of_step = sum(
+        leaf.size * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(problem.carry)
+        if hasattr(leaf, "size")
+    )
     most = min(64, num_windows, max(1, 2**20 // max(1, window * of_step)))
     inputs = jax.eval_shape(lambda inputs: jax.tree.map(lambda a: a[0], inputs), problem.inputs)
     if most == 1 or not same_under_vmap(problem.parts.core, problem.params, problem.carry, inputs):
         return 1
-    # Windows that are left over go alone: of the sizes from half of it on, the largest that leaves the fewest.
+    # Windows that are left over go alone: of the sizes from half of it on, the largest that leaves
+    # the fewest.
     return min(range(-(-most // 2), most + 1), key=lambda number: (num_windows % number, -number))
 
 
-def side_by_side(problem: Problem, window: int, segment: int | None, sums: Sums | None) -> tuple[BackwardPass, list]:
-    """Whole windows whose backward passes run at once, under vmap, and the cotangents of the first one's carry."""
+def side_by_side(
+    problem: Problem, window: int, segment: int | None, sums: Sums | None
+) -> tuple[BackwardPass, list]:
+    """Whole windows whose backward passes run at once, under vmap, and the cotangents of the first
+    one's carry.
+    """
     batch, num_windows = problem.batch, problem.num_steps // window
 
     def inputs_at(i):
         return problem.on(None, steps_from(batch, i * window, window)).inputs, window
 
     carry, starts = forward(problem, inputs_at, num_windows)
-    pieces = jax.tree.map(lambda a: a.reshape(num_windows, window, *a.shape[1:]).swapaxes(0, 1), batch)
+    pieces = jax.tree.map(
+        lambda a: a.reshape(num_windows, window, *a.shape[1:]).swapaxes(0, 1), batch
+    )
     core, readout, loss = problem.parts
     parts = Parts(jax.vmap(core, (None, 0, 0)), jax.vmap(readout, (None, 0)), jax.vmap(loss))
-    windows = replace(problem.on(starts, pieces), parts=parts, batch_shape=(num_windows, *problem.batch_shape))
+    windows = replace(
+        problem.on(starts, pieces), parts=parts, batch_shape=(num_windows, *problem.batch_shape)
+    )
     passed = back_through(windows, segment or window, sums)
     return passed._replace(carry=carry), [c[0] for c in passed.cotangents]
 
 
-def in_blocks(problem: Problem, *, window: int, segment: int | None, parallel: int | None, streams: bool) -> Updated:
-    """Window after window, or groups of `parallel` windows; a history where the last one is left unfinished."""
+def in_blocks(
+    problem: Problem, *, window: int, segment: int | None, parallel: int | None, streams: bool
+) -> Updated:
+    """Window after window, or groups of `parallel` windows; a history where the last one is left
+    unfinished.
+    """
     batch, num_steps = problem.batch, problem.num_steps
     if parallel is None:
         parallel = blocks_at_once(problem, window)
     nothing = [jnp.zeros_like(leaf) for leaf in split_inexact(problem.carry)[0]]
 
-    # The state of the pieces: carry, the carry before the last piece, cotangents of the first, whether this is it.
+    # The state of the pieces: carry, the carry before the last piece, cotangents of the first,
+    # whether this is it.
     def one(state, piece, sums):
         carry, _, first, is_first = state
         passed = back_through(problem.on(carry, piece), segment, sums)
-        return passed.sums, (passed.carry, carry, _first(first, is_first, passed.cotangents), jnp.array(False))
+        return passed.sums, (
+            passed.carry,
+            carry,
+            _first(first, is_first, passed.cotangents),
+            jnp.array(False),
+        )
 
     def group(state, piece, sums):
         carry, _, first, is_first = state
         passed, cotangents = side_by_side(problem.on(carry, piece), window, segment, sums)
-        return passed.sums, (passed.carry, passed.carry, _first(first, is_first, cotangents), jnp.array(False))
+        return passed.sums, (
+            passed.carry,
+            passed.carry,
+            _first(first, is_first, cotangents),
+            jnp.array(False),
+        )
 
     state, sums = (problem.carry, problem.carry, nothing, jnp.array(True)), None
     whole = num_steps - num_steps % (parallel * window) if parallel > 1 else 0
@@ -141,10 +182,11 @@ def _first(before: list, is_first: jax.Array, now: list) -> list:
 def in_blocks_under_way(
     problem: Problem, history: PastSteps, phase: Any, *, window: int, segment: int | None
 ) -> Updated:
-    """Blocks of a stream whose first has begun `phase` steps before the batch; `phase` may be traced.
+    """Blocks of a stream whose first has begun `phase` steps before the batch; `phase` may be
+    traced.
 
-    The batch goes back as one, with a gate of 0 where a block begins. What leaves it goes on through the steps of
-    the first block that the history holds.
+    The batch goes back as one, with a gate of 0 where a block begins. What leaves it goes on
+    through the steps of the first block that the history holds.
     """
     num_steps = problem.num_steps
     t = jnp.arange(num_steps)
@@ -152,15 +194,20 @@ def in_blocks_under_way(
     segment = segment or max(window, math.isqrt(num_steps))
     passed = back_through(replace(problem, gates=gates), segment)
     sums = back_through_history(problem, history, phase, passed)
-    first = max(0, num_steps - (window - 1)) // segment  # the segment with the first of the last window − 1 steps
+    first = (
+        max(0, num_steps - (window - 1)) // segment
+    )  # the segment with the first of the last window − 1 steps
     start = jax.tree.map(lambda a: a[first], passed.starts)
     later = problem.on(start, batch_part(problem.batch, first * segment, num_steps))
     history = latest(extend(history, later.trajectory()[1], later.batch), window - 1)
     return Updated(sums, passed.carry, passed.cotangents, history)
 
 
-def back_through_history(problem: Problem, history: PastSteps, phase: Any, passed: BackwardPass) -> Sums:
-    """Adds the gradient of the last `phase` steps of a history, from the cotangents of the carry that follows them.
+def back_through_history(
+    problem: Problem, history: PastSteps, phase: Any, passed: BackwardPass
+) -> Sums:
+    """Adds the gradient of the last `phase` steps of a history, from the cotangents of the carry
+    that follows them.
 
     Step by step, each at its cached (carry, x), as the loop over a batch would: never side by side.
     """
@@ -179,7 +226,10 @@ def back_through_history(problem: Problem, history: PastSteps, phase: Any, passe
         grad, cotangents = pull(cotangents, [None] * len(silent.live.outputs), grad)
         return (cotangents, grad), None
 
-    state, inputs = (passed.cotangents, passed.sums.grad), (jnp.arange(length), jax.tree.map(lambda a: a[:-1], steps))
+    state, inputs = (
+        (passed.cotangents, passed.sums.grad),
+        (jnp.arange(length), jax.tree.map(lambda a: a[:-1], steps)),
+    )
     (_, grad), _ = lax.scan(body, state, inputs, reverse=True)
     return passed.sums._replace(grad=grad)
 
@@ -188,7 +238,8 @@ def back_through_history(problem: Problem, history: PastSteps, phase: Any, passe
 
 
 class Streamed(NamedTuple):
-    """A forward pass over a batch that goes on from earlier steps: what backward passes through both need.
+    """A forward pass over a batch that goes on from earlier steps: what backward passes through
+    both need.
 
     Attributes:
       passed: the batch's own.
@@ -204,7 +255,9 @@ class Streamed(NamedTuple):
 
 
 def go_on(problem: Problem, history: PastSteps, sums: Sums | None) -> Streamed:
-    """Runs the batch, its readouts and its losses. Earlier steps stay as they are cached, never replayed."""
+    """Runs the batch, its readouts and its losses. Earlier steps stay as they are cached, never
+    replayed.
+    """
     passed = pass_forward(problem, sums)
     steps = extend(history, passed.carries, problem.batch)
     num_history = history.mask.shape[0]
@@ -213,7 +266,9 @@ def go_on(problem: Problem, history: PastSteps, sums: Sums | None) -> Streamed:
 
 
 def chunk_ends(num_history: int, num_steps: int, stride: int, phase: Any) -> jax.Array:
-    """Where each chunk of `stride` losses ends, counted from the history's start; `phase` may be traced."""
+    """Where each chunk of `stride` losses ends, counted from the history's start; `phase` may be
+    traced.
+    """
     overhang = 0 if isinstance(phase, int) else stride - 1
     num_chunks = -(-(num_steps + overhang) // stride)
     return num_history - phase + stride * jnp.arange(1, num_chunks + 1) - 1
@@ -224,12 +279,14 @@ def carry_back(
 ) -> tuple[list, list]:
     """M: for every step, the sum over chunks of the cotangents that reach the carry it emits.
 
-    And beside it the sum of those that reach the carry which step `first` receives (0 if it is before all steps).
-    `window` may be traced: the loop then takes as many rounds as it says.
+    And beside it the sum of those that reach the carry which step `first` receives (0 if it is
+    before all steps). `window` may be traced: the loop then takes as many rounds as it says.
     """
     num_steps, steps = streamed.real.mask.shape[0], streamed.real
     leaves, _ = split_inexact(steps.carries)
-    real = jnp.concatenate([steps.exists, jnp.zeros(stride, bool)])  # a chunk may end after the last step
+    real = jnp.concatenate(
+        [steps.exists, jnp.zeros(stride, bool)]
+    )  # a chunk may end after the last step
 
     def select(array, keep):
         return jnp.where(align_leading(keep, array.ndim), array, 0)
@@ -240,14 +297,18 @@ def carry_back(
         keep = real[i]
         is_first = keep & (i == first)
         i = jnp.minimum(i, num_steps - 1)
-        # Until a chunk meets its first step it has nothing to carry; before the stream's start, nowhere to.
+        # Until a chunk meets its first step it has nothing to carry; before the stream's start,
+        # nowhere to.
         cotangents = [select(c, keep) for c in cotangents]
         total = [m.at[i].add(c.astype(m.dtype)) for m, c in zip(total, cotangents, strict=True)]
         at = jax.tree.map(lambda a: a[i], steps)
         own = [select(y[i], keep & (q < stride)) for y in streamed.outputs_bar]
         pull = problem.parallel_pullback(at.carries, (at.xs, at.mask), ends.shape[0])
         _, cotangents = pull(cotangents, own, None)
-        entering = [e + jnp.sum(select(c, is_first), 0, e.dtype) for e, c in zip(entering, cotangents, strict=True)]
+        entering = [
+            e + jnp.sum(select(c, is_first), 0, e.dtype)
+            for e, c in zip(entering, cotangents, strict=True)
+        ]
         return cotangents, total, entering
 
     start = [zeros_along(leaf, ends.shape[0]) for leaf in leaves]
@@ -257,12 +318,20 @@ def carry_back(
 
 
 def overlapping_sums(
-    problem: Problem, streamed: Streamed, num_history: int, phase: Any, first: Any, *, window: Any, stride: int
+    problem: Problem,
+    streamed: Streamed,
+    num_history: int,
+    phase: Any,
+    first: Any,
+    *,
+    window: Any,
+    stride: int,
 ) -> tuple[Sums, list]:
-    """The sums of one batch under TBPTT(stride, window), and the cotangents of the carry that step `first` receives.
+    """The sums of one batch under TBPTT(stride, window), and the cotangents of the carry that step
+    `first` receives.
 
-    The history must reach back `window − stride` steps, and `phase` more where a chunk is under way.
-    Earlier steps are linearised at the given parameters on their cached (carry, x).
+    The history must reach back `window − stride` steps, and `phase` more where a chunk is under
+    way. Earlier steps are linearised at the given parameters on their cached (carry, x).
     Time O(T·window/stride) step derivatives in `window` rounds, memory O(T + history).
     """
     real, num_steps = streamed.real, streamed.real.mask.shape[0]
@@ -275,34 +344,55 @@ def overlapping_sums(
 
 
 def _chunks_per_group(num_steps: int, window: int, stride: int, smallest: int) -> int:
-    """About a window; if that leaves a rest, a size between half and two that leaves none, to compile one body."""
+    """About a window; if that leaves a rest, a size between half and two that leaves none, to
+    compile one body.
+    """
     about = max(smallest, -(-window // stride))
     sizes = [about, *range(2 * about, max(smallest - 1, about // 2), -1)]
     return next((size for size in sizes if num_steps % (size * stride) == 0), about)
 
 
 def in_strides(
-    problem: Problem, history: PastSteps, phase: Any, *, window: int, stride: int, parallel: int | None
+    problem: Problem,
+    history: PastSteps,
+    phase: Any,
+    *,
+    window: int,
+    stride: int,
+    parallel: int | None,
 ) -> Updated:
     """Group after group of chunks that go back side by side, a few windows in memory at a time."""
-    # With a phase, a group meets one chunk more than it holds: at least 4, so that this costs little.
-    num_chunks = parallel or _chunks_per_group(problem.num_steps, window, stride, 1 if phase is None else 4)
+    # With a phase, a group meets one chunk more than it holds: at least 4, so that this costs
+    # little.
+    num_chunks = parallel or _chunks_per_group(
+        problem.num_steps, window, stride, 1 if phase is None else 4
+    )
     if phase is None:
         phase = 0
         if problem.num_steps % stride:
             history = pad_front(history, window - 1)
     length = history.mask.shape[0]
 
-    # `first`: where the carry that entered the update is received; it moves back from group to group.
+    # `first`: where the carry that entered the update is received; it moves back from group to
+    # group.
     def run(state, piece, sums):
         carry, history, first, entering = state
         part = problem.on(carry, piece)
         streamed = go_on(part, history, sums)
-        sums, more = overlapping_sums(part, streamed, length, phase, first, window=window, stride=stride)
+        sums, more = overlapping_sums(
+            part, streamed, length, phase, first, window=window, stride=stride
+        )
         entering = [e + m.astype(e.dtype) for e, m in zip(entering, more, strict=True)]
-        return sums, (streamed.passed.carry, latest(streamed.steps, length), first - batch_steps(piece), entering)
+        return sums, (
+            streamed.passed.carry,
+            latest(streamed.steps, length),
+            first - batch_steps(piece),
+            entering,
+        )
 
     entering = [widened(jnp.zeros_like(leaf)) for leaf in split_inexact(problem.carry)[0]]
     state = problem.carry, history, jnp.asarray(length), entering
-    sums, (carry, history, _, entering) = sum_pieces(run, state, problem.batch, num_chunks * stride, None)
+    sums, (carry, history, _, entering) = sum_pieces(
+        run, state, problem.batch, num_chunks * stride, None
+    )
     return Updated(sums, carry, entering, history)

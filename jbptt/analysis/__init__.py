@@ -1,6 +1,7 @@
 """Reads gradients: how far they reach, and what each truncation leaves of them.
 
-The analyses that most users want are at the top, `jbptt.lag_profile` and so on; the others are here.
+The analyses that most users want are at the top, `jbptt.lag_profile` and so on; the others are
+here.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,6 @@
-"""How fast the adjoints of a network turn into one direction: the second exercise, seen in a trained RNN."""
+"""How fast the adjoints of a network turn into one direction: the second exercise, seen in a
+trained RNN.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,15 +20,17 @@ from jbptt.types import Batch, Carry, Loss, Params, Step
 
 
 class AdjointAlignment(NamedTuple):
-    """How near `∂ℓ_{s+k}/∂carries[s]` is to the direction v[s] to which all adjoints turn, by lag k.
+    """How near `∂ℓ_{s+k}/∂carries[s]` is to the direction v[s] to which all adjoints turn, by lag
+    k.
 
     Attributes:
-      cosine: weighted mean of |cos| of the angle between the two, `[max_lag]`, lags 0 … max_lag − 1.
+      cosine: weighted mean of |cos| of the angle between the two, `[max_lag]`, lags 0 … max_lag −
+        1.
       misalignment: weighted mean of the sine of that angle, `[max_lag]`, accurate down to rounding.
-      rate: by how much ln sine changes per lag, a scalar, natural logarithm, per step; negative where the
-        adjoints align.
-      directions: v[s], leaves `[T, *batch, ...]` like the carry's, norm 1 per example; zeros for leaves
-        that are not inexact.
+      rate: by how much ln sine changes per lag, a scalar, natural logarithm, per step; negative
+        where the adjoints align.
+      directions: v[s], leaves `[T, *batch, ...]` like the carry's, norm 1 per example; zeros for
+        leaves that are not inexact.
     """
 
     cosine: jax.Array
@@ -50,20 +54,26 @@ def check_max_lag(max_lag: Any, num_steps: int) -> int:
     max_lag = validation.check_positive_integer("max_lag", max_lag, smallest=2)
     if 2 * max_lag > num_steps:
         raise ValueError(
-            f"max_lag must be <= T/2 = {num_steps / 2:g}, got {max_lag}; v[s] needs 2·max_lag steps beyond s to "
-            "converge: measure fewer lags, or pass a longer sequence"
+            f"max_lag must be <= T/2 = {num_steps / 2:g}, got {max_lag}; v[s] needs 2·max_lag "
+            "steps beyond s to converge: measure fewer lags, or pass a longer sequence"
         )
     return max_lag
 
 
 def angle(vectors: list, directions: list, num_leading: int) -> tuple[jax.Array, jax.Array]:
-    """|cos| and sine of the angle between unit vectors, example by example; the sine is accurate down to ε."""
+    """|cos| and sine of the angle between unit vectors, example by example; the sine is accurate
+    down to ε.
+    """
     along = inner(directions, vectors, num_leading)
-    across = [a - align_leading(along, a.ndim) * d for a, d in zip(vectors, directions, strict=True)]
+    across = [
+        a - align_leading(along, a.ndim) * d for a, d in zip(vectors, directions, strict=True)
+    ]
     return jnp.abs(along), norm(across, num_leading)
 
 
-def far_directions(pull_one: Callable, start: list, steps: Any, live: jax.Array) -> tuple[list, jax.Array]:
+def far_directions(
+    pull_one: Callable, start: list, steps: Any, live: jax.Array
+) -> tuple[list, jax.Array]:
     """The directions v, leaves `[T, ...]`, and how far each has come, in live steps, `[T, *batch]`.
 
         v[s] = J_sᵀ v[s+1] / ‖J_sᵀ v[s+1]‖,   v[T] = start
@@ -77,7 +87,10 @@ def far_directions(pull_one: Callable, start: list, steps: Any, live: jax.Array)
         pulled = pull_one(step_s, direction)
         pulled, alive = normalised(pulled, live_s.ndim), scaled_norm(pulled, live_s.ndim)[0] != 0
         age = jnp.where(alive, age + live_s.astype(age.dtype), 0)
-        direction = [jnp.where(align_leading(alive, p.ndim), p, s) for p, s in zip(pulled, start, strict=True)]
+        direction = [
+            jnp.where(align_leading(alive, p.ndim), p, s)
+            for p, s in zip(pulled, start, strict=True)
+        ]
         return (direction, age), (direction, age)
 
     ages = jnp.zeros_like(norm(start, live.ndim - 1), int)
@@ -85,7 +98,9 @@ def far_directions(pull_one: Callable, start: list, steps: Any, live: jax.Array)
 
 
 class LagMeans(NamedTuple):
-    """What `scan_angles` reads at each lag, `[max_lag]`: means of |cos| and sine, and Σ w·fall and Σ w of pairs."""
+    """What `scan_angles` reads at each lag, `[max_lag]`: means of |cos| and sine, and Σ w·fall and
+    Σ w of pairs.
+    """
 
     cosine: jax.Array
     sine: jax.Array
@@ -94,15 +109,19 @@ class LagMeans(NamedTuple):
 
 
 def smallest_sine(eps: float) -> float:
-    """Below this sine an adjoint counts as aligned: 1000 ε, of which rounding is a thousandth (half precision: √ε)."""
+    """Below this sine an adjoint counts as aligned: 1000 ε, of which rounding is a thousandth (half
+    precision: √ε).
+    """
     return min(1000 * eps, eps**0.5)
 
 
 def scan_angles(pull_all, outputs_bar, directions, counted, weights, max_lag, eps) -> LagMeans:
-    """The angles of all adjoints with the directions, lag by lag, weighted by the `[T, *batch]` of the losses.
+    """The angles of all adjoints with the directions, lag by lag, weighted by the `[T, *batch]` of
+    the losses.
 
-    As `lags.scan_lags`, but the adjoints are normalised on their way, so that they can go any way back. An
-    adjoint's fall is how much ln sine has changed since its lag before, if the sine was not near rounding there.
+    As `lags.scan_lags`, but the adjoints are normalised on their way, so that they can go any way
+    back. An adjoint's fall is how much ln sine has changed since its lag before, if the sine was
+    not near rounding there.
     """
 
     def body(state, lag):
@@ -119,16 +138,25 @@ def scan_angles(pull_all, outputs_bar, directions, counted, weights, max_lag, ep
         size = jnp.where(size == 0, jnp.nan, size)
         followed = jnp.where((before >= smallest_sine(eps)) & (lag > 0), weight, 0)
         fall = total(jnp.log(jnp.maximum(sine, eps)) - jnp.log(jnp.maximum(before, eps)), followed)
-        row = LagMeans(total(cosine, weight) / size, total(sine, weight) / size, fall, jnp.sum(followed))
-        one_on, before = ([jnp.concatenate([v[1:], jnp.zeros_like(v[:1])]) for v in a] for a in (vectors, [sine]))
+        row = LagMeans(
+            total(cosine, weight) / size, total(sine, weight) / size, fall, jnp.sum(followed)
+        )
+        one_on, before = (
+            [jnp.concatenate([v[1:], jnp.zeros_like(v[:1])]) for v in a] for a in (vectors, [sine])
+        )
         return (one_on, jax.tree.map(jnp.zeros_like, outputs_bar), before[0]), row
 
-    start = [jnp.zeros_like(d) for d in directions], outputs_bar, jnp.zeros_like(norm(directions, weights.ndim))
+    start = (
+        [jnp.zeros_like(d) for d in directions],
+        outputs_bar,
+        jnp.zeros_like(norm(directions, weights.ndim)),
+    )
     return lax.scan(body, start, jnp.arange(max_lag))[1]
 
 
 def fall_rate(means: LagMeans, eps: float) -> jax.Array:
-    """The mean fall of ln sine per lag, over the second half of the lags before the mean sine nears rounding.
+    """The mean fall of ln sine per lag, over the second half of the lags before the mean sine nears
+    rounding.
 
     The first half is left to what dies out faster. −inf where fewer than two lags are above.
     """
@@ -155,24 +183,25 @@ def adjoint_alignment(
         V^k[s] = ∂ℓ_{s+k}/∂carries[s],    v[s] ∝ J_sᵀ J_{s+1}ᵀ … J_{T−1}ᵀ v[T],  v[T] random
         cosine[k] = mean |cos ∠(V^k[s], v[s])|,    misalignment[k] = mean sin ∠(V^k[s], v[s])
 
-    As powers of a matrix turn every vector into the dominant eigenvector, so products of Jacobians turn
-    every cotangent into one direction, per example and step. For a constant J it is the dominant left
-    eigenvector, and `rate` is ln|λ₂/λ₁|; for a driven network it is the gap λ₂ − λ₁ of its Lyapunov
-    exponents. A rate near 0 (equal exponents, a complex pair): no single direction.
+    As powers of a matrix turn every vector into the dominant eigenvector, so products of Jacobians
+    turn every cotangent into one direction, per example and step. For a constant J it is the
+    dominant left eigenvector, and `rate` is ln|λ₂/λ₁|; for a driven network it is the gap λ₂ − λ₁
+    of its Lyapunov exponents. A rate near 0 (equal exponents, a complex pair): no single direction.
 
-    Only those s count from which v has been pulled back through at least 2·max_lag steps, so that v's own
-    misalignment is the square of the one that it measures: s + 2·max_lag ≤ T. Masked steps, which turn
-    nothing, do not count as such steps, and where v itself dies (a reset of the carry) it starts anew.
-    Adjoints that are exactly 0, and losses masked or of weight 0, have no direction and do not count;
-    otherwise pairs are weighted by the size of their loss's weight. A gate scales an adjoint and turns it
-    nowhere; a gate of 0 leaves the pairs across it out. Adjoints are normalised lag by lag: none under- or
-    overflows.
+    Only those s count from which v has been pulled back through at least 2·max_lag steps, so that
+    v's own misalignment is the square of the one that it measures: s + 2·max_lag ≤ T. Masked steps,
+    which turn nothing, do not count as such steps, and where v itself dies (a reset of the carry)
+    it starts anew. Adjoints that are exactly 0, and losses masked or of weight 0, have no direction
+    and do not count; otherwise pairs are weighted by the size of their loss's weight. A gate scales
+    an adjoint and turns it nowhere; a gate of 0 leaves the pairs across it out. Adjoints are
+    normalised lag by lag: none under- or overflows.
 
-    One forward pass, T step derivatives one after another, and max_lag rounds of T side by side; memory O(T)
-    carries. jit- and vmap-able.
+    One forward pass, T step derivatives one after another, and max_lag rounds of T side by side;
+    memory O(T) carries. jit- and vmap-able.
 
     Args:
-      step: `(params, carry, x) -> (carry, y)`; every inexact carry leaf begins with the batch shape.
+      step: `(params, carry, x) -> (carry, y)`; every inexact carry leaf begins with the batch
+        shape.
       loss: `(y, target) -> [*batch]`.
       params: the parameters.
       carry: what enters step 0, or a function of the parameters that gives it.
@@ -182,10 +211,11 @@ def adjoint_alignment(
       gates: `[T]` or `[T, *batch]`.
 
     Returns:
-      An `AdjointAlignment`. Lags without any pair that counts are NaN. The rate is the weighted mean, over
-      the second half of the lags before the misalignment comes near rounding (1000 ε), of the slope of each
-      adjoint's own ln sine: misalignments of different losses scatter by factors, those of one do not.
-      −inf where fewer than two lags are left (aligned at once), NaN where no adjoint can be followed.
+      An `AdjointAlignment`. Lags without any pair that counts are NaN. The rate is the weighted
+      mean, over the second half of the lags before the misalignment comes near rounding (1000 ε),
+      of the slope of each adjoint's own ln sine: misalignments of different losses scatter by
+      factors, those of one do not. −inf where fewer than two lags are left (aligned at once), NaN
+      where no adjoint can be followed.
 
     Raises:
       ValueError: max_lag < 2 or > T/2; no inexact carry leaf; carries without the batch shape; what
@@ -212,15 +242,23 @@ def _adjoint_alignment(problem: Problem, max_lag: int, key: jax.Array | None) ->
 
     def pull_all(one_on, outputs_bar):
         cotangents = pull(narrow(one_on), outputs_bar, None)[1]
-        return cotangents if problem.gates is None else [times_gate(c, problem.gates) for c in cotangents]
+        return (
+            cotangents
+            if problem.gates is None
+            else [times_gate(c, problem.gates) for c in cotangents]
+        )
 
     num_leading, carry = len(problem.batch_shape), problem.carry
-    start = random_directions(split_inexact(carry)[0], jax.random.key(0) if key is None else key, num_leading)
+    start = random_directions(
+        split_inexact(carry)[0], jax.random.key(0) if key is None else key, num_leading
+    )
     weights = jnp.abs(problem.loss_weights())
     unmasked = loss_weights(problem.batch._replace(weights=None), weights) != 0
     directions, ages = far_directions(pull_one, start, (carries, problem.inputs), unmasked)
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in like)
-    means = scan_angles(pull_all, outputs_bar, directions, ages >= 2 * max_lag, weights, max_lag, eps)
+    means = scan_angles(
+        pull_all, outputs_bar, directions, ages >= 2 * max_lag, weights, max_lag, eps
+    )
     filled = iter(directions)
     whole = jax.tree.map(lambda a: next(filled) if is_inexact(a) else jnp.zeros(a.shape), carries)
     return AdjointAlignment(means.cosine, means.sine, fall_rate(means, eps), whole)

@@ -26,25 +26,27 @@ MOST_STEPS = 4096
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Comparison:
-    """How estimates ĝ of a gradient g are distributed, `[E]` each, E estimators. `str()` is a table.
+    """How estimates ĝ of a gradient g are distributed, `[E]` each, E estimators. `str()` is a
+    table.
 
-    Everything is relative to ‖g‖; where g is 0, biases and variances are 0 if the estimates are 0 too, else inf.
+    Everything is relative to ‖g‖; where g is 0, biases and variances are 0 if the estimates are 0
+    too, else inf.
 
     Attributes:
-      relative_bias: `‖E ĝ − g‖ / ‖g‖`, E the mean over the samples. For an unbiased estimator it is about
-        the standard error below, not 0; more where the variance comes from large weights so rare that
-        the samples may have missed them.
-      relative_bias_error: its standard error, `√(variance / num_samples)`; too small where the samples
-        missed such weights. 0 for estimators that draw nothing.
+      relative_bias: `‖E ĝ − g‖ / ‖g‖`, E the mean over the samples. For an unbiased estimator it is
+        about the standard error below, not 0; more where the variance comes from large weights so
+        rare that the samples may have missed them.
+      relative_bias_error: its standard error, `√(variance / num_samples)`; too small where the
+        samples missed such weights. 0 for estimators that draw nothing.
       variance: `E‖ĝ − E ĝ‖² / ‖g‖²`, of one estimate; 0 for estimators that draw nothing.
       cosine: between ĝ and g, mean over the samples.
       norm_ratio: `‖ĝ‖ / ‖g‖`, mean over the samples.
       alignment: `[E, E]`, cosine between the mean estimates of every pair.
       names: the estimators, in order.
       num_samples: of estimators that draw; the others are run once.
-      coverage: the mean of the declared `E C[t, i]` over all pairs i ≤ t: 1 for an unbiased estimator,
-        whose `relative_bias` is then chance alone. NaN where no coverage is declared, or none without
-        a key, and for more than 4096 steps, as the matrix takes T² numbers.
+      coverage: the mean of the declared `E C[t, i]` over all pairs i ≤ t: 1 for an unbiased
+        estimator, whose `relative_bias` is then chance alone. NaN where no coverage is declared, or
+        none without a key, and for more than 4096 steps, as the matrix takes T² numbers.
     """
 
     relative_bias: jax.Array
@@ -67,7 +69,13 @@ class Comparison:
             return repr(self)
         width = max(len(name) for name in (*self.names, "estimator"))
         lines = [f"{'estimator':<{width}}  relative bias ± s.e.   std / ‖g‖    cosine  norm ratio"]
-        columns = (self.relative_bias, self.relative_bias_error, self.relative_std, self.cosine, self.norm_ratio)
+        columns = (
+            self.relative_bias,
+            self.relative_bias_error,
+            self.relative_std,
+            self.cosine,
+            self.norm_ratio,
+        )
         for name, *row in zip(self.names, *map(np.asarray, columns), strict=True):
             bias, error, std, cosine, ratio = map(float, row)
             biased = f"{bias:9.3g} ± {error:<9.2g}"
@@ -86,7 +94,9 @@ class Comparison:
         """An `xarray.Dataset` over `estimator` (and `other`, for the pairs); needs xarray."""
         import xarray
 
-        variables: dict[str, Any] = {name: ("estimator", np.asarray(getattr(self, name))) for name in PER_ESTIMATOR}
+        variables: dict[str, Any] = {
+            name: ("estimator", np.asarray(getattr(self, name))) for name in PER_ESTIMATOR
+        }
         if self.coverage is not None:
             variables["coverage"] = ("estimator", np.asarray(self.coverage))
         variables["alignment"] = (("estimator", "other"), np.asarray(self.alignment))
@@ -107,12 +117,12 @@ def compare(
 ) -> Comparison:
     """Bias, variance and direction of gradient estimators against the exact gradient, on one batch.
 
-    Each estimator makes one update from a fresh state; one that draws makes `num_samples`, sample i with the
-    key `fold_in(key, i)` for all estimators. From a fresh state `adaptive_bptt` takes its longest window:
-    pass one whose init returns a state that has seen some updates.
+    Each estimator makes one update from a fresh state; one that draws makes `num_samples`, sample i
+    with the key `fold_in(key, i)` for all estimators. From a fresh state `adaptive_bptt` takes its
+    longest window: pass one whose init returns a state that has seen some updates.
 
-    Pure: works under jit and vmap. Time: `num_samples` updates of each estimator that draws. Memory: one
-    update and two gradients for each estimator.
+    Pure: works under jit and vmap. Time: `num_samples` updates of each estimator that draws.
+    Memory: one update and two gradients for each estimator.
 
     Args:
       estimators: by name.
@@ -125,8 +135,8 @@ def compare(
       num_samples: draws of each estimator that draws, ≥ 2.
 
     Raises:
-      ValueError: num_samples < 2, no estimators, a reference that is none of these or draws; what the
-        estimators raise.
+      ValueError: num_samples < 2, no estimators, a reference that is none of these or draws; what
+        the estimators raise.
     """
     num_samples = validation.check_positive_integer("num_samples", num_samples, smallest=2)
     check_estimators(estimators)
@@ -135,24 +145,35 @@ def compare(
     for estimator in used:  # as they are given: a program sees neither float64 nor what is no array
         jax.eval_shape(lambda key, e=estimator: e.init(params, carry, batch, key=key), key)
     gradient = None if isinstance(reference, Estimator) else reference
-    functions = tuple(function for e in used for function in (e.init, e.update, e.coverage or _undeclared))
+    functions = tuple(
+        function for e in used for function in (e.init, e.update, e.coverage or _undeclared)
+    )
     if callable(carry):
-        functions, carry = (*functions, carry), None  # a program may keep arrays, but no function, alive
-    return run(_compare, functions, (tuple(estimators), num_samples), params, carry, batch, gradient, key)
+        functions, carry = (
+            (*functions, carry),
+            None,
+        )  # a program may keep arrays, but no function, alive
+    return run(
+        _compare, functions, (tuple(estimators), num_samples), params, carry, batch, gradient, key
+    )
 
 
 def _compare(*given) -> Comparison:
     """`compare` behind the checks.
 
-    Takes init, update and coverage of each estimator, and of the reference where it is one; then the carry
-    where that is a function; then the names and all that `compare` was given.
+    Takes init, update and coverage of each estimator, and of the reference where it is one; then
+    the carry where that is a function; then the names and all that `compare` was given.
     """
     *functions, names, num_samples, params, carry, batch, gradient, key = given
     num_functions = len(Estimator._fields)
     carry = functions.pop() if len(functions) % num_functions else carry
     parts = (functions[n::num_functions] for n in range(num_functions))
     estimators = [Estimator(*functions) for functions in zip(*parts, strict=True)]
-    exact = _exact_gradient(estimators.pop(), params, carry, batch, key) if gradient is None else gradient
+    exact = (
+        _exact_gradient(estimators.pop(), params, carry, batch, key)
+        if gradient is None
+        else gradient
+    )
     in_units, compare_fn = in_units_of(exact), compared_with(exact)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_samples))
     means, rows = [], []
@@ -170,7 +191,9 @@ def _compare(*given) -> Comparison:
 
 
 def _undeclared(num_steps: int, key: jax.Array | None = None) -> jax.Array:
-    """The coverage of an estimator that declares none; a function, since programs are found by functions."""
+    """The coverage of an estimator that declares none; a function, since programs are found by
+    functions.
+    """
     del key
     return jnp.full((num_steps, num_steps), jnp.nan)
 
@@ -190,7 +213,9 @@ def _sampler(estimator: Estimator, params: Params, carry: Carry, batch: Batch) -
     """`key -> gradient` of a first update."""
 
     def sample(key):
-        return estimator.update(params, estimator.init(params, carry, batch, key=key), batch)[0].grads
+        return estimator.update(params, estimator.init(params, carry, batch, key=key), batch)[
+            0
+        ].grads
 
     return sample
 
@@ -214,20 +239,26 @@ def _check_reference(estimators, params, reference):
     """The estimator or the gradient that is meant."""
     if isinstance(reference, str):
         if reference not in estimators:
-            raise ValueError(f"reference must name one of the estimators, {', '.join(estimators)}, got {reference!r}")
+            raise ValueError(
+                f"reference must name one of the estimators, {', '.join(estimators)}, got "
+                f"{reference!r}"
+            )
         reference = estimators[reference]
     if isinstance(reference, Estimator):
         return reference
     wanted, got = (jax.tree.map(jnp.shape, tree) for tree in (params, reference))
     if wanted != got:
         raise ValueError(
-            f"reference must be an estimator, the name of one, or a gradient shaped like params, {wanted}; got {got}"
+            "reference must be an estimator, the name of one, or a gradient shaped like params, "
+            f"{wanted}; got {got}"
         )
     return reference
 
 
 def _moments(sample, keys, exact, in_units, compare_fn):
-    """Mean estimate in units of ‖g‖; relative bias, its error, variance; mean cosine and norm ratio (Welford, 1962)."""
+    """Mean estimate in units of ‖g‖; relative bias, its error, variance; mean cosine and norm ratio
+    (Welford, 1962).
+    """
 
     def body(state, inputs):
         mean, squares, cosine, ratio = state
@@ -240,14 +271,21 @@ def _moments(sample, keys, exact, in_units, compare_fn):
         squares += inner(before, after)
         return (mean, squares, cosine + compare_fn(grads)[1], ratio + norm(scaled)), None
 
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(lambda k: in_units(sample(k)), keys[0]))
+    zeros = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype),
+        jax.eval_shape(lambda k: in_units(sample(k)), keys[0]),
+    )
     zero = jnp.zeros((), norm(zeros).dtype)
     count = len(keys)
     numbers = jnp.arange(1, count + 1).astype(zero.dtype)
-    (mean, squares, cosine, ratio), _ = jax.lax.scan(body, (zeros, zero, zero, zero), (numbers, keys))
+    (mean, squares, cosine, ratio), _ = jax.lax.scan(
+        body, (zeros, zero, zero, zero), (numbers, keys)
+    )
     variance = squares / (count - 1) if count > 1 else zero
     bias = norm(jax.tree.map(jnp.subtract, mean, in_units(exact)))
     # Without a gradient to compare with, 0 stays 0 and everything else is infinitely far off.
     absent = norm(exact) == 0
-    bias, variance, ratio = (jnp.where(absent & (v != 0), jnp.inf, v) for v in (bias, variance, ratio / count))
+    bias, variance, ratio = (
+        jnp.where(absent & (v != 0), jnp.inf, v) for v in (bias, variance, ratio / count)
+    )
     return mean, bias, jnp.sqrt(variance / count), variance, cosine / count, ratio

@@ -18,8 +18,9 @@ class Cost(NamedTuple):
     Attributes:
       names: the estimators, in order.
       seconds: `[estimator, repeat]`, wall time of one compiled update.
-      temporary_bytes: `[estimator]`, what the compiled update needs beside its arguments and results
-        (XLA's `memory_analysis`), exact and free of timing noise; NaN where the backend does not tell.
+      temporary_bytes: `[estimator]`, what the compiled update needs beside its arguments and
+        results (XLA's `memory_analysis`), exact and free of timing noise; NaN where the backend
+        does not tell.
     """
 
     names: tuple[str, ...]
@@ -48,10 +49,13 @@ class Cost(NamedTuple):
         return xarray.Dataset(variables, {"estimator": list(self.names)})
 
     def __str__(self) -> str:
-        rows = zip(self.names, self.median_seconds, self.spread_seconds, self.temporary_bytes, strict=True)
+        rows = zip(
+            self.names, self.median_seconds, self.spread_seconds, self.temporary_bytes, strict=True
+        )
         width = max(len(name) for name in self.names)
         return "\n".join(
-            f"{name:<{width}}  {1e3 * t:9.2f} ms ± {1e3 * s:.2f}  {size / 2**20:9.2f} MiB" for name, t, s, size in rows
+            f"{name:<{width}}  {1e3 * t:9.2f} ms ± {1e3 * s:.2f}  {size / 2**20:9.2f} MiB"
+            for name, t, s, size in rows
         )
 
 
@@ -70,10 +74,11 @@ def measure_cost(
     num_repeats: int = 5,
     key: jax.Array | None = None,
 ) -> Cost:
-    """Compiles one update of each estimator and measures its time and temporary memory, on the host.
+    """Compiles one update of each estimator and measures its time and temporary memory, on the
+    host.
 
-    The estimators take turns within each repeat, so that a machine that slows down slows all of them;
-    compilation and a first run are left out.
+    The estimators take turns within each repeat, so that a machine that slows down slows all of
+    them; compilation and a first run are left out.
 
     Args:
       estimators: by name.
@@ -91,10 +96,13 @@ def measure_cost(
     key = jax.random.key(0) if key is None else key
     states = {name: e.init(params, carry, batch, key=key) for name, e in estimators.items()}
     lowered = [  # here, not in the pool: JAX's configuration contexts belong to a thread
-        compiled(_estimate, (e.update,)).lower(params, states[name], batch) for name, e in estimators.items()
+        compiled(_estimate, (e.update,)).lower(params, states[name], batch)
+        for name, e in estimators.items()
     ]
     with ThreadPoolExecutor() as pool:
-        updates = dict(zip(estimators, pool.map(lambda program: program.compile(), lowered), strict=True))
+        updates = dict(
+            zip(estimators, pool.map(lambda program: program.compile(), lowered), strict=True)
+        )
     seconds = np.zeros((len(updates), num_repeats + 1))
     for repeat in range(num_repeats + 1):
         for i, (name, update) in enumerate(updates.items()):

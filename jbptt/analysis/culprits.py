@@ -1,7 +1,9 @@
-"""Which of many numbers that are not finite, in the order of computation, breaks the first outcome that is broken.
+"""Which of many numbers that are not finite, in the order of computation, breaks the first outcome
+that is broken.
 
-A run of the problem has places: one for each leaf that stands at its start, and some in every step. Asked for a place
-k, it is done again with everything up to k made finite. The culprit is at the first place for which the outcome is:
+A run of the problem has places: one for each leaf that stands at its start, and some in every step.
+Asked for a place k, it is done again with everything up to k made finite. The culprit is at the
+first place for which the outcome is:
 
     k* = min {k : the outcome that is the first not finite in the run as given, is finite}
 """
@@ -21,8 +23,9 @@ class Places(NamedTuple):
     Attributes:
       num_start: leaves that stand at the start; the first places, one each.
       num_steps: T.
-      of_columns: the place within its step of every column. Columns that come out together share one: what made all of
-        them not finite would not be seen in the one that is made finite first.
+      of_columns: the place within its step of every column. Columns that come out together share
+        one: what made all of them not finite would not be seen in the one that is made finite
+        first.
     """
 
     num_start: int
@@ -41,7 +44,8 @@ class Places(NamedTuple):
 
 
 class Looked(NamedTuple):
-    """What one run saw: which leaves are not finite, at the start and `[T, columns]`, and the outcomes that are not.
+    """What one run saw: which leaves are not finite, at the start and `[T, columns]`, and the
+    outcomes that are not.
 
     Outcomes are in the order of computation.
     """
@@ -59,7 +63,8 @@ class Culprit(NamedTuple):
       is_place: whether some place makes it finite; else it is its own culprit.
       place: that place, or the number of places.
       step: of the place, 0 at the start.
-      column: of the place, within its step; one that by itself breaks an outcome, where several share the place.
+      column: of the place, within its step; one that by itself breaks an outcome, where several
+        share the place.
       given: the run as given.
     """
 
@@ -72,7 +77,8 @@ class Culprit(NamedTuple):
 
 
 class State(NamedTuple):
-    """The search: k* in low … high (`top`: no place makes a difference), then the column of that place.
+    """The search: k* in low … high (`top`: no place makes a difference), then the column of that
+    place.
 
     Attributes:
       begun: whether the run as given, which everything is held against, is done.
@@ -81,7 +87,8 @@ class State(NamedTuple):
       given: the run as given.
       before: `there` of the last run that did not help; at the end, just before k*.
       after: `broken` of the last that did; at the end, with k* made finite.
-      tried: which columns of that place were spared; column: the one that alone breaks an outcome, −1 if none did.
+      tried: which columns of that place were spared; column: the one that alone breaks an outcome,
+        −1 if none did.
     """
 
     begun: jax.Array
@@ -96,8 +103,12 @@ class State(NamedTuple):
     column: jax.Array
 
 
-def _suspects(places: Places, place: jax.Array, there: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The step of a place that is not at the start, its columns, and those of them that are not finite."""
+def _suspects(
+    places: Places, place: jax.Array, there: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The step of a place that is not at the start, its columns, and those of them that are not
+    finite.
+    """
     step, within = jnp.divmod(jnp.maximum(place - places.num_start, 0), places.width)
     step = jnp.minimum(step, places.num_steps - 1)
     columns = places.of_columns == within
@@ -105,15 +116,18 @@ def _suspects(places: Places, place: jax.Array, there: jax.Array) -> tuple[jax.A
 
 
 def search(look: Callable, places: Places) -> Culprit:
-    """The culprit, where `look(place, spared)` runs with all up to `place` made finite but the column `spared` there.
+    """The culprit, where `look(place, spared)` runs with all up to `place` made finite but the
+    column `spared` there.
 
-    Halves the places, then spares the columns of the one found, one by one. All runs are the body of one loop, which is
-    compiled once; where every outcome is finite it ends with the first.
+    Halves the places, then spares the columns of the one found, one by one. All runs are the body
+    of one loop, which is compiled once; where every outcome is finite it ends with the first.
     """
 
     def unfinished(state):
         suspects = _suspects(places, state.low, state.before)[2]
-        undecided = (state.low < state.top) & (jnp.sum(suspects) > 1) & jnp.any(suspects & ~state.tried)
+        undecided = (
+            (state.low < state.top) & (jnp.sum(suspects) > 1) & jnp.any(suspects & ~state.tried)
+        )
         return ~state.begun | (state.low < state.high) | (undecided & (state.column < 0))
 
     def body(state):
@@ -123,7 +137,9 @@ def search(look: Callable, places: Places) -> Culprit:
         place = jnp.where(state.begun, jnp.where(halving, middle, state.low), -1)
         looked = look(place, jnp.where(state.begun & ~halving, spared, -1))
 
-        by_place = [jnp.any(looked.there[:, places.of_columns == p], axis=1) for p in range(places.width)]
+        by_place = [
+            jnp.any(looked.there[:, places.of_columns == p], axis=1) for p in range(places.width)
+        ]
         flags = jnp.concatenate([looked.start, jnp.stack(by_place, axis=1).reshape(-1)])
         found = jnp.any(looked.broken)
         first, last = jnp.argmax(flags), len(flags) - jnp.argmax(flags[::-1])
@@ -145,13 +161,17 @@ def search(look: Callable, places: Places) -> Culprit:
             after=jnp.where(helps, looked.broken, state.after),
         )
         guilty = jnp.any(looked.broken & ~state.after)
-        asked = state._replace(tried=state.tried.at[spared].set(True), column=jnp.where(guilty, spared, state.column))
+        asked = state._replace(
+            tried=state.tried.at[spared].set(True), column=jnp.where(guilty, spared, state.column)
+        )
         later = jax.tree.map(partial(jnp.where, halving), halved, asked)
         return jax.tree.map(partial(jnp.where, state.begun), later, begun)
 
     seen = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(look, -1, -1))
     zero, none = jnp.zeros((), int), jnp.zeros(len(places.of_columns), bool)
-    start = State(jnp.array(False), zero, zero, zero, zero, seen, seen.there, seen.broken, none, zero - 1)
+    start = State(
+        jnp.array(False), zero, zero, zero, zero, seen, seen.there, seen.broken, none, zero - 1
+    )
     end = jax.lax.while_loop(unfinished, body, start)
     is_place = end.low < end.top
     step, columns, suspects = _suspects(places, end.low, end.before)

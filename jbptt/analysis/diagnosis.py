@@ -1,4 +1,6 @@
-"""How far does my gradient reach, which window do I need, what does it cost, and what should I change?"""
+"""How far does my gradient reach, which window do I need, what does it cost, and what should I
+change?
+"""
 
 from dataclasses import replace
 from functools import partial
@@ -43,7 +45,9 @@ from jbptt.problem import Problem, answer, problem_of
 from jbptt.segments import Sums, back_through
 from jbptt.types import Batch, Carry, Estimator, Loss, Params, Step
 
-MEASURES_ARRAYS = "measure=True needs arrays, got traced values; pass measure=False under jit and vmap"
+MEASURES_ARRAYS = (
+    "measure=True needs arrays, got traced values; pass measure=False under jit and vmap"
+)
 
 
 def first_windows(errors: jax.Array, tolerances: tuple[float, ...], num_steps: int) -> jax.Array:
@@ -69,41 +73,44 @@ def diagnose(
     measure: bool = True,
     num_repeats: int = 5,
 ) -> Diagnosis:
-    """How far the gradient reaches, which window leaves 10 % and 1 % of error, what each costs, what to change.
+    """How far the gradient reaches, which window leaves 10 % and 1 % of error, what each costs,
+    what to change.
 
-    The verdict rests on the change that the rate, fitted to the lags before 1 %, makes over the lags
-    measured: a tenth or less is vanishing, ten times or more exploding; a gradient that becomes exactly zero
-    is never stable, and one lag gives no verdict (the page says so).
-    Costs some 25 gradients at T = 16, 35 at 100 and 45 at 4096 (the exact one, one for each of up to 16 parts
-    of the batch, one for each window of blocks tried), and max_window rounds of T step derivatives side by
-    side; with `measure`, timed updates of up to five estimators more; where something is not finite,
-    `find_nonfinite`.
+    The verdict rests on the change that the rate, fitted to the lags before 1 %, makes over the
+    lags measured: a tenth or less is vanishing, ten times or more exploding; a gradient that
+    becomes exactly zero is never stable, and one lag gives no verdict (the page says so).
+    Costs some 25 gradients at T = 16, 35 at 100 and 45 at 4096 (the exact one, one for each of up
+    to 16 parts of the batch, one for each window of blocks tried), and max_window rounds of T step
+    derivatives side by side; with `measure`, timed updates of up to five estimators more; where
+    something is not finite, `find_nonfinite`.
 
     Args:
-      step: `(params, carry, x) -> (carry, y)`; every inexact carry leaf begins with the batch shape. As under
-        jit, a second call with the same functions and shapes compiles nothing, and does not see what they
-        close over change.
+      step: `(params, carry, x) -> (carry, y)`; every inexact carry leaf begins with the batch
+        shape. As under jit, a second call with the same functions and shapes compiles nothing, and
+        does not see what they close over change.
       loss: `(y, target) -> [*batch]`.
       params: the parameters.
       carry: what enters step 0, or a function of the parameters that gives it.
       batch: real data, arrays.
-      gates: `[T]` or `[T, *batch]`; diagnose the gated gradient (its costs are those without gates, its
-        exponent and curvature those of the model).
+      gates: `[T]` or `[T, *batch]`; diagnose the gated gradient (its costs are those without gates,
+        its exponent and curvature those of the model).
       max_window: the largest lag and sliding window considered; None: T, 512 at most.
-      learning_rate: of plain gradient descent; compared with the curvature along the gradient, which costs
-        one second derivative.
+      learning_rate: of plain gradient descent; compared with the curvature along the gradient,
+        which costs one second derivative.
       measure: whether to measure costs, on the host; under jit and vmap it must be False.
       num_repeats: timed updates of each estimator.
 
     Raises:
-      ValueError: a learning rate that is not > 0; measure where something is traced; what `truncation_curve` and
-        `lag_profile` raise.
+      ValueError: a learning rate that is not > 0; measure where something is traced; what
+        `truncation_curve` and `lag_profile` raise.
     """
     why = "the gradient is measured per example"
     problem = problem_of(step, loss, params, carry, batch, gates, per_example=why)
     num_repeats = validation.check_positive_integer("num_repeats", num_repeats)
     if learning_rate is not None:
-        validation.check_above("learning_rate", learning_rate, 0, "it scales the step down the gradient")
+        validation.check_above(
+            "learning_rate", learning_rate, 0, "it scales the step down the gradient"
+        )
     traced = is_traced((params, problem.carry, batch, gates, learning_rate))
     if measure and traced:
         raise ValueError(MEASURES_ARRAYS)
@@ -113,13 +120,18 @@ def diagnose(
     if traced:
         found = answer(_read, problem, largest, given=(learning_rate,))
     else:
-        with jax.debug_nans(False), jax.debug_infs(False):  # here they are answers: what has no value, what is broken
+        with (
+            jax.debug_nans(False),
+            jax.debug_infs(False),
+        ):  # here they are answers: what has no value, what is broken
             found = answer(_read, problem, largest, given=(learning_rate,))
     if isinstance(found.verdict_index, Tracer):  # or what the step closes over is traced
         if measure:
             raise ValueError(MEASURES_ARRAYS)
         search = partial(answer, nonfinite_of, problem)
-        return replace(found, nonfinite=lax.cond(found.verdict_index == 3, search, lambda: found.nonfinite))
+        return replace(
+            found, nonfinite=lax.cond(found.verdict_index == 3, search, lambda: found.nonfinite)
+        )
     if found.verdict == "non-finite":
         found = replace(found, nonfinite=answer(nonfinite_of, problem))
     return _with_cost(found, step, loss, params, carry, batch, num_repeats) if measure else found
@@ -135,7 +147,9 @@ def _read(problem: Problem, largest: int, learning_rate: float | jax.Array | Non
     num_lags, num_used_steps = _used_steps(weights, problem.batch.mask, largest)
     smallest = max((float(jnp.finfo(c.dtype).tiny) for c in carries), default=0.0)
     heaviest = jnp.max(jnp.abs(weights))  # the adjoints carry their loss's weight
-    decay = fit_decay(profile.cotangent_norms, num_lags, smallest / jnp.where(heaviest > 0, heaviest, 1))
+    decay = fit_decay(
+        profile.cotangent_norms, num_lags, smallest / jnp.where(heaviest > 0, heaviest, 1)
+    )
     decay = decay._replace(underflow=decay.underflow | starts_below_precision(linearised))
     broken = ~jnp.isfinite(sizes[0]) | ~jnp.isfinite(sums.loss) | (decay.verdict_index == 3)
     verdict = jnp.where(broken, 3, decay.verdict_index)
@@ -157,7 +171,9 @@ def _read(problem: Problem, largest: int, learning_rate: float | jax.Array | Non
     nonfinite = jax.eval_shape(partial(nonfinite_of, problem))
     return Diagnosis(
         **decay._replace(verdict_index=verdict)._asdict(),
-        sliding_window=jnp.where(broken, 0, first_windows(curve.relative_error, TOLERANCES, num_steps)),
+        sliding_window=jnp.where(
+            broken, 0, first_windows(curve.relative_error, TOLERANCES, num_steps)
+        ),
         num_lags=num_lags,
         block_window=jnp.where(broken, 0, blocks),
         block_error=jnp.where(broken, jnp.nan, block_error),
@@ -183,25 +199,42 @@ def _read(problem: Problem, largest: int, learning_rate: float | jax.Array | Non
 
 
 def _used_steps(weights, mask, largest) -> tuple[jax.Array, jax.Array]:
-    """How many lags have pairs of a loss and a carry, and how many steps of an example lead to a loss."""
+    """How many lags have pairs of a loss and a carry, and how many steps of an example lead to a
+    loss.
+    """
     num_steps = len(weights)
     steps = jnp.arange(1, num_steps + 1)
-    last = jnp.max(jnp.where(weights != 0, align_leading(steps, weights.ndim), 0), axis=0)  # the loss that counts last
+    last = jnp.max(
+        jnp.where(weights != 0, align_leading(steps, weights.ndim), 0), axis=0
+    )  # the loss that counts last
     real = jnp.ones(num_steps, bool) if mask is None else mask
     leads = align_leading(real, weights.ndim) & (align_leading(steps, weights.ndim) <= last)
     return jnp.minimum(jnp.max(last), largest), jnp.max(jnp.sum(leads, axis=0))
 
 
 def _blocks(problem: Problem) -> tuple[Sums, jax.Array, tuple]:
-    """The exact sums, the norm of the mean gradient of the whole and of each part, windows of blocks and errors."""
-    num_steps, batch, gates, batch_shape = problem.num_steps, problem.batch, problem.gates, problem.batch_shape
+    """The exact sums, the norm of the mean gradient of the whole and of each part, windows of
+    blocks and errors.
+    """
+    num_steps, batch, gates, batch_shape = (
+        problem.num_steps,
+        problem.batch,
+        problem.gates,
+        problem.batch_shape,
+    )
     windows, tried = candidate_windows(num_steps)
     part_of, num_parts = split_batch(num_steps, batch_shape)
 
     def gradient(window, part):
-        cuts = align_leading(truncation.fixed(num_steps, window), 1 if gates is None else jnp.ndim(gates))
+        cuts = align_leading(
+            truncation.fixed(num_steps, window), 1 if gates is None else jnp.ndim(gates)
+        )
         gated = cuts if gates is None else jnp.where(cuts == 0, 0, gates)
-        weights = jnp.ones(num_steps, jnp.float32) if batch.weights is None else jnp.asarray(batch.weights)
+        weights = (
+            jnp.ones(num_steps, jnp.float32)
+            if batch.weights is None
+            else jnp.asarray(batch.weights)
+        )
         chosen = jnp.where((part < 0) | (part_of == part), align_leading(weights, part_of.ndim), 0)
         cut = problem.on(problem.carry, batch._replace(weights=chosen), gated)
         return _flat(back_through(cut).sums)
@@ -210,9 +243,16 @@ def _blocks(problem: Problem) -> tuple[Sums, jax.Array, tuple]:
     return sums, sizes, choose_blocks(errors, tried, windows, TOLERANCES)
 
 
-def _lags(linearised: Linearised, largest: int, sums: Sums) -> tuple[LagProfile, TruncationCurve, jax.Array]:
-    """Profile, curve and the norm of what each sliding window leaves: one pass over the lags serves all."""
-    read_profile, read_curve = profile_reader(linearised.weights, signed=False), curve_reader(sums.grad)
+def _lags(
+    linearised: Linearised, largest: int, sums: Sums
+) -> tuple[LagProfile, TruncationCurve, jax.Array]:
+    """Profile, curve and the norm of what each sliding window leaves: one pass over the lags serves
+    all.
+    """
+    read_profile, read_curve = (
+        profile_reader(linearised.weights, signed=False),
+        curve_reader(sums.grad),
+    )
 
     def read(state, lag, cotangents, grad):
         grad = ravel_pytree(grad)[0]

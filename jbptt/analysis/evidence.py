@@ -21,7 +21,9 @@ NUM_PARTS = 16
 
 
 class Decay(NamedTuple):
-    """How the norms of a gradient change with the lag; the fields of the same names in `Diagnosis`."""
+    """How the norms of a gradient change with the lag; the fields of the same names in
+    `Diagnosis`.
+    """
 
     verdict_index: jax.Array
     rate: jax.Array
@@ -38,18 +40,19 @@ class Decay(NamedTuple):
 def fit_decay(norms: jax.Array, num_lags: Any = None, smallest: Any = None) -> Decay:
     """Reads a profile's `cotangent_norms`.
 
-    The rate is the least-squares slope of `ln norms` against the lag, over the lags before 1 % of the
-    first is reached: two lags at least, however fast it falls. Where lag 1 is below that already the fit
-    begins there: such a fall is a jump of the readout, no decay. Its standard error is that of a slope with
-    independent residuals, `√(Σ r² / (n − 2) / Σ (k − k̄)²)`: how well one exponential describes these norms,
-    not how they vary between batches. An exact zero is an underflow if the norms before it, continued at
-    their last pace, would have come within a factor of 2¹⁰ of the smallest normal number.
+    The rate is the least-squares slope of `ln norms` against the lag, over the lags before 1 % of
+    the first is reached: two lags at least, however fast it falls. Where lag 1 is below that
+    already the fit begins there: such a fall is a jump of the readout, no decay. Its standard error
+    is that of a slope with independent residuals, `√(Σ r² / (n − 2) / Σ (k − k̄)²)`: how well one
+    exponential describes these norms, not how they vary between batches. An exact zero is an
+    underflow if the norms before it, continued at their last pace, would have come within a factor
+    of 2¹⁰ of the smallest normal number.
 
     Args:
       norms: `[K]`.
       num_lags: the lags at which there are pairs of a loss and a carry at all; None: K.
-      smallest: normal number of the dtype that the cotangents are computed in, over the weight that they
-        carry; None: of the norms' dtype.
+      smallest: normal number of the dtype that the cotangents are computed in, over the weight that
+        they carry; None: of the norms' dtype.
     """
     tiny = float(jnp.finfo(norms.dtype).tiny)
     smallest = tiny if smallest is None else smallest
@@ -94,14 +97,20 @@ def leading_exponent(linearised: Linearised) -> tuple[jax.Array, jax.Array]:
 
         v ← J_tᵀ v / ‖J_tᵀ v‖ for t = T−1 … 0,   λ₁ = mean over t of ln ‖J_tᵀ v‖
 
-    from one random v on. One vector per example goes back alone, normalised at every step, so it neither
-    overflows nor underflows, and a step needs no derivative but the one its gradient needs. Masked steps
-    do not count, nor does the first quarter of the others, on which v turns. An exponent is −∞ where the state
-    is wiped out on the way (a reset, dead units), NaN where no example's derivatives are finite; the
-    spread is the standard deviation over examples. One backward pass.
+    from one random v on. One vector per example goes back alone, normalised at every step, so it
+    neither overflows nor underflows, and a step needs no derivative but the one its gradient needs.
+    Masked steps do not count, nor does the first quarter of the others, on which v turns. An
+    exponent is −∞ where the state is wiped out on the way (a reset, dead units), NaN where no
+    example's derivatives are finite; the spread is the standard deviation over examples. One
+    backward pass.
     """
     problem, path = linearised.problem, linearised.passed.carries
-    batch, carry, batch_shape, num_steps = problem.batch, problem.carry, problem.batch_shape, problem.num_steps
+    batch, carry, batch_shape, num_steps = (
+        problem.batch,
+        problem.carry,
+        problem.batch_shape,
+        problem.num_steps,
+    )
     ndim = len(batch_shape)
     random = np.random.default_rng(0)
 
@@ -110,7 +119,9 @@ def leading_exponent(linearised: Linearised) -> tuple[jax.Array, jax.Array]:
         leaves, rebuild = split_inexact(carry_t)
 
         def run(leaves):
-            return split_inexact(problem.parts.core(problem.params, rebuild(leaves), inputs_t)[0])[0]
+            return split_inexact(problem.parts.core(problem.params, rebuild(leaves), inputs_t)[0])[
+                0
+            ]
 
         pull = jax.vjp(run, leaves)[1]
         (cotangents,) = pull(cotangents)
@@ -120,7 +131,8 @@ def leading_exponent(linearised: Linearised) -> tuple[jax.Array, jax.Array]:
     drawn = [random.normal(size=c.shape[ndim:]) for c in split_inexact(carry)[0]]
     length = math.sqrt(sum(float(np.sum(d**2)) for d in drawn)) or 1.0
     start = [
-        jnp.zeros_like(c) + (d / length).astype(c.dtype) for d, c in zip(drawn, split_inexact(carry)[0], strict=True)
+        jnp.zeros_like(c) + (d / length).astype(c.dtype)
+        for d, c in zip(drawn, split_inexact(carry)[0], strict=True)
     ]
     growths = lax.scan(back, start, (path, problem.inputs), reverse=True)[1]
     mask = jnp.ones(num_steps, bool) if batch.mask is None else jnp.asarray(batch.mask)
@@ -136,7 +148,8 @@ def leading_exponent(linearised: Linearised) -> tuple[jax.Array, jax.Array]:
 
 
 def starts_below_precision(linearised: Linearised) -> jax.Array:
-    """Whether the losses' cotangents are zero at the outputs only because they are smaller than the dtype can hold.
+    """Whether the losses' cotangents are zero at the outputs only because they are smaller than the
+    dtype can hold.
 
     One more backward pass through losses and readout, with weights as large as the dtype bears.
     """
@@ -144,9 +157,12 @@ def starts_below_precision(linearised: Linearised) -> jax.Array:
     tiny = max((float(jnp.finfo(leaf.dtype).tiny) for leaf in passed.outputs_bar), default=1.0)
     heaviest = jnp.max(jnp.abs(weights))
     heavy = weights / jnp.where(heaviest > 0, heaviest, 1) * min(1 / tiny, 1e30)
-    larger = add_losses(replace(problem, batch=problem.batch._replace(weights=heavy)), passed.outputs)[1]
+    larger = add_losses(
+        replace(problem, batch=problem.batch._replace(weights=heavy)), passed.outputs
+    )[1]
     zero, still_zero = (
-        jnp.all(jnp.array([jnp.all(leaf == 0) for leaf in bar])) for bar in (passed.outputs_bar, larger)
+        jnp.all(jnp.array([jnp.all(leaf == 0) for leaf in bar]))
+        for bar in (passed.outputs_bar, larger)
     )
     return zero & ~still_zero
 
@@ -154,7 +170,8 @@ def starts_below_precision(linearised: Linearised) -> jax.Array:
 def split_batch(num_steps: int, batch_shape: tuple) -> tuple[jax.Array, int]:
     """Up to 16 parts of a batch's losses: `[T, *batch]`, the part of each, and their number.
 
-    Groups of examples, and where there are fewer than 16 examples, each group cut into equal times too.
+    Groups of examples, and where there are fewer than 16 examples, each group cut into equal times
+    too.
     """
     num_examples = math.prod(batch_shape)
     groups = min(num_examples, NUM_PARTS)
@@ -167,9 +184,11 @@ def split_batch(num_steps: int, batch_shape: tuple) -> tuple[jax.Array, int]:
 def curvature_along(
     direction: jax.Array, gradient_fn: Callable[[jax.Array], jax.Array], params: jax.Array
 ) -> jax.Array:
-    """The second derivative `vᵀ H v` along the unit vector v of `direction`; 0 where `direction` is.
+    """The second derivative `vᵀ H v` along the unit vector v of `direction`; 0 where `direction`
+    is.
 
-    Forward over reverse: one derivative of `gradient_fn`, about three gradients. All are flat vectors.
+    Forward over reverse: one derivative of `gradient_fn`, about three gradients. All are flat
+    vectors.
     """
     along = normalised(direction)
     change = jax.jvp(gradient_fn, (params,), (along.astype(params.dtype),))[1]

@@ -8,7 +8,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jbptt.arrays import is_inexact, split_inexact, steps_from, times_gate, weighted_mean, zeros_along
+from jbptt.arrays import (
+    is_inexact,
+    split_inexact,
+    steps_from,
+    times_gate,
+    weighted_mean,
+    zeros_along,
+)
 from jbptt.engine import chosen
 from jbptt.norms import in_units_of, inner, leafwise, norm, normalised
 from jbptt.problem import Problem, answer, problem_of
@@ -21,7 +28,8 @@ class Adjoints(NamedTuple):
 
     Attributes:
       carries: `carries[0]` is the initial carry, `carries[T]` the last.
-      cotangents: `∂L/∂carries[t]` with L the weighted mean loss; zeros for leaves that are not inexact.
+      cotangents: `∂L/∂carries[t]` with L the weighted mean loss; zeros for leaves that are not
+        inexact.
     """
 
     carries: Carry
@@ -29,7 +37,13 @@ class Adjoints(NamedTuple):
 
 
 def adjoints(
-    step: Step, loss: Loss, params: Params, carry: Carry, batch: Batch, *, gates: jax.Array | None = None
+    step: Step,
+    loss: Loss,
+    params: Params,
+    carry: Carry,
+    batch: Batch,
+    *,
+    gates: jax.Array | None = None,
 ) -> Adjoints:
     """Every carry of a sequence and the gradient of the weighted mean loss in it.
 
@@ -69,7 +83,10 @@ def adjoints_of(problem: Problem) -> Adjoints:
     cotangents = [jnp.concatenate([a, b[None]]) for a, b in zip(cotangents, nothing, strict=True)]
     carries = jax.tree.map(lambda a, b: jnp.concatenate([a, jnp.asarray(b)[None]]), entering, last)
     filled = iter(cotangents)
-    return Adjoints(carries, jax.tree.map(lambda a: next(filled) if is_inexact(a) else jnp.zeros(a.shape), carries))
+    return Adjoints(
+        carries,
+        jax.tree.map(lambda a: next(filled) if is_inexact(a) else jnp.zeros(a.shape), carries),
+    )
 
 
 def carry_cotangents(path: Adjoints) -> list[jax.Array]:
@@ -94,11 +111,13 @@ def gradient_flow(
 
     ℓ_t is unweighted; examples that are masked at step t do not count.
 
-    One forward pass, then one pass back with the cotangents of all losses side by side: T² products of
-    a Jacobian and a cotangent, 5/8 of that where T > 192. Memory O(T) carries and the `[T, T]` result.
+    One forward pass, then one pass back with the cotangents of all losses side by side: T² products
+    of a Jacobian and a cotangent, 5/8 of that where T > 192. Memory O(T) carries and the `[T, T]`
+    result.
 
     Args:
-      step: `(params, carry, x) -> (carry, y)`; every inexact carry leaf begins with the batch shape.
+      step: `(params, carry, x) -> (carry, y)`; every inexact carry leaf begins with the batch
+        shape.
       loss: `(y, target) -> [*batch]`.
       params: the parameters.
       carry: what enters step 0, or a function of the parameters that gives it.
@@ -124,11 +143,15 @@ def _gradient_flow(problem: Problem, per_leaf: bool) -> Any:
     counted = problem.loss_weights().reshape(num_steps, -1).sum(1)[:, None]
     # The loss of an earlier step has cotangent 0 here, and 0 times an infinite Jacobian is NaN.
     meets = (counted > 0) & jnp.tri(num_steps, dtype=bool)
-    return jax.tree.map(lambda a: jnp.where(meets, a.T / jnp.sqrt(jnp.maximum(counted, 1)), 0), norms)
+    return jax.tree.map(
+        lambda a: jnp.where(meets, a.T / jnp.sqrt(jnp.maximum(counted, 1)), 0), norms
+    )
 
 
 def _adjoint_norms(one_back: Callable, inputs: Any, num_steps: int, norm_fn: Any) -> Any:
-    """‖∂ℓ_t/∂carries[s]‖ over all examples, `[s, t]`; `inputs` are what `_one_step_back` takes, `[T, ...]`."""
+    """‖∂ℓ_t/∂carries[s]‖ over all examples, `[s, t]`; `inputs` are what `_one_step_back` takes,
+    `[T, ...]`.
+    """
     leaves, _ = split_inexact(inputs[0])
     if not leaves:
         return jax.tree.map(lambda a: jnp.zeros((num_steps, num_steps), a.dtype), norm_fn(leaves))
@@ -138,50 +161,66 @@ def _adjoint_norms(one_back: Callable, inputs: Any, num_steps: int, norm_fn: Any
         return cotangents, norm_fn(cotangents, 1)
 
     cotangents, rows, last = [leaf[:0] for leaf in leaves], [], num_steps
-    for first in reversed(range(0, num_steps, stage_length(num_steps))):  # with the cotangents of losses first … T − 1
+    for first in reversed(
+        range(0, num_steps, stage_length(num_steps))
+    ):  # with the cotangents of losses first … T − 1
         new = [zeros_along(leaf, last - first) for leaf in leaves]
         cotangents = [jnp.concatenate(pair) for pair in zip(new, cotangents, strict=True)]
         steps = jax.tree.map(lambda a, first=first, last=last: a[first:last], inputs)
-        cotangents, row = jax.lax.scan(body, cotangents, (jnp.arange(last - first), *steps), reverse=True)
+        cotangents, row = jax.lax.scan(
+            body, cotangents, (jnp.arange(last - first), *steps), reverse=True
+        )
         rows.append(jax.tree.map(lambda a, first=first: jnp.pad(a, ((0, 0), (first, 0))), row))
         last = first
     return jax.tree.map(lambda *parts: jnp.concatenate(parts[::-1]), *rows)
 
 
 def _one_step_back(problem: Problem, cotangents: list, inputs: Any) -> list:
-    """Takes the cotangents of all later losses back through one step, and starts that of its own loss."""
+    """Takes the cotangents of all later losses back through one step, and starts that of its own
+    loss.
+    """
     live = problem.live
     place, carry, given, gate, outputs_bar = inputs
     leaves, rebuild = split_inexact(carry)
 
     def run(leaves):
         after, outputs = problem.parts.core(problem.params, rebuild(leaves), given)
-        return chosen(split_inexact(after)[0], live.carries), chosen(split_inexact(outputs)[0], live.outputs)
+        return chosen(split_inexact(after)[0], live.carries), chosen(
+            split_inexact(outputs)[0], live.outputs
+        )
 
     (emitted, read), pull = jax.vjp(run, leaves)
     (own,) = pull(([jnp.zeros_like(leaf) for leaf in emitted], chosen(outputs_bar, live.outputs)))
     silent = [jnp.zeros_like(y) for y in read]
-    (later,) = jax.vmap(lambda c: pull((c, silent)), axis_size=len(cotangents[0]))(chosen(cotangents, live.carries))
+    (later,) = jax.vmap(lambda c: pull((c, silent)), axis_size=len(cotangents[0]))(
+        chosen(cotangents, live.carries)
+    )
     cotangents = [a.at[place].set(c) for a, c in zip(later, own, strict=True)]
-    return cotangents if gate is None else [jax.vmap(times_gate, (0, None))(c, gate) for c in cotangents]
+    return (
+        cotangents
+        if gate is None
+        else [jax.vmap(times_gate, (0, None))(c, gate) for c in cotangents]
+    )
 
 
 def stage_length(num_steps: int) -> int:
     """Steps in one stage of the way back: at most 64, or a quarter of all where that is more.
 
-    A stage leaves out the losses of the steps before it: more stages compute less, and take longer to compile.
+    A stage leaves out the losses of the steps before it: more stages compute less, and take longer
+    to compile.
     """
     return -(-num_steps // min(4, -(-num_steps // 64)))
 
 
 class GradientSources(NamedTuple):
-    """The gradient of the weighted mean loss split by source: `S_i = Σ_t w_t G[t, i] / Σ w`, `Σ_i S_i = g`.
+    """The gradient of the weighted mean loss split by source: `S_i = Σ_t w_t G[t, i] / Σ w`,
+    `Σ_i S_i = g`.
 
     Attributes:
       norms: `‖S_i‖`, `[T]`.
       leaf_norms: the same for every leaf of the parameters alone, a tree of `[T]`.
-      shares: `⟨S_i, g⟩ / ‖g‖²`, `[T]`: how much of the gradient comes from step i. They add up to 1; a
-        negative share points against the gradient. Zeros where the gradient is zero.
+      shares: `⟨S_i, g⟩ / ‖g‖²`, `[T]`: how much of the gradient comes from step i. They add up to
+        1; a negative share points against the gradient. Zeros where the gradient is zero.
     """
 
     norms: jax.Array
@@ -190,13 +229,21 @@ class GradientSources(NamedTuple):
 
 
 def gradient_sources(
-    step: Step, loss: Loss, params: Params, carry: Carry, batch: Batch, *, gates: jax.Array | None = None
+    step: Step,
+    loss: Loss,
+    params: Params,
+    carry: Carry,
+    batch: Batch,
+    *,
+    gates: jax.Array | None = None,
 ) -> GradientSources:
-    """How much of the gradient comes from each step: the part that enters at step i, summed over all losses.
+    """How much of the gradient comes from each step: the part that enters at step i, summed over
+    all losses.
 
         S_i = (∂⁺(h_{i+1}, ℓ_i)/∂w)ᵀ (λ_{i+1}, w_i) / Σ w
 
-    Three forward and three backward passes, one step at a time; memory O(T) carries, one gradient at a time.
+    Three forward and three backward passes, one step at a time; memory O(T) carries, one gradient
+    at a time.
 
     Args:
       step: `(params, carry, x) -> (carry, y)`.

@@ -1,4 +1,6 @@
-"""The Jacobian of every step, `J_t = ∂carries[t+1]/∂carries[t]`, as a matrix over the flattened carry."""
+"""The Jacobian of every step, `J_t = ∂carries[t+1]/∂carries[t]`, as a matrix over the flattened
+carry.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,19 +23,21 @@ def check_differentiable(carry: Any) -> None:
     """A ValueError unless the carry holds at least one number that a derivative can be taken by."""
     if not any(is_inexact(leaf) and np.size(leaf) for leaf in jax.tree.leaves(carry)):
         raise ValueError(
-            f"carry has no floating-point entry (its structure: {jax.tree.structure(carry)}), so there is no Jacobian; "
-            "pass the carry that enters step 0, cast to float"
+            f"carry has no floating-point entry (its structure: {jax.tree.structure(carry)}), so "
+            "there is no Jacobian; pass the carry that enters step 0, cast to float"
         )
 
 
 def check_system(step: Any, params: Any, carry: Any, xs: Any, mask: Any, length: Any) -> int:
-    """T of an unbatched system whose Jacobians exist; the checks of `unroll`, and a carry to differentiate."""
+    """T of an unbatched system whose Jacobians exist; the checks of `unroll`, and a carry to
+    differentiate.
+    """
     num_steps = validation.count_steps({"xs": xs, "mask": mask}, length)
     check_differentiable(carry)
     if mask is not None and np.ndim(mask) != 1:
         raise ValueError(
-            f"mask has shape {np.shape(mask)}, wanted [T] = ({num_steps},): the carry is one unbatched system; "
-            "use jax.vmap for a batch"
+            f"mask has shape {np.shape(mask)}, wanted [T] = ({num_steps},): the carry is one "
+            "unbatched system; use jax.vmap for a batch"
         )
     slips.warn_of_float64({"params": params, "carry": carry, "xs": xs})
     validation.check_step(step, params, carry, xs)
@@ -42,7 +46,8 @@ def check_system(step: Any, params: Any, carry: Any, xs: Any, mask: Any, length:
 
 
 def flat_carry(carry: Carry) -> tuple[jax.Array, Callable[[jax.Array], Carry]]:
-    """The inexact leaves in tree order as one real vector `[n]`, and the way back to the whole carry.
+    """The inexact leaves in tree order as one real vector `[n]`, and the way back to the whole
+    carry.
 
     A complex leaf counts as two real ones, first its real parts, then its imaginary parts.
     """
@@ -52,7 +57,8 @@ def flat_carry(carry: Carry) -> tuple[jax.Array, Callable[[jax.Array], Carry]]:
 
 
 def push_tangents(run: Callable, flat: jax.Array, tangents: jax.Array) -> tuple[jax.Array, Any]:
-    """`J tangents`, `[m, k]`, and aux, with `run(flat) = new [m], aux` and `J = ∂new/∂flat`, `[m, n]`.
+    """`J tangents`, `[m, k]`, and aux, with `run(flat) = new [m], aux` and `J = ∂new/∂flat`,
+    `[m, n]`.
 
     NaN where `new` is not finite, which its derivative need not show: a ReLU's at NaN is 0.
     """
@@ -60,23 +66,27 @@ def push_tangents(run: Callable, flat: jax.Array, tangents: jax.Array) -> tuple[
     def along(tangent):
         return jax.jvp(run, (flat,), (tangent,), has_aux=True)
 
-    # Forward mode takes a half to a fifth of the time of reverse mode and a fraction of its memory, but
-    # JAX refuses it, with a TypeError, for a step with a `custom_vjp` of its own.
+    # Forward mode takes a half to a fifth of the time of reverse mode and a fraction of its memory,
+    # but JAX refuses it, with a TypeError, for a step with a `custom_vjp` of its own.
     try:
         new, pushed, aux = jax.vmap(along, in_axes=-1, out_axes=(None, -1, None))(tangents)
     except TypeError:
         if clips_cotangents(run, flat):
             raise ValueError(
-                "step clips cotangents on the way back (clip_cotangent), so the rows of reverse mode are not those of "
-                "its Jacobian; pass the step without it"
+                "step clips cotangents on the way back (clip_cotangent), so the rows of reverse "
+                "mode are not those of its Jacobian; pass the step without it"
             ) from None
         new, aux = run(flat)
-        pushed = jnp.matmul(jax.jacrev(lambda flat: run(flat)[0])(flat), tangents, precision=lax.Precision.HIGHEST)
+        pushed = jnp.matmul(
+            jax.jacrev(lambda flat: run(flat)[0])(flat), tangents, precision=lax.Precision.HIGHEST
+        )
     return jnp.where(jnp.isfinite(new).all(), pushed, jnp.nan), aux
 
 
 def step_jacobian(step: Step, params: Params, carry: Carry, x: PyTree) -> jax.Array:
-    """`[n, n]`, the derivative of one step's new carry (row) by the carry that it received (column)."""
+    """`[n, n]`, the derivative of one step's new carry (row) by the carry that it received
+    (column).
+    """
     flat, whole = flat_carry(carry)
 
     def run(flat):
@@ -94,14 +104,15 @@ def step_jacobians(
     length: int | None = None,
     mask: jax.Array | None = None,
 ) -> jax.Array:
-    """The Jacobian of every step, `J_t[i, j] = ∂carries[t+1][i] / ∂carries[t][j]`, all steps side by side.
+    """The Jacobian of every step, `J_t[i, j] = ∂carries[t+1][i] / ∂carries[t][j]`, all steps side
+    by side.
 
-    The carry counts as one system of n numbers: its inexact leaves, flattened in tree order (a complex leaf
-    as its real and then its imaginary parts); integer and key leaves pass untouched. The Jacobian of a
-    batch would be the joint one, mostly zeros: use vmap,
+    The carry counts as one system of n numbers: its inexact leaves, flattened in tree order (a
+    complex leaf as its real and then its imaginary parts); integer and key leaves pass untouched.
+    The Jacobian of a batch would be the joint one, mostly zeros: use vmap,
     `jax.vmap(lambda c, xs: step_jacobians(step, params, c, xs), in_axes=(0, 1))(carry, xs)`.
-    One forward pass, then T step derivatives in n directions each, in forward mode (reverse mode for a step
-    with a `custom_vjp`); memory O(T n²). jit- and vmap-able.
+    One forward pass, then T step derivatives in n directions each, in forward mode (reverse mode
+    for a step with a `custom_vjp`); memory O(T n²). jit- and vmap-able.
 
     Args:
       step: `(params, carry, x) -> (carry, y)`; y is not looked at.
@@ -115,7 +126,8 @@ def step_jacobians(
       `[T, n, n]`; NaN where the carry that leaves the step is not finite.
 
     Raises:
-      ValueError: no inexact carry leaf; a mask that is not `[T]`; a step with `clip_cotangent`; what `unroll` raises.
+      ValueError: no inexact carry leaf; a mask that is not `[T]`; a step with `clip_cotangent`;
+        what `unroll` raises.
 
     >>> step = lambda w, h, x: (w @ h + x, h)
     >>> step_jacobians(step, jnp.array([[0.0, 2.0], [1.0, 0.0]]), jnp.ones(2), jnp.ones((1, 2)))

@@ -27,8 +27,8 @@ class LagProfile(NamedTuple):
     """The gradient by lag, `[max_lag]` each, lags 0 … max_lag − 1 in steps.
 
     Attributes:
-      cotangent_norms: weighted mean over pairs (t, t−k) and examples of `‖∂ℓ_t/∂carries[t−k]‖`; lag 0 is
-        the carry that enters step t. By leaf: a list over the carry's inexact leaves.
+      cotangent_norms: weighted mean over pairs (t, t−k) and examples of `‖∂ℓ_t/∂carries[t−k]‖`; lag
+        0 is the carry that enters step t. By leaf: a list over the carry's inexact leaves.
       grad_norms: `‖Σ_t w_t G[t, t−k]‖ / |Σ w|`. By leaf: a tree like the parameters.
     """
 
@@ -46,7 +46,8 @@ class TruncationCurve(NamedTuple):
       block_relative_error: the same for blocks, ĝ averaged over where the first cut falls.
       block_cosine: as `cosine`, for blocks.
 
-    By leaf, all but `windows` are trees like the parameters: each leaf against its own exact gradient.
+    By leaf, all but `windows` are trees like the parameters: each leaf against its own exact
+    gradient.
     """
 
     windows: jax.Array
@@ -78,11 +79,15 @@ def linearise(problem: Problem) -> Linearised:
     """Runs forward once and linearises every step at its own carry."""
     passed = pass_forward(problem)
     pull = problem.parallel_pullback(passed.carries, problem.inputs, problem.num_steps)
-    return Linearised(problem, passed, pull, split_inexact(passed.carries)[0], problem.loss_weights())
+    return Linearised(
+        problem, passed, pull, split_inexact(passed.carries)[0], problem.loss_weights()
+    )
 
 
 def scan_lags(linearised: Linearised, num_lags: int, read: Callable, state: Any):
-    """Goes back lag by lag: `read(state, lag, V, D) -> (state, row)`; returns the rows of all lags."""
+    """Goes back lag by lag: `read(state, lag, V, D) -> (state, row)`; returns the rows of all
+    lags.
+    """
     passed, gates = linearised.passed, linearised.problem.gates
 
     def body(running, lag):
@@ -116,7 +121,8 @@ def lag_profile(
     One forward pass and max_lag rounds of T step derivatives side by side; memory O(T) carries.
 
     Args:
-      step: `(params, carry, x) -> (carry, y)`; every inexact carry leaf begins with the batch shape.
+      step: `(params, carry, x) -> (carry, y)`; every inexact carry leaf begins with the batch
+        shape.
       loss: `(y, target) -> [*batch]`.
       params: the parameters.
       carry: what enters step 0, or a function of the parameters that gives it.
@@ -132,17 +138,24 @@ def lag_profile(
     problem = problem_of(step, loss, params, carry, batch, gates, per_example=why)
     max_lag = validation.check_positive_integer("max_lag", max_lag)
     if max_lag > problem.num_steps:
-        raise ValueError(f"max_lag must be <= T = {problem.num_steps}, got {max_lag}; there are no pairs further apart")
+        raise ValueError(
+            f"max_lag must be <= T = {problem.num_steps}, got {max_lag}; there are no pairs "
+            "further apart"
+        )
     return answer(_lag_profile, problem, max_lag, bool(per_leaf))
 
 
 def _lag_profile(problem: Problem, max_lag: int, per_leaf: bool) -> LagProfile:
     linearised = linearise(problem)
-    return LagProfile(*scan_lags(linearised, max_lag, profile_reader(linearised.weights, per_leaf), None))
+    return LagProfile(
+        *scan_lags(linearised, max_lag, profile_reader(linearised.weights, per_leaf), None)
+    )
 
 
 def profile_reader(weights: jax.Array, per_leaf: bool = False, signed: bool = True) -> Callable:
-    """Reads one lag of a `LagProfile`, for `scan_lags`; not `signed`: the mean over pairs weighs them by |w|."""
+    """Reads one lag of a `LagProfile`, for `scan_lags`; not `signed`: the mean over pairs weighs
+    them by |w|.
+    """
     total = jnp.abs(jnp.sum(weights))
     norm_fn = leafwise(norm) if per_leaf else norm
 
@@ -177,9 +190,9 @@ def truncation_curve(
         sliding:                            ĝ_n = Σ_{k<n} D_k
         blocks, averaged over their phase:  ĝ_n = Σ_{k<n} (1 − k/n) D_k
 
-    The gradient in blocks depends on where the first cut falls; here it is averaged over all places, and
-    one placement scatters around that. One exact gradient and max_window rounds of T step derivatives
-    side by side; memory O(T) carries and a few copies of the parameters.
+    The gradient in blocks depends on where the first cut falls; here it is averaged over all
+    places, and one placement scatters around that. One exact gradient and max_window rounds of T
+    step derivatives side by side; memory O(T) carries and a few copies of the parameters.
 
     Args:
       step: `(params, carry, x) -> (carry, y)`.
@@ -192,8 +205,8 @@ def truncation_curve(
       per_leaf: a curve for every leaf of the parameters instead of one over all.
 
     Returns:
-      A `TruncationCurve`. Where the exact gradient is 0 the error is 0 if the estimate is 0 too, else
-      inf, and the cosine is NaN.
+      A `TruncationCurve`. Where the exact gradient is 0 the error is 0 if the estimate is 0 too,
+      else inf, and the cosine is NaN.
 
     Raises:
       ValueError: max_window < 1; what `full_bptt` raises.
@@ -205,7 +218,9 @@ def truncation_curve(
 
 def _truncation_curve(problem: Problem, max_window: int, per_leaf: bool) -> TruncationCurve:
     exact = back_through(problem).sums.grad
-    rows = scan_lags(linearise(problem), max_window, curve_reader(exact, per_leaf), curve_start(exact))
+    rows = scan_lags(
+        linearise(problem), max_window, curve_reader(exact, per_leaf), curve_start(exact)
+    )
     return TruncationCurve(jnp.arange(1, max_window + 1), *rows)
 
 
@@ -224,9 +239,13 @@ def curve_reader(exact: Params, per_leaf: bool = False) -> Callable:
         sliding, blocks = state
         sliding = jax.tree.map(jnp.add, sliding, grad)
         blocks = jax.tree.map(jnp.add, blocks, sliding)  # Σ_{k<n} (n − k) D_k = Σ_{m≤n} ĝ_m
-        both = jax.tree.map(lambda s, b: jnp.stack([s, b / (lag + 1).astype(b.dtype)]), sliding, blocks)
+        both = jax.tree.map(
+            lambda s, b: jnp.stack([s, b / (lag + 1).astype(b.dtype)]), sliding, blocks
+        )
         compared = jax.vmap(compare)(both)
-        (error, cosine), (block_error, block_cosine) = (jax.tree.map(lambda a, i=i: a[i], compared) for i in (0, 1))
+        (error, cosine), (block_error, block_cosine) = (
+            jax.tree.map(lambda a, i=i: a[i], compared) for i in (0, 1)
+        )
         return (sliding, blocks), (error, cosine, block_error, block_cosine)
 
     return read

@@ -1,7 +1,8 @@
-"""What first makes a loss or a gradient not finite: what was given, the way forward, or the way back.
+"""What first makes a loss or a gradient not finite: what was given, the way forward, or the way
+back.
 
-Some infinities are intended: log 0 in transitions, a mask of −inf, a maximum that starts at −inf. So a leaf that
-is not finite is named only if it makes a loss, an adjoint or a gradient not finite.
+Some infinities are intended: log 0 in transitions, a mask of −inf, a maximum that starts at −inf.
+So a leaf that is not finite is named only if it makes a loss, an adjoint or a gradient not finite.
 """
 
 from dataclasses import dataclass, field
@@ -15,7 +16,15 @@ from jax.tree_util import keystr, tree_leaves_with_path
 
 from jbptt.analysis.culprits import Culprit, Looked, Places, search
 from jbptt.analysis.flow import adjoints_of, carry_cotangents
-from jbptt.arrays import align_leading, is_inexact, one_if_zero, split_inexact, times_gate, weighted_mean, zero_masked
+from jbptt.arrays import (
+    align_leading,
+    is_inexact,
+    one_if_zero,
+    split_inexact,
+    times_gate,
+    weighted_mean,
+    zero_masked,
+)
 from jbptt.engine import chosen
 from jbptt.losses import counted_steps, loss_weights, step_losses, weighted_losses
 from jbptt.problem import Problem, answer, problem_of, trusted_problem
@@ -25,24 +34,25 @@ from jbptt.types import Batch, Carry, Loss, Params, PyTree, Step
 PHASES = ("given", "forward", "backward")
 GIVEN = ("xs", "gates", "targets", "weights")
 
-# What stands in for NaN and infinity: 0.5 is in the domain of nearly every function; e⁴⁰ and its square
-# do not overflow, and e⁻⁴⁰ vanishes beside 1, as e^−∞ does.
+# What stands in for NaN and infinity: 0.5 is in the domain of nearly every function; e⁴⁰ and its
+# square do not overflow, and e⁻⁴⁰ vanishes beside 1, as e^−∞ does.
 NAN, LARGE = 0.5, 40.0
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class NonFinite:
-    """What first makes a loss, an adjoint or a gradient not finite, as data: arrays under jit and vmap, words outside.
+    """What first makes a loss, an adjoint or a gradient not finite, as data: arrays under jit and
+    vmap, words outside.
 
     Attributes:
       found: whether a loss, an adjoint or a gradient is not finite.
-      phase_index: into `PHASES`: given (parameters, initial carry, inputs, targets, weights, gates), forward (carries,
-        outputs, losses), backward (adjoints, gradients).
+      phase_index: into `PHASES`: given (parameters, initial carry, inputs, targets, weights,
+        gates), forward (carries, outputs, losses), backward (adjoints, gradients).
       step: the step that read or produced it; 0 for parameters and the initial carry.
       leaf_index: into `leaves`.
-      absorbed: `[leaves]`, which leaves hold NaN or infinity before that step (anywhere, if nothing is found) and
-        yet leave every loss, adjoint and gradient finite.
+      absorbed: `[leaves]`, which leaves hold NaN or infinity before that step (anywhere, if nothing
+        is found) and yet leave every loss, adjoint and gradient finite.
       leaves: names of everything that was looked at.
     """
 
@@ -55,7 +65,9 @@ class NonFinite:
 
     @property
     def phase(self) -> str:
-        """`given`, `forward` or `backward`; empty if nothing is found. Only outside of jit and vmap."""
+        """`given`, `forward` or `backward`; empty if nothing is found. Only outside of jit and
+        vmap.
+        """
         return PHASES[int(self.phase_index)] if self.found else ""
 
     @property
@@ -66,13 +78,22 @@ class NonFinite:
     def __str__(self) -> str:
         if np.ndim(self.found):
             return repr(self)
-        absorbed = ", ".join(name for name, flag in zip(self.leaves, self.absorbed, strict=True) if flag)
+        absorbed = ", ".join(
+            name for name, flag in zip(self.leaves, self.absorbed, strict=True) if flag
+        )
         if self.found:
             words = f"first not finite: {self.leaf}, {_WORDS[self.phase]} at step {int(self.step)}"
-            return f"{words} (not finite before it, but absorbed: {absorbed})" if absorbed else words
+            return (
+                f"{words} (not finite before it, but absorbed: {absorbed})" if absorbed else words
+            )
         if absorbed:
-            return f"losses, adjoints and gradients are finite; not finite, but absorbed: {absorbed}"
-        return "everything is finite: parameters, inputs, carries, outputs, losses, adjoints and gradients"
+            return (
+                f"losses, adjoints and gradients are finite; not finite, but absorbed: {absorbed}"
+            )
+        return (
+            "everything is finite: parameters, inputs, carries, outputs, losses, adjoints and "
+            "gradients"
+        )
 
 
 _WORDS = {"given": "as given,", "forward": "on the way forward", "backward": "on the way back"}
@@ -85,25 +106,37 @@ def _names(prefix: str, tree: Any) -> list[str]:
 
 def _bad(tree: Any, num_leading: int = 0) -> jax.Array:
     """`[*leading, leaves]`: which inexact leaves hold something that is not finite."""
-    flags = [~jnp.isfinite(leaf).all(tuple(range(num_leading, leaf.ndim))) for leaf in split_inexact(tree)[0]]
+    flags = [
+        ~jnp.isfinite(leaf).all(tuple(range(num_leading, leaf.ndim)))
+        for leaf in split_inexact(tree)[0]
+    ]
     return jnp.stack(flags, -1) if flags else jnp.zeros(0, bool)
 
 
 def find_nonfinite(
-    step: Step, loss: Loss, params: Params, carry: Carry, batch: Batch, *, gates: jax.Array | None = None
+    step: Step,
+    loss: Loss,
+    params: Params,
+    carry: Carry,
+    batch: Batch,
+    *,
+    gates: jax.Array | None = None,
 ) -> NonFinite:
-    """Which step, which leaf, forward or backward: what first makes a loss or a gradient not finite.
+    """Which step, which leaf, forward or backward: what first makes a loss or a gradient not
+    finite.
 
-    In the order of computation: parameters and initial carry; then step by step inputs, gates, the new carry and
-    the output, the target, the weight, the loss; then back step by step the adjoint of the carry received and the
-    step's part of the parameter gradient. A leaf that is not finite but leaves every loss, adjoint and gradient
-    finite (log 0 in transitions, a running maximum that starts at −inf, a leaf that no loss reads) is not named, but
-    listed in `absorbed`. To tell the two apart, the search computes everything again with whatever is not finite up
-    to some place replaced by finite numbers, and bisects for that place. Padding and losses of weight 0 do not count.
+    In the order of computation: parameters and initial carry; then step by step inputs, gates, the
+    new carry and the output, the target, the weight, the loss; then back step by step the adjoint
+    of the carry received and the step's part of the parameter gradient. A leaf that is not finite
+    but leaves every loss, adjoint and gradient finite (log 0 in transitions, a running maximum that
+    starts at −inf, a leaf that no loss reads) is not named, but listed in `absorbed`. To tell the
+    two apart, the search computes everything again with whatever is not finite up to some place
+    replaced by finite numbers, and bisects for that place. Padding and losses of weight 0 do not
+    count.
 
-    Two forward passes and one backward, and every step's derivative once more, one after another; that about
-    log₂(T · leaves) times where a loss or a gradient is not finite. Memory O(T) carries. Works under jit and vmap (all
-    fields are data but the names).
+    Two forward passes and one backward, and every step's derivative once more, one after another;
+    that about log₂(T · leaves) times where a loss or a gradient is not finite. Memory O(T) carries.
+    Works under jit and vmap (all fields are data but the names).
 
     Args:
       step: `(params, carry, x) -> (carry, y)`.
@@ -135,7 +168,8 @@ class _Catalogue(NamedTuple):
 
     Attributes:
       start: of parameters and initial carry.
-      columns: by prefix the columns of what every step has: xs, gates, carry, y, targets, weights, loss.
+      columns: by prefix the columns of what every step has: xs, gates, carry, y, targets, weights,
+        loss.
       names: of the columns.
       back: of adjoints and gradients.
       places: where all but the last stand. The new carry and the output share one.
@@ -163,14 +197,18 @@ def _catalogue(problem: Problem) -> _Catalogue:
         next_place = places[-1] + 1 if places else 0
         if prefix == "y" and columns["carry"]:
             next_place -= 1
-        places += [next_place if prefix in ("carry", "y") else next_place + i for i in range(len(found))]
+        places += [
+            next_place if prefix in ("carry", "y") else next_place + i for i in range(len(found))
+        ]
     start = _names("params", params) + _names("carry", carry)
     back = _names("the adjoint of carry", carry) + _names("the gradient of params", params)
     return _Catalogue(start, columns, names, back, Places(len(start), num_steps, np.array(places)))
 
 
 def _made_finite(tree: PyTree, flags: list[Any]) -> PyTree:
-    """Stand-ins for what is not finite in the inexact leaves; along leading axes where `flags` say so of a leaf."""
+    """Stand-ins for what is not finite in the inexact leaves; along leading axes where `flags` say
+    so of a leaf.
+    """
     leaves, rebuild = split_inexact(tree)
     pairs = zip(map(jnp.asarray, leaves), map(jnp.asarray, flags), strict=True)
 
@@ -183,14 +221,17 @@ def _made_finite(tree: PyTree, flags: list[Any]) -> PyTree:
 def _look(problem: Problem, catalogue: _Catalogue, place: jax.Array, spared: jax.Array) -> Looked:
     """One run with all up to `place` made finite, but for the column `spared` at that place itself.
 
-    Outcomes: the loss of every step, their weighted mean, and back from the last step the adjoints and gradients.
+    Outcomes: the loss of every step, their weighted mean, and back from the last step the adjoints
+    and gradients.
     """
     places, given = catalogue.places, problem.batch
     limit = place - places.num_start - places.width * jnp.arange(places.num_steps)
 
     def settle(prefix, tree, limit):
         at = [(column, int(places.of_columns[column])) for column in catalogue.columns[prefix]]
-        return _made_finite(tree, [(limit > p) | ((limit == p) & (column != spared)) for column, p in at])
+        return _made_finite(
+            tree, [(limit > p) | ((limit == p) & (column != spared)) for column, p in at]
+        )
 
     def settled_step(params, carry, inputs):
         x, limit = inputs
@@ -200,9 +241,13 @@ def _look(problem: Problem, catalogue: _Catalogue, place: jax.Array, spared: jax
     at_start = problem.params, problem.carry
     params, carry = _made_finite(at_start, [place >= i for i in range(places.num_start)])
     gates = settle("gates", problem.gates, limit)
-    xs, targets, weights = (settle(name, getattr(given, name), limit) for name in ("xs", "targets", "weights"))
+    xs, targets, weights = (
+        settle(name, getattr(given, name), limit) for name in ("xs", "targets", "weights")
+    )
     batch = Batch((xs, limit), targets, given.mask, weights)
-    settled = trusted_problem(settled_step, problem.loss, params, carry, batch, gates, problem.batch_shape)
+    settled = trusted_problem(
+        settled_step, problem.loss, params, carry, batch, gates, problem.batch_shape
+    )
 
     path = adjoints_of(settled)
     _, (_, ys) = trajectory(settled_step, params, carry, batch.xs, batch.mask, places.num_steps)
@@ -213,11 +258,15 @@ def _look(problem: Problem, catalogue: _Catalogue, place: jax.Array, spared: jax
     xs, ys = (tree if batch.mask is None else per_step(batch.mask, tree) for tree in (xs, ys))
     counted = counted_steps(batch)
     targets = targets if counted is None else per_step(counted, targets)
-    if batch.mask is not None and weights is not None:  # what is masked has no weight, whatever stands there
+    if (
+        batch.mask is not None and weights is not None
+    ):  # what is masked has no weight, whatever stands there
         ndim = max(batch.mask.ndim, weights.ndim)
         weights = jnp.where(align_leading(batch.mask, ndim), align_leading(weights, ndim), 0)
     forward = xs, gates, after, ys, targets, weights, losses
-    there = jnp.concatenate([flags for tree in forward if (flags := _bad(tree, 1)).ndim == 2], axis=1)
+    there = jnp.concatenate(
+        [flags for tree in forward if (flags := _bad(tree, 1)).ndim == 2], axis=1
+    )
 
     by_loss = loss_weights(batch, losses)
     weight, mean = jnp.sum(by_loss), jnp.sum(jnp.where(by_loss == 0, 0, by_loss * losses))
@@ -231,7 +280,9 @@ def _look(problem: Problem, catalogue: _Catalogue, place: jax.Array, spared: jax
 
 
 def _step_back(problem: Problem, total: jax.Array, inputs: Any) -> jax.Array:
-    """Which leaves of the carry's adjoint and of the gradient one step's derivative makes non-finite."""
+    """Which leaves of the carry's adjoint and of the gradient one step's derivative makes
+    non-finite.
+    """
     carry, cotangents, batch, gate = inputs
     leaves, rebuild = split_inexact(carry)
 
@@ -249,16 +300,24 @@ def _step_back(problem: Problem, total: jax.Array, inputs: Any) -> jax.Array:
 
 
 def _result(found: Culprit, catalogue: _Catalogue) -> NonFinite:
-    """A place on the way forward; else an adjoint or gradient; else, where their mean is not finite, the last loss."""
+    """A place on the way forward; else an adjoint or gradient; else, where their mean is not
+    finite, the last loss.
+    """
     num_start, num_steps, places = catalogue.places
     num_there, num_back = len(catalogue.names), max(1, len(catalogue.back))
     is_any, at_start = jnp.any(found.given.broken), found.is_place & (found.place < num_start)
     back = found.outcome - num_steps - 1
     is_back = ~found.is_place & (back >= 0)
     column = jnp.where(found.is_place, found.column, num_there - 1)
-    step = jnp.where(found.is_place, found.step, jnp.where(is_back, num_steps - 1 - back // num_back, num_steps - 1))
+    step = jnp.where(
+        found.is_place,
+        found.step,
+        jnp.where(is_back, num_steps - 1 - back // num_back, num_steps - 1),
+    )
 
-    given = np.isin(np.arange(num_there), [column for prefix in GIVEN for column in catalogue.columns[prefix]])
+    given = np.isin(
+        np.arange(num_there), [column for prefix in GIVEN for column in catalogue.columns[prefix]]
+    )
     phase = jnp.where(is_back, 2, jnp.where(at_start | jnp.asarray(given)[column], 0, 1))
     leaf = jnp.where(is_back, num_start + num_there + back % num_back, num_start + column)
     there = num_start + catalogue.places.width * np.arange(num_steps)[:, None] + places

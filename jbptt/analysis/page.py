@@ -36,12 +36,20 @@ def write_page(found: Any) -> str:
     elif found.num_steps == 1:
         lines.append("  one step: there is nothing to go back through, and nothing to truncate")
     else:
-        span += f", {int(found.num_lags)} lags measured" if 1 < found.num_lags < found.num_steps else ""
+        span += (
+            f", {int(found.num_lags)} lags measured" if 1 < found.num_lags < found.num_steps else ""
+        )
         lines += [*_decay(found, norms), *_dynamics(found), "", *_windows(found)]
     if found.unread:
-        lines.insert(1, f"  {', '.join(found.unread)}: read by no step, so without gradient (a learned start, perhaps)")
+        lines.insert(
+            1,
+            f"  {', '.join(found.unread)}: read by no step, so without gradient (a learned start, "
+            "perhaps)",
+        )
     advice = [f"  {advice}" for advice in found.advice]
-    return "\n".join([f"Gradient over {span}: {title}", *lines, *(["", "  advice", *advice] if advice else [])])
+    return "\n".join(
+        [f"Gradient over {span}: {title}", *lines, *(["", "  advice", *advice] if advice else [])]
+    )
 
 
 def verdict_words(found: Any) -> str:
@@ -60,7 +68,9 @@ def _no_gradient(found: Any) -> tuple[str, tuple[str, ...]]:
 
 
 def _nonfinite(found: Any) -> list[str]:
-    lines = ["  a loss, an adjoint or the gradient is NaN or infinite: no window can be recommended"]
+    lines = [
+        "  a loss, an adjoint or the gradient is NaN or infinite: no window can be recommended"
+    ]
     if found.nonfinite.found:
         lines.append(f"  {found.nonfinite}")
     return lines
@@ -75,25 +85,43 @@ def _decay(found: Any, norms: np.ndarray) -> list[str]:
     if rate > 0:
         halves = f"none (it doubles every {math.log(2) / rate:.3g} steps back)"
     elif math.isfinite(half_life):
-        halves = f"{half_life:.3g} steps ({low:.3g} to {'∞' if math.isinf(high) else f'{high:.3g}'})"
+        halves = (
+            f"{half_life:.3g} steps ({low:.3g} to {'∞' if math.isinf(high) else f'{high:.3g}'})"
+        )
     if largest == 1:
         halves = ONE_LAG
     elif found.zero_lag == 1:
         halves = "under one step"
-    lines = [f"  half-life {halves}; norm {norms[0]:.3g} at lag 0, {norms[largest - 1]:.3g} at lag {largest - 1}"]
+    lines = [
+        f"  half-life {halves}; norm {norms[0]:.3g} at lag 0, {norms[largest - 1]:.3g} at lag "
+        f"{largest - 1}"
+    ]
     if largest > 1 and found.zero_lag != 1:
         error = float(found.rate_error)
         spread = f"± {error:.2g}" if math.isfinite(error) else "(two lags)"
-        lines.append(f"  decay     {rate:+.3g} {spread} per step (ln norm; residual {float(found.residual):.2g})")
+        lines.append(
+            f"  decay     {rate:+.3g} {spread} per step (ln norm; residual "
+            f"{float(found.residual):.2g})"
+        )
     if found.first_lag == 1:
-        lines.append(f"  jump      to {norms[1]:.3g} at lag 1: half-life and decay are those from there on")
+        lines.append(
+            f"  jump      to {norms[1]:.3g} at lag 1: half-life and decay are those from there on"
+        )
     if found.zero_lag > 0 and found.underflow:
         lag = int(found.zero_lag)
-        lines.append(f"  vanished below precision: exactly zero from lag {lag} on ({norms[lag - 1]:.2g} before)")
+        lines.append(
+            f"  vanished below precision: exactly zero from lag {lag} on ({norms[lag - 1]:.2g} "
+            "before)"
+        )
     elif found.zero_lag > 0:
-        lines.append(f"  exactly zero from lag {int(found.zero_lag)} on: a cut, a reset, or dead or saturated units")
+        lines.append(
+            f"  exactly zero from lag {int(found.zero_lag)} on: a cut, a reset, or dead or "
+            "saturated units"
+        )
     reach = int(found.reach)
-    reach = f"all {largest} steps measured" if reach >= largest else f"{reach} step{'s' * (reach > 1)}"
+    reach = (
+        f"all {largest} steps measured" if reach >= largest else f"{reach} step{'s' * (reach > 1)}"
+    )
     return [*lines, f"  reach     {reach} (at least 1 % of lag 0)"]
 
 
@@ -102,19 +130,29 @@ def _dynamics(found: Any) -> list[str]:
     lines = []
     exponent = float(found.exponent)
     if exponent == -math.inf:
-        lines.append("  exponent  −∞: something on the way wipes out the carry (a reset, dead units)")
+        lines.append(
+            "  exponent  −∞: something on the way wipes out the carry (a reset, dead units)"
+        )
     elif not math.isnan(exponent):
         spread = float(found.exponent_spread)
-        lines.append(f"  exponent  {exponent:+.3g} ± {spread:.2g} per step (leading; mean ± spread over examples)")
+        lines.append(
+            f"  exponent  {exponent:+.3g} ± {spread:.2g} per step (leading; mean ± spread over "
+            "examples)"
+        )
     median, high, largest = (float(q) for q in found.norm_quantiles)
     num_parts = int(np.sum(np.isfinite(found.part_norms)))
     if num_parts > 1:
         lines.append(
-            f"  parts     gradient norm of {num_parts}: median {median:.3g}, 90 % {high:.3g}, largest {largest:.3g}"
+            f"  parts     gradient norm of {num_parts}: median {median:.3g}, 90 % {high:.3g}, "
+            f"largest {largest:.3g}"
         )
     if found.curvature is not None:
         curvature = float(found.curvature)
-        stable = f"stable up to a learning rate of {2 / curvature:.3g}" if curvature > 0 else "not a valley"
+        stable = (
+            f"stable up to a learning rate of {2 / curvature:.3g}"
+            if curvature > 0
+            else "not a valley"
+        )
         lines.append(f"  curvature {curvature:.3g} along the gradient: {stable}")
     return lines
 
@@ -144,12 +182,19 @@ def _bound(found: Any) -> str:
     if not np.any(found.bound_window):
         return "none: the later lags do not decay"
     windows = zip(TOLERANCES, found.bound_window, strict=True)
-    return ", ".join(f"{int(w)} for {tolerance:.0%}" if w else f"none for {tolerance:.0%}" for tolerance, w in windows)
+    return ", ".join(
+        f"{int(w)} for {tolerance:.0%}" if w else f"none for {tolerance:.0%}"
+        for tolerance, w in windows
+    )
 
 
 def _cost_cells(costs: dict, name: str) -> str:
     if name not in costs:
         return ""
     (seconds, size), (full_seconds, full_size) = costs[name], costs["full"]
-    ratio = "" if name == "full" else f"{seconds / full_seconds:.2f}× time, {size / max(full_size, 1):.2f}× memory"
+    ratio = (
+        ""
+        if name == "full"
+        else f"{seconds / full_seconds:.2f}× time, {size / max(full_size, 1):.2f}× memory"
+    )
     return f"{1e3 * seconds:>9.2f} ms{size / 2**20:>8.2f} MiB{ratio:>28}".rstrip()

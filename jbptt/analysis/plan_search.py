@@ -1,4 +1,6 @@
-"""The fastest plan on this machine: measured when asked for, and remembered while step and loss live."""
+"""The fastest plan on this machine: measured when asked for, and remembered while step and loss
+live.
+"""
 
 import contextlib
 from collections.abc import Sequence
@@ -22,15 +24,20 @@ SEGMENTS = (16, 32, 64, 128, 256)
 _CHOICES = WeakCache()
 
 
-def candidate_plans(step: Step, loss: Loss, params: Params, carry: Carry, batch: Batch) -> tuple[Plan, ...]:
-    """The default segment, the whole sequence and those of `SEGMENTS` that are shorter, on one device and on all.
+def candidate_plans(
+    step: Step, loss: Loss, params: Params, carry: Carry, batch: Batch
+) -> tuple[Plan, ...]:
+    """The default segment, the whole sequence and those of `SEGMENTS` that are shorter, on one
+    device and on all.
 
     All devices only where the examples can be divided over them.
     """
     problem = problem_of(step, loss, params, carry, batch)
     num_steps = problem.num_steps
     default = default_segment(num_steps)
-    lengths = [segment for segment in (*SEGMENTS, num_steps) if segment <= num_steps and segment != default]
+    lengths = [
+        segment for segment in (*SEGMENTS, num_steps) if segment <= num_steps and segment != default
+    ]
     segments, num_devices, shards = [None, *dict.fromkeys(lengths)], jax.device_count(), [1]
     if num_devices > 1:
         with contextlib.suppress(ValueError):
@@ -52,10 +59,10 @@ def choose_plan(
 ) -> tuple[Plan, Cost]:
     """The fastest plan for the full gradient of batches of this shape, measured on the host.
 
-    Compiles and runs one update of every candidate: seconds to minutes. The answer is remembered by step, loss (where
-    they can be hashed) and shapes, as long as these two functions live, so that asking again costs nothing. It holds
-    for this machine; of two plans that are equally fast, noise decides. No estimator searches by itself: its default
-    plan is always the same.
+    Compiles and runs one update of every candidate: seconds to minutes. The answer is remembered by
+    step, loss (where they can be hashed) and shapes, as long as these two functions live, so that
+    asking again costs nothing. It holds for this machine; of two plans that are equally fast, noise
+    decides. No estimator searches by itself: its default plan is always the same.
 
     Args:
       step: `(params, carry, x) -> (carry, y)`.
@@ -69,20 +76,32 @@ def choose_plan(
       The plan, and the `Cost` of all candidates by the words of their plans.
 
     Raises:
-      ValueError: no candidates, num_repeats < 1, a budget ≤ 0 or unknown sizes under it, no candidate within the budget
-        (it names the smallest), called while tracing; what `full_bptt` raises.
+      ValueError: no candidates, num_repeats < 1, a budget ≤ 0 or unknown sizes under it, no
+        candidate within the budget (it names the smallest), called while tracing; what `full_bptt`
+        raises.
     """
     check_problem(step, loss, params, carry, batch)
     carry = kept(carry)
     if memory_budget is not None:
         validation.check_above("memory_budget", memory_budget, 0, "no plan needs so little")
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((params, carry, batch))):
-        raise ValueError("choose_plan measures on the host, and was called inside jit, grad or vmap; call it before")
-    plans = candidate_plans(step, loss, params, carry, batch) if plans is None else tuple(dict.fromkeys(plans))
+        raise ValueError(
+            "choose_plan measures on the host, and was called inside jit, grad or vmap; call it "
+            "before"
+        )
+    plans = (
+        candidate_plans(step, loss, params, carry, batch)
+        if plans is None
+        else tuple(dict.fromkeys(plans))
+    )
     if not plans:
-        raise ValueError("plans must name at least one jbptt.Plan, got none; leave it out for the usual candidates")
+        raise ValueError(
+            "plans must name at least one jbptt.Plan, got none; leave it out for the usual "
+            "candidates"
+        )
     shapes = jax.tree.map(
-        lambda a: (jnp.shape(a), jax.dtypes.result_type(a)), (params, start_shapes(carry, params), batch)
+        lambda a: (jnp.shape(a), jax.dtypes.result_type(a)),
+        (params, start_shapes(carry, params), batch),
     )
 
     def measure(step, loss):
@@ -95,12 +114,14 @@ def choose_plan(
     fits = cost.temporary_bytes <= memory_budget
     if np.isnan(cost.temporary_bytes).all():
         raise ValueError(
-            "memory_budget was given, and this backend does not say how much a program takes; leave it out"
+            "memory_budget was given, and this backend does not say how much a program takes; "
+            "leave it out"
         )
     if not fits.any():
         smallest = int(np.nanargmin(cost.temporary_bytes))
         raise ValueError(
-            f"memory_budget is {memory_budget:.3g} bytes, and the least that any candidate takes is "
-            f"{cost.temporary_bytes[smallest]:.3g} ({plans[smallest]}); allow that much, or shorten the batch"
+            f"memory_budget is {memory_budget:.3g} bytes, and the least that any candidate takes "
+            f"is {cost.temporary_bytes[smallest]:.3g} ({plans[smallest]}); allow that much, or "
+            "shorten the batch"
         )
     return plans[int(np.argmin(np.where(fits, cost.median_seconds, np.inf)))], cost

@@ -14,15 +14,17 @@ NUDGE = 1e-3  # of a leaf's root mean square
 def share_stuck(
     carries: list, immovable: list, mask: jax.Array | None, batch_shape: tuple
 ) -> tuple[jax.Array, jax.Array]:
-    """The shares of the carry's entries that are saturated, and that are dead, at every step and example.
+    """The shares of the carry's entries that are saturated, and that are dead, at every step and
+    example.
 
-    Saturated: within 0.01 of ±1 (where tanh' < 0.02) at 95 % of the steps and examples at least. Dead: exactly
-    zero at every one, and immovable. Carries that a step emitted and the next one read, masked steps left out;
-    0 where there is none.
+    Saturated: within 0.01 of ±1 (where tanh' < 0.02) at 95 % of the steps and examples at least.
+    Dead: exactly zero at every one, and immovable. Carries that a step emitted and the next one
+    read, masked steps left out; 0 where there is none.
 
     Args:
       carries: the inexact leaves of the carries that enter the steps, `[T, *batch, ...]`.
-      immovable: for each, whether the entry that step t emits stays zero when the step is nudged (`stays_zero`).
+      immovable: for each, whether the entry that step t emits stays zero when the step is nudged
+        (`stays_zero`).
       mask: as in `Batch`.
       batch_shape: of the loss.
     """
@@ -34,7 +36,9 @@ def share_stuck(
         if mask is not None:
             counted = counted & align_leading(mask[:-1], len(axes))
         count, counted = jnp.sum(counted), align_leading(counted, emitted.ndim)
-        near = jnp.sum(counted & (jnp.abs(emitted - 1) <= 0.01), axes, dtype=float) >= 0.95 * count.astype(float)
+        near = jnp.sum(
+            counted & (jnp.abs(emitted - 1) <= 0.01), axes, dtype=float
+        ) >= 0.95 * count.astype(float)
         saturated += jnp.sum(near & (count > 0))
         dead += jnp.sum(jnp.all(~counted | ((emitted == 0) & still[:-1]), axes) & (count > 0))
         total += near.size
@@ -42,10 +46,12 @@ def share_stuck(
 
 
 def stays_zero(step: Step, params: Params, carries: Carry, batch: Batch) -> list:
-    """Which entries of the carry each step emits as zero however it is nudged, inexact leaves `[T, *batch, ...]`.
+    """Which entries of the carry each step emits as zero however it is nudged, inexact leaves
+    `[T, *batch, ...]`.
 
-    Parameters, carry and input are moved a little at random, once either way: a dead ReLU stays at zero, while
-    what is zero by its data moves. Two evaluations of the steps side by side and no derivative.
+    Parameters, carry and input are moved a little at random, once either way: a dead ReLU stays at
+    zero, while what is zero by its data moves. Two evaluations of the steps side by side and no
+    derivative.
 
     Args:
       step: `(params, carry, x) -> (carry, y)`.
@@ -66,7 +72,9 @@ def stays_zero(step: Step, params: Params, carries: Carry, batch: Batch) -> list
 
 
 def _nudged(leaf: jax.Array, key: jax.Array, size: float) -> jax.Array:
-    """`leaf` with random numbers added, of `size` times its root mean square; of `size` where that is 0."""
+    """`leaf` with random numbers added, of `size` times its root mean square; of `size` where that
+    is 0.
+    """
     scale = norm(leaf) / max(leaf.size, 1) ** 0.5
     scale = size * one_if_zero(scale)
     return leaf + (scale * jax.random.normal(key, leaf.shape, scale.dtype)).astype(leaf.dtype)

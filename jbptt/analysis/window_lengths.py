@@ -1,7 +1,8 @@
 """Which windows randomized truncation should draw: the distribution of lengths of least variance.
 
-Let s_j = P(length > j). A pair at lag k whose source is step a + 1 of its window survives with probability
-s_{a+k} / s_a and is weighted by the inverse. With u_i the chance that a window begins at step i,
+Let s_j = P(length > j). A pair at lag k whose source is step a + 1 of its window survives with
+probability s_{a+k} / s_a and is weighted by the inverse. With u_i the chance that a window begins
+at step i,
 
     E[W_k²] = 1/(T − k) Σ_{i < T−k} Σ_{a ≤ i} u_{i−a} s_a · s_a / s_{a+k}
 
@@ -25,18 +26,22 @@ from jbptt.analysis.lags import LagProfile
 
 NUM_ITERATIONS = 300
 FLOOR = 1e-5
-"""The least chance that a window outlasts the sequence: with 0, no weight makes up for a pair that is never kept."""
+"""The least chance that a window outlasts the sequence: with 0, no weight makes up for a pair that
+is never kept.
+"""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Windows of random length, and the variance that they are predicted to have. `str()` says it in words.
+    """Windows of random length, and the variance that they are predicted to have. `str()` says it
+    in words.
 
     Variances are of the mean gradient, in the units of `LagProfile.grad_norms` squared.
 
     Attributes:
-      length_probs: `[T − 1]`, the chance of a window of 1, 2, … steps, for `randomized_bptt(length_probs=)`;
-        the rest to 1 is the chance that a window is not cut within T steps.
+      length_probs: `[T − 1]`, the chance of a window of 1, 2, … steps, for
+        `randomized_bptt(length_probs=)`; the rest to 1 is the chance that a window is not cut
+        within T steps.
       keep_prob: `[T − 1]`, the chance that a window which has lasted 1, 2, … steps goes on.
       mean_length: `E[min(length, T)]`, in steps.
       predicted_variance: of this schedule.
@@ -54,23 +59,28 @@ class Schedule:
     def __str__(self) -> str:
         ratio = self.predicted_variance / self.constant_variance if self.constant_variance else 1.0
         chances = ", ".join(
-            f"{self.keep_prob[k - 1]:.3g} after {k}" for k in (1, 2, 4, 8, 16, 32, 64, 128) if k <= len(self.keep_prob)
+            f"{self.keep_prob[k - 1]:.3g} after {k}"
+            for k in (1, 2, 4, 8, 16, 32, 64, 128)
+            if k <= len(self.keep_prob)
         )
         return (
-            f"windows of {self.mean_length:.3g} steps on average go on with probability {chances} steps\n"
-            f"predicted variance {self.predicted_variance:.3g}, {ratio:.3g} of that of constant π = "
-            f"{self.constant_keep_prob:.4g} ({self.constant_variance:.3g})"
+            f"windows of {self.mean_length:.3g} steps on average go on with probability {chances} "
+            f"steps\npredicted variance {self.predicted_variance:.3g}, {ratio:.3g} of that of "
+            f"constant π = {self.constant_keep_prob:.4g} ({self.constant_variance:.3g})"
         )
 
 
 def optimize_schedule(profile: LagProfile, mean_length: float) -> Schedule:
-    """The lengths of randomized truncation's windows of least predicted variance, at a given mean length.
+    """The lengths of randomized truncation's windows of least predicted variance, at a given mean
+    length.
 
-    A constant keep probability and ARTBP fix the lengths by a formula; here they are fitted to how the model's
-    gradient falls with the lag: lags that carry much gradient are rarely cut, lags that carry none often.
+    A constant keep probability and ARTBP fix the lengths by a formula; here they are fitted to how
+    the model's gradient falls with the lag: lags that carry much gradient are rarely cut, lags that
+    carry none often.
 
-    The prediction takes the contributions of different pairs as uncorrelated, which is exact for white noise.
-    Where they are correlated, trust the order of two schedules more than either variance (`compare` measures it).
+    The prediction takes the contributions of different pairs as uncorrelated, which is exact for
+    white noise. Where they are correlated, trust the order of two schedules more than either
+    variance (`compare` measures it).
 
     Runs on the host, in double precision: some 300 steps of L-BFGS, O(T²) each.
 
@@ -79,20 +89,28 @@ def optimize_schedule(profile: LagProfile, mean_length: float) -> Schedule:
       mean_length: `E[min(length, T)]`, in steps, in (1, T).
 
     Raises:
-      ValueError: a profile of several models, by leaf, of fewer than 3 lags or not finite; a mean length
-        outside (1, T).
+      ValueError: a profile of several models, by leaf, of fewer than 3 lags or not finite; a mean
+        length outside (1, T).
     """
-    norms = np.asarray(profile.grad_norms, float) if not isinstance(profile.grad_norms, (dict, list, tuple)) else None
+    norms = (
+        np.asarray(profile.grad_norms, float)
+        if not isinstance(profile.grad_norms, (dict, list, tuple))
+        else None
+    )
     if norms is None or norms.ndim != 1 or len(norms) < 3 or not np.all(np.isfinite(norms)):
         raise ValueError(
             "profile must be the finite profile of one gradient over T >= 3 lags, got grad_norms "
-            f"{'by leaf' if norms is None else norms.shape}; pass lag_profile(..., max_lag=T) without per_leaf"
+            f"{'by leaf' if norms is None else norms.shape}; pass lag_profile(..., max_lag=T) "
+            "without per_leaf"
         )
     num_steps = len(norms)
-    validation.check_above("mean_length", mean_length, 1, "with 1 the gradient would be cut at every step")
+    validation.check_above(
+        "mean_length", mean_length, 1, "with 1 the gradient would be cut at every step"
+    )
     if mean_length >= num_steps:
         raise ValueError(
-            f"mean_length must be < T = {num_steps} (the profile's lags), got {mean_length}: nothing is cut"
+            f"mean_length must be < T = {num_steps} (the profile's lags), got {mean_length}: "
+            "nothing is cut"
         )
     size = float(norms[1:].max())
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
@@ -111,8 +129,12 @@ def optimize_schedule(profile: LagProfile, mean_length: float) -> Schedule:
 
 
 @jax.jit
-def _optimize(squares: jax.Array, mean_length: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Log survival and variance of the best schedule and of constant π; both constant if there is no gradient."""
+def _optimize(
+    squares: jax.Array, mean_length: jax.Array
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Log survival and variance of the best schedule and of constant π; both constant if there is
+    no gradient.
+    """
     constant = jnp.zeros(len(squares) - 1)
     rates = _descend(partial(_objective, squares, mean_length), constant)
     rates = jnp.where(jnp.any(squares > 0), rates, constant)
@@ -121,7 +143,9 @@ def _optimize(squares: jax.Array, mean_length: jax.Array) -> tuple[list[jax.Arra
 
 
 def log_survival(rates: jax.Array, floor: float, mean_length: ArrayLike) -> jax.Array:
-    """`ln P(length > j)`, j = 0 … T − 1, from T − 1 logits of the hazard, scaled to the mean length."""
+    """`ln P(length > j)`, j = 0 … T − 1, from T − 1 logits of the hazard, scaled to the mean
+    length.
+    """
     total = jnp.concatenate([jnp.zeros(1), jnp.cumsum(jax.nn.softplus(rates))])
 
     def survival(log_scale):
@@ -179,7 +203,9 @@ def _descend(objective: Any, start: jax.Array) -> jax.Array:
         value, grad = value_and_grad(rates, state=state)
         better = value < least
         best, least = jnp.where(better, rates, best), jnp.where(better, value, least)
-        updates, state = solver.update(grad, state, rates, value=value, grad=grad, value_fn=objective)
+        updates, state = solver.update(
+            grad, state, rates, value=value, grad=grad, value_fn=objective
+        )
         return (optax.apply_updates(rates, updates), state, best, least), None
 
     running = start, solver.init(start), start, jnp.asarray(jnp.inf)

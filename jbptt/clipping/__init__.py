@@ -1,9 +1,12 @@
-"""Clipping that neither overflows nor hides what it did: of gradients, as optax transformations, and of adjoints.
+"""Clipping that neither overflows nor hides what it did: of gradients, as optax transformations,
+and of adjoints.
 
 Every state of a transformation is a NamedTuple whose name selects it in any optimizer's state:
-`optax.tree.get(opt_state, "LeafNormState").norm`. A field alone, `optax.tree.get(opt_state, "norm")`, is enough where
-one transformation has it (optax raises a KeyError where several do, or a parameter has that name); of two states of one
-kind, `optax.tree.get_all_with_path(opt_state, "GlobalNormState")` lists `(path, state)` in the chain's order.
+`optax.tree.get(opt_state, "LeafNormState").norm`. A field alone,
+`optax.tree.get(opt_state, "norm")`, is enough where one transformation has it (optax raises a
+KeyError where several do, or a parameter has that name); of two states of one kind,
+`optax.tree.get_all_with_path(opt_state, "GlobalNormState")` lists `(path, state)` in the chain's
+order.
 """
 
 from typing import TYPE_CHECKING

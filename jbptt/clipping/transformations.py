@@ -21,8 +21,8 @@ class GlobalNormState(NamedTuple):
     """What the last update looked like to `clip_by_global_norm`.
 
     Attributes:
-      norm: the global norm before clipping, float32 at least; inf if it is too large for its dtype. Of
-        what the policy left: entries that it set to zero do not count.
+      norm: the global norm before clipping, float32 at least; inf if it is too large for its dtype.
+        Of what the policy left: entries that it set to zero do not count.
       scale: what the updates were multiplied by, 1 where they were not clipped.
       finite: whether every entry was finite.
       num_nonfinite: how many updates so far were not.
@@ -38,8 +38,8 @@ class GlobalNormState(NamedTuple):
 class LeafNormState(NamedTuple):
     """What the last update looked like to `clip_by_leaf_norm`: `GlobalNormState` leaf by leaf.
 
-    Every attribute is a tree like the parameters, a scalar for each leaf: `finite` says which leaf is broken,
-    `num_nonfinite` how often it was.
+    Every attribute is a tree like the parameters, a scalar for each leaf: `finite` says which leaf
+    is broken, `num_nonfinite` how often it was.
     """
 
     norm: PyTree
@@ -53,7 +53,8 @@ class ValueState(NamedTuple):
     """What the last update looked like to `clip_by_value`.
 
     Attributes:
-      largest: the largest absolute entry before clipping, of what the policy left; float32 at least.
+      largest: the largest absolute entry before clipping, of what the policy left; float32 at
+        least.
       clipped_share: which share of all entries was clipped, in [0, 1].
       finite: whether every entry was finite.
       num_nonfinite: how many updates so far were not.
@@ -73,12 +74,13 @@ class GradientStatsState(NamedTuple):
       norm: the global norm; inf if it is too large for its dtype.
       leaf_norms: the norm of every leaf, a tree like the parameters.
       largest: the largest absolute entry.
-      cosine: of the angle to the last finite update before this one; NaN for the first, and where either is 0 or
-        this one is not finite.
+      cosine: of the angle to the last finite update before this one; NaN for the first, and where
+        either is 0 or this one is not finite.
       num_updates: how many there were.
       finite: whether every entry was finite.
       num_nonfinite: how many updates so far were not.
-      direction: the last finite update over its norm, a tree like the parameters; 0 before the first.
+      direction: the last finite update over its norm, a tree like the parameters; 0 before the
+        first.
     """
 
     norm: jax.Array
@@ -94,7 +96,8 @@ class GradientStatsState(NamedTuple):
 def _refuse(finite: Any, name: str) -> None:
     if not finite:
         raise FloatingPointError(
-            f"the gradient holds NaN or inf ({name}, nonfinite='raise'); jbptt.find_nonfinite says where it begins"
+            f"the gradient holds NaN or inf ({name}, nonfinite='raise'); jbptt.find_nonfinite says "
+            "where it begins"
         )
 
 
@@ -114,10 +117,16 @@ def _whole(tree: Any) -> bool:
     return True
 
 
-def _clipping(state_type: Any, name: str, policy: Any, clip: Callable, is_leaf: Callable | None = _whole):
-    """A clipper made of `clip(part) -> (part, telemetry)`; the parts of an update are its leaves under `is_leaf`."""
+def _clipping(
+    state_type: Any, name: str, policy: Any, clip: Callable, is_leaf: Callable | None = _whole
+):
+    """A clipper made of `clip(part) -> (part, telemetry)`; the parts of an update are its leaves
+    under `is_leaf`.
+    """
     if policy not in POLICIES:
-        raise ValueError(f"nonfinite must be one of {', '.join(POLICIES)}, got {policy!r}; pass one of these")
+        raise ValueError(
+            f"nonfinite must be one of {', '.join(POLICIES)}, got {policy!r}; pass one of these"
+        )
 
     def init(params: Any) -> Any:
         parts, structure = jax.tree.flatten(params, is_leaf)
@@ -142,29 +151,34 @@ def _clipping(state_type: Any, name: str, policy: Any, clip: Callable, is_leaf: 
             return structure.unflatten([seen[field] for _, seen in pairs])
 
         finite = structure.unflatten(finite)
-        num_nonfinite = jax.tree.map(lambda n, ok: n + (~ok).astype(n.dtype), state.num_nonfinite, finite)
+        num_nonfinite = jax.tree.map(
+            lambda n, ok: n + (~ok).astype(n.dtype), state.num_nonfinite, finite
+        )
         seen = state_type(*map(each, state_type._fields[:-2]), finite, num_nonfinite)
         return structure.unflatten([part for part, _ in pairs]), seen
 
     return optax.GradientTransformation(init, update)
 
 
-def clip_by_global_norm(max_norm: float, *, nonfinite: Policy = "propagate") -> optax.GradientTransformation:
-    """Scales updates by `min(1, max_norm / ‖g‖)`, ‖g‖ over all leaves (Pascanu, Mikolov & Bengio, 2013).
+def clip_by_global_norm(
+    max_norm: float, *, nonfinite: Policy = "propagate"
+) -> optax.GradientTransformation:
+    """Scales updates by `min(1, max_norm / ‖g‖)`, ‖g‖ over all leaves (Pascanu, Mikolov & Bengio,
+    2013).
 
-    Finite gradients whose squared entries overflow are clipped correctly, in float16 and bfloat16 too
-    (the arithmetic is float32 at least). Entries that are denormal in the arithmetic's dtype may count as 0.
-    Telemetry: `GlobalNormState`. Time O(size), no memory beside the updates.
+    Finite gradients whose squared entries overflow are clipped correctly, in float16 and bfloat16
+    too (the arithmetic is float32 at least). Entries that are denormal in the arithmetic's dtype
+    may count as 0. Telemetry: `GlobalNormState`. Time O(size), no memory beside the updates.
 
     Args:
       max_norm: the largest norm that passes unchanged.
       nonfinite: what happens to a gradient with NaN or inf in it; `finite` is False in any case.
         "propagate": it passes unchanged and stays visible;
         "zero": the entries that are not finite become 0, the others are clipped and used;
-        "skip": the whole update becomes 0 (momentum further down the chain still moves: to leave the
-        optimizer untouched wrap it in `optax.apply_if_finite`);
-        "raise": a FloatingPointError. Under jit the runtime reports it as `jax.errors.JaxRuntimeError`,
-        when a result is waited for (`jax.effects_barrier`).
+        "skip": the whole update becomes 0 (momentum further down the chain still moves: to leave
+        the optimizer untouched wrap it in `optax.apply_if_finite`);
+        "raise": a FloatingPointError. Under jit the runtime reports it as
+        `jax.errors.JaxRuntimeError`, when a result is waited for (`jax.effects_barrier`).
 
     Raises:
       ValueError: max_norm is not a finite number > 0; another policy.
@@ -178,17 +192,21 @@ def clip_by_global_norm(max_norm: float, *, nonfinite: Policy = "propagate") -> 
     return _clipping(GlobalNormState, "clip_by_global_norm", nonfinite, _to_norm(max_norm))
 
 
-def clip_by_leaf_norm(max_norm: float, *, nonfinite: Policy = "propagate") -> optax.GradientTransformation:
-    """Scales every leaf by `min(1, max_norm / ‖g_leaf‖)`, its own norm: no leaf shrinks because another is large.
+def clip_by_leaf_norm(
+    max_norm: float, *, nonfinite: Policy = "propagate"
+) -> optax.GradientTransformation:
+    """Scales every leaf by `min(1, max_norm / ‖g_leaf‖)`, its own norm: no leaf shrinks because
+    another is large.
 
-    The whole gradient turns, unless all leaves are clipped alike; its norm is at most `max_norm · √leaves`.
-    Overflow, dtypes and cost as in `clip_by_global_norm`. Telemetry: `LeafNormState`, a scalar for each leaf.
+    The whole gradient turns, unless all leaves are clipped alike; its norm is at most
+    `max_norm · √leaves`. Overflow, dtypes and cost as in `clip_by_global_norm`. Telemetry:
+    `LeafNormState`, a scalar for each leaf.
 
     Args:
       max_norm: the largest norm of a leaf that passes unchanged.
-      nonfinite: as in `clip_by_global_norm`, where "propagate" leaves the leaves that hold NaN or inf
-        unchanged and clips the others, and "skip" zeroes the whole update, not only the broken leaf: half an
-        update is none that any loss asks for.
+      nonfinite: as in `clip_by_global_norm`, where "propagate" leaves the leaves that hold NaN or
+        inf unchanged and clips the others, and "skip" zeroes the whole update, not only the broken
+        leaf: half an update is none that any loss asks for.
 
     Raises:
       ValueError: max_norm is not a finite number > 0; another policy.
@@ -196,10 +214,14 @@ def clip_by_leaf_norm(max_norm: float, *, nonfinite: Policy = "propagate") -> op
     >>> clip = clip_by_leaf_norm(1.0)
     >>> grads = {"b": jnp.array(0.5), "w": jnp.array([3.0, 4.0])}
     >>> updates, state = clip.update(grads, clip.init(grads))
-    >>> updates["w"], optax.tree.get((state, "other states"), "LeafNormState").norm
-    (Array([0.6, 0.8], dtype=float32), {'b': Array(0.5, dtype=float32), 'w': Array(5., dtype=float32)})
+    >>> updates["w"]
+    Array([0.6, 0.8], dtype=float32)
+    >>> optax.tree.get((state, "other states"), "LeafNormState").norm
+    {'b': Array(0.5, dtype=float32), 'w': Array(5., dtype=float32)}
     """
-    return _clipping(LeafNormState, "clip_by_leaf_norm", nonfinite, _to_norm(max_norm), is_leaf=None)
+    return _clipping(
+        LeafNormState, "clip_by_leaf_norm", nonfinite, _to_norm(max_norm), is_leaf=None
+    )
 
 
 def _to_norm(max_norm: Any) -> Callable:
@@ -213,17 +235,20 @@ def _to_norm(max_norm: Any) -> Callable:
     return clip
 
 
-def clip_by_value(max_value: float, *, nonfinite: Policy = "propagate") -> optax.GradientTransformation:
-    """Clips every entry to `[-max_value, max_value]` (Mikolov, 2012); complex entries keep their phase.
+def clip_by_value(
+    max_value: float, *, nonfinite: Policy = "propagate"
+) -> optax.GradientTransformation:
+    """Clips every entry to `[-max_value, max_value]` (Mikolov, 2012); complex entries keep their
+    phase.
 
-    A complex entry z becomes `z · min(1, max_value / |z|)`. The direction of the gradient changes. Unlike
-    `optax.clip`, which makes ±inf an inconspicuous ±max_value, entries that are not finite meet the policy.
-    Telemetry: `ValueState`. Time O(size), no memory beside the updates.
+    A complex entry z becomes `z · min(1, max_value / |z|)`. The direction of the gradient changes.
+    Unlike `optax.clip`, which makes ±inf an inconspicuous ±max_value, entries that are not finite
+    meet the policy. Telemetry: `ValueState`. Time O(size), no memory beside the updates.
 
     Args:
       max_value: the largest absolute entry that passes unchanged.
-      nonfinite: as in `clip_by_global_norm`, where "propagate" leaves the entries that are NaN or ±inf
-        unchanged and clips the others.
+      nonfinite: as in `clip_by_global_norm`, where "propagate" leaves the entries that are NaN or
+        ±inf unchanged and clips the others.
 
     Raises:
       ValueError: max_value is not a finite number > 0; another policy.
@@ -237,9 +262,13 @@ def clip_by_value(max_value: float, *, nonfinite: Policy = "propagate") -> optax
 
     def clip(part):
         leaves, structure = jax.tree.flatten(part)
-        triples = [clip_to_norm(leaf, max_value, leaf.ndim) for leaf in leaves]  # an entry is a vector of its own
+        triples = [
+            clip_to_norm(leaf, max_value, leaf.ndim) for leaf in leaves
+        ]  # an entry is a vector of its own
         clipped = [jnp.isfinite(size) & (size > max_value) for _, size, _ in triples]
-        share = jnp.asarray(sum(map(jnp.count_nonzero, clipped))) / max(1, sum(one.size for one in clipped))
+        share = jnp.asarray(sum(map(jnp.count_nonzero, clipped))) / max(
+            1, sum(one.size for one in clipped)
+        )
         telemetry = {"largest": scaled_norm(part)[0], "clipped_share": share}
         return structure.unflatten([leaf for leaf, _, _ in triples]), telemetry
 
@@ -247,14 +276,15 @@ def clip_by_value(max_value: float, *, nonfinite: Policy = "propagate") -> optax
 
 
 def gradient_stats() -> optax.GradientTransformation:
-    """Changes nothing, bit for bit, and keeps what it saw: norms, largest entry, cosine to the update before.
+    """Changes nothing, bit for bit, and keeps what it saw: norms, largest entry, cosine to the
+    update before.
 
-    `cosine = ⟨g_n, g_{n−1}⟩ / (‖g_n‖ ‖g_{n−1}‖)`, near −1 where steps are too long, near 0 where noise rules. An
-    update that is not finite has no direction: its cosine is NaN, and the next is compared with the last
-    finite one. Norms and cosines neither overflow nor underflow on the way. It sees what stands before it in
-    the chain: put it first for raw gradients, last for what is added to the parameters. Without optax:
-    `_, state = stats.update(grads, state)`. Telemetry: `GradientStatsState`. Time O(size), memory one gradient, in
-    float32 at least.
+    `cosine = ⟨g_n, g_{n−1}⟩ / (‖g_n‖ ‖g_{n−1}‖)`, near −1 where steps are too long, near 0 where
+    noise rules. An update that is not finite has no direction: its cosine is NaN, and the next is
+    compared with the last finite one. Norms and cosines neither overflow nor underflow on the way.
+    It sees what stands before it in the chain: put it first for raw gradients, last for what is
+    added to the parameters. Without optax: `_, state = stats.update(grads, state)`. Telemetry:
+    `GradientStatsState`. Time O(size), memory one gradient, in float32 at least.
 
     >>> stats = gradient_stats()
     >>> state = stats.init({"w": jnp.zeros(2)})
@@ -269,7 +299,14 @@ def gradient_stats() -> optax.GradientTransformation:
         size, leaf_norms, direction = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         count = jnp.zeros((), jnp.int32)
         return GradientStatsState(
-            size, leaf_norms, size, jnp.full_like(size, jnp.nan), count, jnp.array(True), count, direction
+            size,
+            leaf_norms,
+            size,
+            jnp.full_like(size, jnp.nan),
+            count,
+            jnp.array(True),
+            count,
+            direction,
         )
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, GradientStatsState]:
@@ -285,7 +322,9 @@ def gradient_stats() -> optax.GradientTransformation:
             num_updates=state.num_updates + 1,
             finite=finite,
             num_nonfinite=state.num_nonfinite + (~finite).astype(jnp.int32),
-            direction=jax.tree.map(lambda new, old: jnp.where(finite, new, old), now, state.direction),
+            direction=jax.tree.map(
+                lambda new, old: jnp.where(finite, new, old), now, state.direction
+            ),
         )
         return updates, seen
 

@@ -1,4 +1,6 @@
-"""Runs models: tasks, training, and the remedies for vanishing and exploding gradients side by side."""
+"""Runs models: tasks, training, and the remedies for vanishing and exploding gradients side by
+side.
+"""
 
 from typing import TYPE_CHECKING
 
@@ -9,4 +11,6 @@ if TYPE_CHECKING:
     from jbptt.experiments.remedies import compare_remedies
 
 # Lazy: whoever trains does not wait for what the remedies need.
-__getattr__, __dir__, __all__ = lazy.attach(__name__, {"outcomes": "Remedies", "remedies": "compare_remedies"})
+__getattr__, __dir__, __all__ = lazy.attach(
+    __name__, {"outcomes": "Remedies", "remedies": "compare_remedies"}
+)

@@ -1,4 +1,6 @@
-"""What is measured of one run before and after training: loss, adjoints, leading exponent, gradient error."""
+"""What is measured of one run before and after training: loss, adjoints, leading exponent, gradient
+error.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -47,22 +49,38 @@ def examine(
     )
     error, cosine = jnp.zeros(()), jnp.ones(())
     if num_draws:
-        error, cosine = gradient_error(cell, treatment, params, first, jax.random.split(key, num_draws))
-    return Measures(loss, adjoint_ratio(cell, treatment, params, first), exponent(cell, params, first), error, cosine)
+        error, cosine = gradient_error(
+            cell, treatment, params, first, jax.random.split(key, num_draws)
+        )
+    return Measures(
+        loss,
+        adjoint_ratio(cell, treatment, params, first),
+        exponent(cell, params, first),
+        error,
+        cosine,
+    )
 
 
-def adjoint_ratio(cell: cells.Cell, treatment: Treatment, params: Params, batch: Batch) -> jax.Array:
-    """`log10(‖∂L/∂carries[0]‖ / ‖∂L/∂carries[T−1]‖)`, norms averaged over examples, through the mean gates."""
+def adjoint_ratio(
+    cell: cells.Cell, treatment: Treatment, params: Params, batch: Batch
+) -> jax.Array:
+    """`log10(‖∂L/∂carries[0]‖ / ‖∂L/∂carries[T−1]‖)`, norms averaged over examples, through the
+    mean gates.
+    """
     num_steps, batch_size, _ = batch.xs.shape
     gates = truncation.fixed(num_steps, treatment.window)
     carry = cell.initial_carry((batch_size,))
-    cotangents = adjoints(cell.step, tasks.squared_error, params, carry, batch, gates=gates).cotangents
+    cotangents = adjoints(
+        cell.step, tasks.squared_error, params, carry, batch, gates=gates
+    ).cotangents
     logs = jnp.log10(jnp.mean(norm(cotangents, 2), axis=1))
     return logs[0] - logs[-2]  # the last carry is followed by no loss
 
 
 def exponent(cell: cells.Cell, params: Params, batch: Batch) -> jax.Array:
-    """The leading Lyapunov exponent, mean over examples; its tangent settles over the first fifth of the steps."""
+    """The leading Lyapunov exponent, mean over examples; its tangent settles over the first fifth
+    of the steps.
+    """
 
     def of_one(xs):
         found = lyapunov_spectrum(
@@ -76,7 +94,9 @@ def exponent(cell: cells.Cell, params: Params, batch: Batch) -> jax.Array:
 def gradient_error(
     cell: cells.Cell, treatment: Treatment, params: Params, batch: Batch, keys: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Relative error, root mean square over draws, and mean cosine of the gated and clipped gradient."""
+    """Relative error, root mean square over draws, and mean cosine of the gated and clipped
+    gradient.
+    """
     num_steps, batch_size, _ = batch.xs.shape
 
     def gradient(gates):

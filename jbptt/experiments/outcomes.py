@@ -29,12 +29,13 @@ class Measures(NamedTuple):
 
     Attributes:
       loss: mean over the held-out batch.
-      adjoint_ratio: `log10(‖∂L/∂carries[0]‖ / ‖∂L/∂carries[T−1]‖)`, norms averaged over examples: the
-        far end against lag 0, through the gates that training uses (of randomized ones their mean, 1).
-        −inf where nothing arrives, NaN where nothing starts.
+      adjoint_ratio: `log10(‖∂L/∂carries[0]‖ / ‖∂L/∂carries[T−1]‖)`, norms averaged over examples:
+        the far end against lag 0, through the gates that training uses (of randomized ones their
+        mean, 1). −inf where nothing arrives, NaN where nothing starts.
       exponent: leading Lyapunov exponent in nats per step, mean over examples.
-      gradient_error: `‖ĝ − g‖ / ‖g‖` of the loss's gradient as an update uses it (gated, clipped) against the
-        exact one; root mean square over draws of the gates. What a penalty adds is exact and not counted.
+      gradient_error: `‖ĝ − g‖ / ‖g‖` of the loss's gradient as an update uses it (gated, clipped)
+        against the exact one; root mean square over draws of the gates. What a penalty adds is
+        exact and not counted.
       gradient_cosine: between the two, mean over draws; 1 where the direction is kept.
     """
 
@@ -48,12 +49,13 @@ class Measures(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Remedies:
-    """What each remedy does to each patient. `str()` is a table, and a list of where remedies fail or harm.
+    """What each remedy does to each patient. `str()` is a table, and a list of where remedies fail
+    or harm.
 
     Attributes:
       before: `Measures` before training, leaves `[patient, remedy, seed]`.
-      after: `Measures` after it. The seeds are paired: a seed means the same data, and the same random
-        numbers behind the start, for every patient and remedy.
+      after: `Measures` after it. The seeds are paired: a seed means the same data, and the same
+        random numbers behind the start, for every patient and remedy.
       radii: `[patient]`, spectral radius of the recurrent matrix before anything is done.
       patients: their names.
       remedies: their names; the first is no remedy at all.
@@ -79,7 +81,9 @@ class Remedies:
 
 
 class Case(NamedTuple):
-    """A remedy on a patient beside no remedy on it: leaves `[seed]`; NaN after training where a run diverged."""
+    """A remedy on a patient beside no remedy on it: leaves `[seed]`; NaN after training where a run
+    diverged.
+    """
 
     before: Measures
     after: Measures
@@ -111,7 +115,8 @@ def case_of(remedies: Remedies, patient: int, remedy: int) -> Case:
 
 
 def excess(values: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
-    """Mean and standard deviation over seeds of `values − reference`, of the seeds where both are finite.
+    """Mean and standard deviation over seeds of `values − reference`, of the seeds where both are
+    finite.
 
     NaN where there is none; a single seed has no spread, 0.
     """
@@ -133,10 +138,12 @@ def _plus_minus(mean: float, spread: float) -> str:
 
 
 def verdict(case: Case) -> str:
-    """The loss after training against that with no remedy: better, worse, same, or how many runs diverged.
+    """The loss after training against that with no remedy: better, worse, same, or how many runs
+    diverged.
 
-    Fewer diverged runs than with no remedy are better, more are worse, whatever the others lost. Else a
-    difference counts if its mean over the seeds exceeds their spread, and 1 % of the loss with no remedy.
+    Fewer diverged runs than with no remedy are better, more are worse, whatever the others lost.
+    Else a difference counts if its mean over the seeds exceeds their spread, and 1 % of the loss
+    with no remedy.
     """
     number, of_nothing = case.num_diverged, int(np.sum(np.isnan(case.nothing.loss)))
     if number != of_nothing:
@@ -145,7 +152,9 @@ def verdict(case: Case) -> str:
         return f"diverged {number}/{case.num_runs}"
     mean, spread = excess(case.after.loss, case.nothing.loss)
     bar = max(spread, MEANINGFUL_LOSS * _mean(case.nothing.loss))
-    return "worse" if mean > bar else "better" if mean < -bar else "same" if abs(mean) <= bar else "-"
+    return (
+        "worse" if mean > bar else "better" if mean < -bar else "same" if abs(mean) <= bar else "-"
+    )
 
 
 def remarks(case: Case) -> list[str]:
@@ -188,7 +197,9 @@ def _of_gradient(case: Case):
         error, cosine = _mean(measures.gradient_error), _mean(measures.gradient_cosine)
         if error > MEANINGFUL_ERROR:
             sizes.append(f"{_format_error(error)} {when}")
-            rescaled = rescaled and np.sqrt(2 * max(0.0, 1 - cosine)) < error / 10  # the angle, in radians
+            rescaled = (
+                rescaled and np.sqrt(2 * max(0.0, 1 - cosine)) < error / 10
+            )  # the angle, in radians
     if sizes:
         what = "rescaled, its direction kept" if rescaled else "off"
         yield f"gradient {what}: error {' and '.join(sizes)} training"
@@ -199,10 +210,12 @@ def _block(remedies: Remedies, patient: int) -> str:
     num_runs = np.shape(remedies.after.loss)[-1]
     radius = float(remedies.radii[patient])
     title = (
-        f"{remedies.patients[patient]} (spectral radius {radius:g}), T = {remedies.num_steps}, seeds: {num_runs}, "
-        f"before -> after {remedies.num_updates} updates"
+        f"{remedies.patients[patient]} (spectral radius {radius:g}), T = {remedies.num_steps}, "
+        f"seeds: {num_runs}, before -> after {remedies.num_updates} updates"
     )
-    head = _columns("", "adjoints, log10", "exponent", "gradient error", "held-out loss", "against nothing")
+    head = _columns(
+        "", "adjoints, log10", "exponent", "gradient error", "held-out loss", "against nothing"
+    )
     lines = [title, head, *(_row(name, case) for name, case in cases.items())]
     said = {name: remarks(case) for name, case in cases.items()}
     if any(said.values()):
@@ -216,7 +229,9 @@ def _block(remedies: Remedies, patient: int) -> str:
 
 def _columns(*texts: str) -> str:
     widths = -22, 16, 16, 17, 21, 18
-    return "".join(f"{t:<{-w}}" if w < 0 else f"{t:>{w}}" for t, w in zip(texts, widths, strict=True)).rstrip()
+    return "".join(
+        f"{t:<{-w}}" if w < 0 else f"{t:>{w}}" for t, w in zip(texts, widths, strict=True)
+    ).rstrip()
 
 
 def _row(name: str, case: Case) -> str:

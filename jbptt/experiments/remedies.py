@@ -33,7 +33,9 @@ from jbptt.types import Batch, Params
 
 
 class Sizes(NamedTuple):
-    """What shapes the programs; static. `num_exponents` None: no penalties; `num_draws` 0: exact gradients."""
+    """What shapes the programs; static. `num_exponents` None: no penalties; `num_draws` 0: exact
+    gradients.
+    """
 
     num_steps: int
     hidden_size: int
@@ -61,7 +63,9 @@ class Run(NamedTuple):
 
 
 class Data(NamedTuple):
-    """What every run of a seed reads: `batches` `[seed, num_updates, T, …]` and `heldout` `[seed, T, …]`."""
+    """What every run of a seed reads: `batches` `[seed, num_updates, T, …]` and `heldout`
+    `[seed, T, …]`.
+    """
 
     batches: Batch
     heldout: Batch
@@ -84,18 +88,20 @@ def compare_remedies(
 ) -> Remedies:
     """Applies each remedy alone to each of `PATIENTS`; measures before and after a short training.
 
-    The patients are tanh networks, `h ← tanh(x w_x + h w_h + b)`, whose `w_h` is the same random orthogonal
-    matrix times a radius: every eigenvalue has that size, so that the radius alone decides whether
-    gradients vanish or explode. They learn the adding problem (`tasks.adding`), whose loss is that of the last
-    step and depends on the whole sequence; predicting the mean without any memory has a loss of 1/12. Each
-    sequence starts from a carry of zeros. Every run makes as many updates of plain gradient
-    descent, on the same batches as the other runs of its seed and from the same random numbers.
+    The patients are tanh networks, `h ← tanh(x w_x + h w_h + b)`, whose `w_h` is the same random
+    orthogonal matrix times a radius: every eigenvalue has that size, so that the radius alone
+    decides whether gradients vanish or explode. They learn the adding problem (`tasks.adding`),
+    whose loss is that of the last step and depends on the whole sequence; predicting the mean
+    without any memory has a loss of 1/12. Each sequence starts from a carry of zeros. Every run
+    makes as many updates of plain gradient descent, on the same batches as the other runs of its
+    seed and from the same random numbers.
 
-    "orthogonal init" and "identity init" replace `w_h`, and so are the same for both patients; gru and lstm
-    have a matrix of the patient's radius for every gate.
+    "orthogonal init" and "identity init" replace `w_h`, and so are the same for both patients; gru
+    and lstm have a matrix of the patient's radius for every gate.
 
-    Pure; jit- and vmap-able. All remedies of the tanh network are one compiled program with the remedies as
-    data; gru and lstm are one each, and left out where not asked for. Runs go one after another.
+    Pure; jit- and vmap-able. All remedies of the tanh network are one compiled program with the
+    remedies as data; gru and lstm are one each, and left out where not asked for. Runs go one after
+    another.
 
     Args:
       key: everything random derives from it.
@@ -112,10 +118,13 @@ def compare_remedies(
       doses: how much of each remedy.
 
     Raises:
-      ValueError: an unknown remedy, none given or "nothing" missing; a size, radius or dose out of range.
+      ValueError: an unknown remedy, none given or "nothing" missing; a size, radius or dose out of
+        range.
     """
     remedies = _check_remedies(remedies)
-    sizes = _check_sizes(num_steps, hidden_size, batch_size, num_heldout, num_updates, num_draws, num_exponents)
+    sizes = _check_sizes(
+        num_steps, hidden_size, batch_size, num_heldout, num_updates, num_draws, num_exponents
+    )
     if not set(PENALTIES) & set(remedies):
         sizes = sizes._replace(num_exponents=None)
     num_seeds = validation.check_positive_integer("num_seeds", num_seeds)
@@ -131,26 +140,36 @@ def _check_remedies(remedies: Sequence[str]) -> tuple[str, ...]:
     """The chosen ones, in the order of `REMEDIES`."""
     chosen = {remedies} if isinstance(remedies, str) else set(remedies)
     if unknown := chosen - set(REMEDIES):
-        raise ValueError(f"remedies must be of {', '.join(REMEDIES)}; got {', '.join(sorted(map(str, unknown)))}")
+        raise ValueError(
+            f"remedies must be of {', '.join(REMEDIES)}; got {', '.join(sorted(map(str, unknown)))}"
+        )
     if NOTHING not in chosen:
         raise ValueError(
-            f"remedies must include {NOTHING!r}, which the others are measured against, got {tuple(remedies)!r}"
+            f"remedies must include {NOTHING!r}, which the others are measured against, got "
+            f"{tuple(remedies)!r}"
         )
     return tuple(name for name in REMEDIES if name in chosen)
 
 
-def _check_sizes(num_steps, hidden_size, batch_size, num_heldout, num_updates, num_draws, num_exponents) -> Sizes:
+def _check_sizes(
+    num_steps, hidden_size, batch_size, num_heldout, num_updates, num_draws, num_exponents
+) -> Sizes:
     check = validation.check_positive_integer
     num_steps = check("num_steps", num_steps, smallest=2)
     hidden_size, batch_size = check("hidden_size", hidden_size), check("batch_size", batch_size)
     num_heldout = check("num_heldout", num_heldout, smallest=batch_size)
     num_updates, num_draws = check("num_updates", num_updates), check("num_draws", num_draws)
-    num_exponents = max(1, hidden_size // 4) if num_exponents is None else check("num_exponents", num_exponents)
+    num_exponents = (
+        max(1, hidden_size // 4) if num_exponents is None else check("num_exponents", num_exponents)
+    )
     if num_exponents > hidden_size:
         raise ValueError(
-            f"num_exponents must be <= hidden_size = {hidden_size}, got {num_exponents}; the network has no more"
+            f"num_exponents must be <= hidden_size = {hidden_size}, got {num_exponents}; the "
+            "network has no more"
         )
-    return Sizes(num_steps, hidden_size, batch_size, num_heldout, num_updates, num_draws, num_exponents)
+    return Sizes(
+        num_steps, hidden_size, batch_size, num_heldout, num_updates, num_draws, num_exponents
+    )
 
 
 def _check_radii(radii: Any) -> jax.Array:
@@ -160,8 +179,8 @@ def _check_radii(radii: Any) -> jax.Array:
         found = None
     if found is None or found.shape != (len(PATIENTS),):
         raise ValueError(
-            f"radii must be {len(PATIENTS)} numbers, one for each of {', '.join(PATIENTS)}, got {radii!r}; "
-            "pass (0.5, 1.5), say"
+            f"radii must be {len(PATIENTS)} numbers, one for each of {', '.join(PATIENTS)}, got "
+            f"{radii!r}; pass (0.5, 1.5), say"
         )
     for name, radius in zip(PATIENTS, found, strict=True):
         validation.check_above(f"radii ({name})", radius, 0, "there would be no recurrence")
@@ -170,13 +189,21 @@ def _check_radii(radii: Any) -> jax.Array:
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def prepare(
-    sizes: Sizes, num_seeds: int, remedies: tuple[str, ...], key: jax.Array, radii: jax.Array, doses: Doses
+    sizes: Sizes,
+    num_seeds: int,
+    remedies: tuple[str, ...],
+    key: jax.Array,
+    radii: jax.Array,
+    doses: Doses,
 ) -> tuple[dict[str, Run], Data]:
     """All runs, by the kind of their cell, and their data."""
     keys = jax.random.split(key, num_seeds)
     names = {"rnn": tuple(name for name in RNN_REMEDIES if name in remedies)}
     names |= {family: (NOTHING,) for family in FAMILIES if family in remedies}
-    runs = {family: cross(radii, prescribe(doses, sizes.num_steps, of), keys) for family, of in names.items()}
+    runs = {
+        family: cross(radii, prescribe(doses, sizes.num_steps, of), keys)
+        for family, of in names.items()
+    }
     return runs, jax.lax.map(partial(draw, sizes), keys)
 
 
@@ -187,7 +214,9 @@ def draw(sizes: Sizes, key: jax.Array) -> Data:
     drawn = tasks.adding(key, num_steps=sizes.num_steps, batch_size=num_trained + sizes.num_heldout)
 
     def batches(a):  # [T, N · B, …] -> [N, T, B, …]
-        a = a[:, :num_trained].reshape(sizes.num_steps, sizes.num_updates, sizes.batch_size, *a.shape[2:])
+        a = a[:, :num_trained].reshape(
+            sizes.num_steps, sizes.num_updates, sizes.batch_size, *a.shape[2:]
+        )
         return jnp.moveaxis(a, 1, 0)
 
     def heldout(a):
@@ -201,22 +230,37 @@ def draw(sizes: Sizes, key: jax.Array) -> Data:
 
 
 def cross(radii: jax.Array, table: Treatment, keys: jax.Array) -> Run:
-    """Every patient with every treatment and seed, leaves `[patient · remedy · seed]`, the last runs fastest."""
-    patient, remedy, seed = (i.ravel() for i in np.indices((len(radii), len(table.start), len(keys))))
-    return Run(radii[patient], jax.tree.map(lambda a: a[remedy], table), jnp.asarray(seed), jnp.asarray(keys)[seed])
+    """Every patient with every treatment and seed, leaves `[patient · remedy · seed]`, the last
+    runs fastest.
+    """
+    patient, remedy, seed = (
+        i.ravel() for i in np.indices((len(radii), len(table.start), len(keys)))
+    )
+    return Run(
+        radii[patient],
+        jax.tree.map(lambda a: a[remedy], table),
+        jnp.asarray(seed),
+        jnp.asarray(keys)[seed],
+    )
 
 
 @partial(jax.jit, static_argnums=0)
 def gather(num_seeds: int, families: tuple[Measures, ...]) -> Measures:
-    """Measures of all families, leaves `[patient, remedy, seed]`, from leaves `[patient · remedy · seed]`."""
+    """Measures of all families, leaves `[patient, remedy, seed]`, from leaves
+    `[patient · remedy · seed]`.
+    """
     shape = len(PATIENTS), -1, num_seeds
-    return jax.tree.map(lambda *leaves: jnp.concatenate([a.reshape(shape) for a in leaves], axis=1), *families)
+    return jax.tree.map(
+        lambda *leaves: jnp.concatenate([a.reshape(shape) for a in leaves], axis=1), *families
+    )
 
 
 def run_family(family: str, sizes: Sizes, runs: Run, data: Data) -> tuple[Measures, Measures]:
     """What the runs of one kind of cell look like before and after training, leaves `[runs]`."""
     if family != "rnn":
-        sizes = sizes._replace(num_exponents=None, num_draws=0)  # nothing is done to it but the cell
+        sizes = sizes._replace(
+            num_exponents=None, num_draws=0
+        )  # nothing is done to it but the cell
     start = begin(family, sizes, runs)
     trained = train_runs(family, sizes, runs, start, data.batches)
     return examine_runs(family, sizes, runs, start, data.heldout), examine_runs(

@@ -23,8 +23,8 @@ class Text(NamedTuple):
     Attributes:
       train: `xs` and `targets` (the next character) int32 `[N, T, B]`.
       heldout: the same, from the end of the text.
-      vocabulary: the characters, most frequent first. Of more than 128 the 127 most frequent stay themselves, and all
-        others share U+FFFD; `count_symbols` says how many those are.
+      vocabulary: the characters, most frequent first. Of more than 128 the 127 most frequent stay
+        themselves, and all others share U+FFFD; `count_symbols` says how many those are.
     """
 
     train: Batch
@@ -36,28 +36,36 @@ def read_text(path: str | Path | None = None) -> str:
     """A UTF-8 text file; None: the documentation of Python's language inside CPython, real English.
 
     Raises:
-      ValueError: the file is missing, a folder, unreadable, binary or empty; None where this Python lacks its own.
+      ValueError: the file is missing, a folder, unreadable, binary or empty; None where this Python
+        lacks its own.
     """
     if path is None:
         try:
             from pydoc_data.topics import topics
         except ImportError:
-            raise ValueError("text: this Python comes without its documentation; name a UTF-8 text file") from None
+            raise ValueError(
+                "text: this Python comes without its documentation; name a UTF-8 text file"
+            ) from None
 
         return "\n".join(topics[name] for name in sorted(topics))
     try:
         raw = Path(path).read_bytes()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise ValueError(f"text: cannot read {str(path)!r} ({reason}); pass a UTF-8 text file") from None
+        raise ValueError(
+            f"text: cannot read {str(path)!r} ({reason}); pass a UTF-8 text file"
+        ) from None
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"text: {str(path)!r} is not UTF-8 (byte {error.start}); convert it, or pass a text file"
+            f"text: {str(path)!r} is not UTF-8 (byte {error.start}); convert it, or pass a text "
+            "file"
         ) from None
     if "\0" in text:
-        raise ValueError(f"text: {str(path)!r} holds NUL bytes, so it is binary; pass a UTF-8 text file")
+        raise ValueError(
+            f"text: {str(path)!r} holds NUL bytes, so it is binary; pass a UTF-8 text file"
+        )
     if not text.strip():
         raise ValueError(f"text: {str(path)!r} is empty; pass a text of some thousand characters")
     return text
@@ -78,7 +86,9 @@ def text(text: str, *, num_steps: int, batch_size: int, heldout_fraction: float 
     num_steps = validation.check_positive_integer("num_steps", num_steps)
     batch_size = validation.check_positive_integer("batch_size", batch_size)
     if not 0 < heldout_fraction < 1:
-        raise ValueError(f"heldout_fraction must lie in (0, 1), got {heldout_fraction!r}; 0.1 is usual")
+        raise ValueError(
+            f"heldout_fraction must lie in (0, 1), got {heldout_fraction!r}; 0.1 is usual"
+        )
     vocabulary = tuple(_own_symbols(text))
     if len(vocabulary) < len(set(text)):
         vocabulary += (UNKNOWN,)
@@ -89,19 +99,23 @@ def text(text: str, *, num_steps: int, batch_size: int, heldout_fraction: float 
     for name, part in (("training", tokens[:cut]), ("held-out", tokens[cut:])):
         if len(part) < need:
             raise ValueError(
-                f"text is too short: {len(part)} {name} characters of {len(tokens)}, wanted at least num_steps · "
-                f"batch_size + 1 = {need}; pass a longer text, fewer steps or a smaller batch"
+                f"text is too short: {len(part)} {name} characters of {len(tokens)}, wanted at "
+                f"least num_steps · batch_size + 1 = {need}; pass a longer text, fewer steps or a "
+                "smaller batch"
             )
-    train, heldout = (_streams(part, num_steps, batch_size) for part in (tokens[:cut], tokens[cut:]))
+    train, heldout = (
+        _streams(part, num_steps, batch_size) for part in (tokens[:cut], tokens[cut:])
+    )
     return Text(train, heldout, vocabulary)
 
 
 def count_symbols(text: str) -> dict[str, int]:
-    """What becomes of a text's characters: how many there are and differ, how many symbols stand for them.
+    """What becomes of a text's characters: how many there are and differ, how many symbols stand
+    for them.
 
     Returns:
-      `characters`; `distinct_characters`; `vocabulary`, symbols that a model tells apart; `folded_characters`, those
-      characters that are read as U+FFFD.
+      `characters`; `distinct_characters`; `vocabulary`, symbols that a model tells apart;
+      `folded_characters`, those characters that are read as U+FFFD.
     """
     counts, own = Counter(text), _own_symbols(text)
     folded = len(text) - sum(own.values())
@@ -129,13 +143,21 @@ def _streams(tokens: np.ndarray, num_steps: int, batch_size: int) -> Batch:
     return Batch(cut(tokens[:used]), cut(tokens[1 : used + 1]))
 
 
-def copy(key: jax.Array, *, length: int, delay: int, batch_size: int, num_symbols: int = 8) -> Batch:
-    """Copy memory (Hochreiter & Schmidhuber, 1997): repeat `length` symbols after `delay` blank steps.
+def copy(
+    key: jax.Array, *, length: int, delay: int, batch_size: int, num_symbols: int = 8
+) -> Batch:
+    """Copy memory (Hochreiter & Schmidhuber, 1997): repeat `length` symbols after `delay` blank
+    steps.
 
     T = 2·length + delay. `xs`: one-hot `[T, B, num_symbols + 2]` (blank and go are the last two);
-    targets int32 `[T, B]`; weights 1 on the last `length` steps, else 0. Raises ValueError: sizes < 1.
+    targets int32 `[T, B]`; weights 1 on the last `length` steps, else 0. Raises ValueError: sizes <
+    1.
     """
-    for name, value in {"length": length, "batch_size": batch_size, "num_symbols": num_symbols}.items():
+    for name, value in {
+        "length": length,
+        "batch_size": batch_size,
+        "num_symbols": num_symbols,
+    }.items():
         validation.check_positive_integer(name, value)
     validation.check_positive_integer("delay", delay)
     symbols = jax.random.randint(key, (length, batch_size), 0, num_symbols)
@@ -151,10 +173,11 @@ def copy(key: jax.Array, *, length: int, delay: int, batch_size: int, num_symbol
 
 
 def adding(key: jax.Array, *, num_steps: int, batch_size: int) -> Batch:
-    """The adding problem (ibid.): the sum of two marked numbers, one in each half, after the last step.
+    """The adding problem (ibid.): the sum of two marked numbers, one in each half, after the last
+    step.
 
-    `xs` `[T, B, 2]` (number in [0, 1), marker); targets `[T, B, 1]`; weights 1 on the last step, else 0.
-    Raises ValueError: num_steps < 2 or batch_size < 1.
+    `xs` `[T, B, 2]` (number in [0, 1), marker); targets `[T, B, 1]`; weights 1 on the last step,
+    else 0. Raises ValueError: num_steps < 2 or batch_size < 1.
     """
     validation.check_positive_integer("num_steps", num_steps, smallest=2)
     validation.check_positive_integer("batch_size", batch_size)
@@ -168,11 +191,15 @@ def adding(key: jax.Array, *, num_steps: int, batch_size: int) -> Batch:
     total = jnp.sum(jnp.where(marked, numbers, 0), axis=0)
     targets = jnp.broadcast_to(total[None, :, None], (num_steps, batch_size, 1))
     weights = jnp.zeros(num_steps).at[-1].set(1)
-    return Batch(jnp.stack([numbers, marked.astype(numbers.dtype)], axis=-1), targets, weights=weights)
+    return Batch(
+        jnp.stack([numbers, marked.astype(numbers.dtype)], axis=-1), targets, weights=weights
+    )
 
 
 def cross_entropy(logits: jax.Array, target: jax.Array) -> jax.Array:
-    """`−ln p(target)` in nats, logits `[*batch, classes]`, integer targets `[*batch]`; NaN for one out of range."""
+    """`−ln p(target)` in nats, logits `[*batch, classes]`, integer targets `[*batch]`; NaN for one
+    out of range.
+    """
     loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, target)
     return jnp.where((target >= 0) & (target < logits.shape[-1]), loss, jnp.nan)
 
@@ -183,7 +210,8 @@ def squared_error(y: jax.Array, target: jax.Array) -> jax.Array:
 
 
 def on_tokens(cell: Cell, vocabulary_size: int) -> Cell:
-    """A cell of input size `vocabulary_size` that reads integer tokens `[*batch]` (as one-hot vectors).
+    """A cell of input size `vocabulary_size` that reads integer tokens `[*batch]` (as one-hot
+    vectors).
 
     A token out of range becomes NaN, which shows in the loss; a vector of zeros would not.
     """

@@ -49,8 +49,8 @@ def train(
       estimator: any.
       optimizer: any optax transformation.
       params: where to start.
-      carry: what enters the first batch, or a function of the parameters that gives it; not read where `state` is
-        given.
+      carry: what enters the first batch, or a function of the parameters that gives it; not read
+        where `state` is given.
       batches: leaves `[N, T, ...]`.
       key: for estimators that draw.
       state: an estimator's state to continue from, `history.state`.
@@ -78,7 +78,10 @@ def train(
     running, first = (params, state, opt_state), None
     if callable(state.carry):  # a start, which the first update alone begins with
         running, first = body(running, jax.tree.map(lambda a: a[0], batches))
-        batches, first = jax.tree.map(lambda a: a[1:], batches), jax.tree.map(lambda a: a[None], first)
+        batches, first = (
+            jax.tree.map(lambda a: a[1:], batches),
+            jax.tree.map(lambda a: a[None], first),
+        )
     running, seen = jax.lax.scan(body, running, batches)
     if first is not None:
         seen = jax.tree.map(lambda *parts: jnp.concatenate(parts), first, seen)
@@ -87,7 +90,9 @@ def train(
 
 
 def mean_loss(step: Step, loss: Loss, params: Params, carry: Carry, batches: Batch) -> jax.Array:
-    """The weighted mean loss over batches `[N, T, ...]` read as one stream, the carry kept between them."""
+    """The weighted mean loss over batches `[N, T, ...]` read as one stream, the carry kept between
+    them.
+    """
 
     def body(carry, batch):
         carry, ys = scan_steps(step, params, carry, batch.xs, None, batch.mask)

@@ -3,8 +3,8 @@
     g = gated BPTT (window, keep_prob) + strength · ∂penalty/∂w
     w ← w − learning_rate · (clip(g, max_norm) + weight_decay · w)
 
-Window T, keep_prob 1, max_norm inf, weight_decay 0 and strength 0 change nothing, so that one compiled program
-runs every remedy of the tanh network.
+Window T, keep_prob 1, max_norm inf, weight_decay 0 and strength 0 change nothing, so that one
+compiled program runs every remedy of the tanh network.
 """
 
 import math
@@ -64,10 +64,12 @@ class Doses(NamedTuple):
       keep_prob: probability that a crossing is kept, "randomized truncation".
       max_norm: of "clipping".
       weight_decay: `w ← w − learning_rate · weight_decay · w`, all parameters.
-      spectral: strength of `½ σ₁(w_h)²` (Yoshida & Miyato, 2017). σ₁ is pushed one singular vector at a time:
-        a matrix with H equal singular values shrinks H times as slowly as by weight decay.
-      lyapunov: strength of the mean of `λ_i²` over the leading exponents of one example (Engelken, 2023). Deep
-        in chaos (at H = 32 and T = 50 from radius 2 on) this penalty's own gradient explodes.
+      spectral: strength of `½ σ₁(w_h)²` (Yoshida & Miyato, 2017). σ₁ is pushed one singular vector
+        at a time: a matrix with H equal singular values shrinks H times as slowly as by weight
+        decay.
+      lyapunov: strength of the mean of `λ_i²` over the leading exponents of one example (Engelken,
+        2023). Deep in chaos (at H = 32 and T = 50 from radius 2 on) this penalty's own gradient
+        explodes.
       negative_slope: of "leaky relu".
     """
 
@@ -89,8 +91,8 @@ class Treatment(NamedTuple):
     """What is done to one run: scalar arrays, or `[R]` of each.
 
     Attributes:
-      start: `PATIENT` (a random orthogonal matrix times the radius), `ORTHOGONAL` (the same times 1) or
-        `IDENTITY`.
+      start: `PATIENT` (a random orthogonal matrix times the radius), `ORTHOGONAL` (the same times
+        1) or `IDENTITY`.
       rectified: whether the activation is a (leaky) ReLU instead of tanh.
       negative_slope: of that ReLU.
       window: steps per block of fixed truncation; T or more: none.
@@ -118,8 +120,12 @@ class Treatment(NamedTuple):
         return cuts(key, num_steps, self.window, self.keep_prob)
 
 
-def cuts(key: Any, num_steps: int, window: jax.typing.ArrayLike, keep_prob: jax.typing.ArrayLike) -> jax.Array:
-    """Gates `[num_steps]` of blocks and random cuts at once; window num_steps and keep_prob 1 cut nothing."""
+def cuts(
+    key: Any, num_steps: int, window: jax.typing.ArrayLike, keep_prob: jax.typing.ArrayLike
+) -> jax.Array:
+    """Gates `[num_steps]` of blocks and random cuts at once; window num_steps and keep_prob 1 cut
+    nothing.
+    """
     return truncation.fixed(num_steps, window) * truncation.randomized(key, num_steps, keep_prob)
 
 
@@ -130,14 +136,17 @@ def check_doses(doses: Doses) -> None:
     validation.check_probability("doses.keep_prob", doses.keep_prob)
     if jnp.ndim(doses.keep_prob):
         raise ValueError(
-            f"doses.keep_prob must be a scalar, got shape {jnp.shape(doses.keep_prob)}; one probability for all steps"
+            f"doses.keep_prob must be a scalar, got shape {jnp.shape(doses.keep_prob)}; one "
+            "probability for all steps"
         )
     for name in ("learning_rate", "smaller_learning_rate", "max_norm"):
         validation.check_above(f"doses.{name}", getattr(doses, name), 0, "nothing would be learnt")
     for name in ("weight_decay", "spectral", "lyapunov", "negative_slope"):
         value = getattr(doses, name)
         if not isinstance(value, Tracer) and not _is_finite_and_positive_or_0(value):
-            raise ValueError(f"doses.{name} must be a finite number >= 0, got {value!r}; 0 leaves the remedy out")
+            raise ValueError(
+                f"doses.{name} must be a finite number >= 0, got {value!r}; 0 leaves the remedy out"
+            )
 
 
 def _is_finite_and_positive_or_0(value: Any) -> bool:
@@ -176,13 +185,18 @@ def prescribe(doses: Doses, num_steps: int, names: Sequence[str] = RNN_REMEDIES)
         "leaky relu": {"rectified": True, "negative_slope": doses.negative_slope},
     }
     rows = [{**nothing, **changed[name]} for name in names]
-    return Treatment(**{entry: jnp.stack([jnp.asarray(row[entry]) for row in rows]) for entry in nothing})
+    return Treatment(
+        **{entry: jnp.stack([jnp.asarray(row[entry]) for row in rows]) for entry in nothing}
+    )
 
 
-def cell_of(family: str, hidden_size: int, treatment: Treatment, radius: jax.typing.ArrayLike) -> cells.Cell:
+def cell_of(
+    family: str, hidden_size: int, treatment: Treatment, radius: jax.typing.ArrayLike
+) -> cells.Cell:
     """The treated cell with a linear readout of one number.
 
-    Its recurrent matrix, or the matrix of each gate, starts as a random orthogonal matrix times the radius.
+    Its recurrent matrix, or the matrix of each gate, starts as a random orthogonal matrix times the
+    radius.
     """
 
     def recurrent_init(key, shape, dtype=jnp.float32):
@@ -192,7 +206,9 @@ def cell_of(family: str, hidden_size: int, treatment: Treatment, radius: jax.typ
 
     def activation(a):
         slope = treatment.negative_slope
-        leaky = jax.nn.relu(a) - jnp.where(slope == 0, 0, slope * jax.nn.relu(-a))  # at −∞ a ReLU is 0
+        leaky = jax.nn.relu(a) - jnp.where(
+            slope == 0, 0, slope * jax.nn.relu(-a)
+        )  # at −∞ a ReLU is 0
         return jnp.where(treatment.rectified, leaky, jnp.tanh(a))
 
     build = {"gru": cells.gru, "lstm": cells.lstm}
@@ -204,21 +220,31 @@ def cell_of(family: str, hidden_size: int, treatment: Treatment, radius: jax.typ
 
 
 def spectral_penalty(params: Params) -> jax.Array:
-    """`½ σ₁(w_h)²`; the singular vectors are held, so that equal singular values give a subgradient."""
+    """`½ σ₁(w_h)²`; the singular vectors are held, so that equal singular values give a
+    subgradient.
+    """
     u, _, vh = jnp.linalg.svd(lax.stop_gradient(params["w_h"]))
     return jnp.square(u[:, 0] @ params["w_h"] @ vh[0]) / 2
 
 
-def lyapunov_penalty(step: Step, params: Params, carry: Carry, xs: jax.Array, num_exponents: int) -> jax.Array:
-    """The mean of `λ_i²` over the leading exponents of one example; what is −∞ has no gradient and counts as 0."""
+def lyapunov_penalty(
+    step: Step, params: Params, carry: Carry, xs: jax.Array, num_exponents: int
+) -> jax.Array:
+    """The mean of `λ_i²` over the leading exponents of one example; what is −∞ has no gradient and
+    counts as 0.
+    """
     exponents = lyapunov_spectrum(step, params, carry, xs, num_exponents=num_exponents).exponents
     return jnp.mean(jnp.square(jnp.where(jnp.isfinite(exponents), exponents, 0)))
 
 
 def treated_estimator(
-    cell: cells.Cell, treatment: Treatment, num_exponents: int | None, gates_fn: Callable | None = None
+    cell: cells.Cell,
+    treatment: Treatment,
+    num_exponents: int | None,
+    gates_fn: Callable | None = None,
 ) -> Estimator:
-    """The gradient that a treated run uses: gated, with its penalty, every batch from a carry of zeros.
+    """The gradient that a treated run uses: gated, with its penalty, every batch from a carry of
+    zeros.
 
     Args:
       cell: with its readout.
@@ -231,10 +257,16 @@ def treated_estimator(
 
     def penalty_grads(params, batch, num_exponents):
         def of_exponents(params):
-            return lyapunov_penalty(cell.step, params, cell.initial_carry(), batch.xs[:, 0], num_exponents)
+            return lyapunov_penalty(
+                cell.step, params, cell.initial_carry(), batch.xs[:, 0], num_exponents
+            )
 
         # The gradients are taken in the branches: a branch not taken must not leave 0 · inf behind.
-        branches = [lambda p: jax.tree.map(jnp.zeros_like, p), jax.grad(spectral_penalty), jax.grad(of_exponents)]
+        branches = [
+            lambda p: jax.tree.map(jnp.zeros_like, p),
+            jax.grad(spectral_penalty),
+            jax.grad(of_exponents),
+        ]
         return lax.switch(treatment.regulariser, branches, params)
 
     def update(params: Params, state, batch: Batch):
@@ -244,7 +276,9 @@ def treated_estimator(
             return estimate, state
         weight = treatment.strength * estimate.weight_sum
         grads = jax.tree.map(
-            lambda g, p: g + weight * p, estimate.grad_sum, penalty_grads(params, batch, num_exponents)
+            lambda g, p: g + weight * p,
+            estimate.grad_sum,
+            penalty_grads(params, batch, num_exponents),
         )
         return replace(estimate, grad_sum=grads), state
 

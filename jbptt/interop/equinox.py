@@ -17,26 +17,29 @@ def from_equinox(
     call: Callable[..., Any] | None = None,
     key: jax.Array | None = None,
 ) -> calls.StepModel:
-    """An Equinox module as `(step, params, initial_carry)`: written for one example, vmapped over the batch.
+    """An Equinox module as `(step, params, initial_carry)`: written for one example, vmapped over
+    the batch.
 
     Args:
-      module: a cell (`eqx.nn.GRUCell`, `LSTMCell`; y = h), or any module called as `module(carry, x) -> (carry, y)` on
-        one example. All its floating arrays are trained, as with `eqx.filter_grad`.
-      initial_carry: the carry of one example, or a function of the batch shape. None: zeros for the only cell in the
-        module. A start that the module itself holds is not used: no step reads it, so it would not be trained.
-        Every leaf has the batch axes.
+      module: a cell (`eqx.nn.GRUCell`, `LSTMCell`; y = h), or any module called as
+        `module(carry, x) -> (carry, y)` on one example. All its floating arrays are trained, as
+        with `eqx.filter_grad`.
+      initial_carry: the carry of one example, or a function of the batch shape. None: zeros for the
+        only cell in the module. A start that the module itself holds is not used: no step reads it,
+        so it would not be trained. Every leaf has the batch axes.
       call: `(module, carry, x) -> (carry, y)` on one example, instead of `module(carry, x)`.
-      key: for modules that draw random numbers: the call gets a new one as `key=` in each step and for each example.
-        Every `initial_carry(batch_shape)` begins with the same; `initial_carry(batch_shape, key)` with others.
+      key: for modules that draw random numbers: the call gets a new one as `key=` in each step and
+        for each example. Every `initial_carry(batch_shape)` begins with the same;
+        `initial_carry(batch_shape, key)` with others.
 
     Returns:
-      step, params (`eqx.filter(module, eqx.is_inexact_array)`) and initial_carry. Updates fit `eqx.apply_updates`;
-      parameters go back by `to_equinox`.
+      step, params (`eqx.filter(module, eqx.is_inexact_array)`) and initial_carry. Updates fit
+      `eqx.apply_updates`; parameters go back by `to_equinox`.
 
     Raises:
-      ValueError: not an Equinox module, a wrong call, `eqx.nn.Sequential` without `call`, an `eqx.nn.State` or a layer
-        with one, no way to know the carry, a carry without arrays, no key in `key`; from the step, while it is traced:
-        a key is missing, here or in the carry.
+      ValueError: not an Equinox module, a wrong call, `eqx.nn.Sequential` without `call`, an
+        `eqx.nn.State` or a layer with one, no way to know the carry, a carry without arrays, no key
+        in `key`; from the step, while it is traced: a key is missing, here or in the carry.
       ImportError: equinox is not installed.
 
     >>> import equinox as eqx
@@ -50,7 +53,9 @@ def from_equinox(
     if not isinstance(module, eqx.Module):
         calls.refuse(module, "from_equinox takes an instance of equinox.Module")
     if _held(module, (eqx.nn.StateIndex, eqx.nn.State)):
-        calls.refuse(module, f"it holds an eqx.nn.State, or a layer that keeps one. {calls.STATEFUL}")
+        calls.refuse(
+            module, f"it holds an eqx.nn.State, or a layer that keeps one. {calls.STATEFUL}"
+        )
     is_cell = isinstance(module, cell_types)
     if call is not None or not is_cell:
         calls.check_call(module, call, eqx.nn.Sequential, key=key)
@@ -71,13 +76,17 @@ def from_equinox(
         inner, y = calls.call_step(module, lambda *args: run(*args, key=used), live, inner, x)
         return (inner, key_t), y
 
-    keys = None if key is None else lambda batch_shape, new: jax.random.split(key if new is None else new, batch_shape)
+    keys = (
+        None
+        if key is None
+        else lambda batch_shape, new: jax.random.split(key if new is None else new, batch_shape)
+    )
     first_carry = calls.with_keys(start, keys)
     leaves = jax.tree.leaves(jax.eval_shape(first_carry))
     if not leaves:
         raise ValueError(
-            "initial_carry holds no array, so a step cannot tell one example from a batch. Give it one, such as "
-            "jnp.zeros(()), and hand it on."
+            "initial_carry holds no array, so a step cannot tell one example from a batch. Give it "
+            "one, such as jnp.zeros(()), and hand it on."
         )
     example_rank = jnp.ndim(leaves[0])
 
@@ -101,7 +110,11 @@ def _call_module(module: Any, carry: Any, x: Any, **random: Any) -> tuple[Any, A
 
 def _held(module: Any, types: Any) -> list[Any]:
     """The parts of the module that are of these types; not the parts of such a part."""
-    return [m for m in jax.tree.leaves(module, is_leaf=lambda m: isinstance(m, types)) if isinstance(m, types)]
+    return [
+        m
+        for m in jax.tree.leaves(module, is_leaf=lambda m: isinstance(m, types))
+        if isinstance(m, types)
+    ]
 
 
 def _zeros(cell: Any) -> Any:

@@ -22,23 +22,26 @@ def from_haiku(
     """A Haiku core as `(step, params, initial_carry)`, with freshly drawn parameters.
 
     Args:
-      make_core: a function without arguments that builds the core (`lambda: hk.LSTM(64)`): a `hk.RNNCore`, `hk.DeepRNN`
-        among them, or any module called as `core(x, carry) -> (y, carry)`. It runs inside `hk.transform`, on batches:
-        x is `[B, ...]`, one axis and no more, as Haiku's own cores take it.
-      key: of the parameters and, where a step draws random numbers, of those: then it travels in the carry. Every
-        `initial_carry(batch_shape)` begins with the same; `initial_carry(batch_shape, key)` with another.
+      make_core: a function without arguments that builds the core (`lambda: hk.LSTM(64)`): a
+        `hk.RNNCore`, `hk.DeepRNN` among them, or any module called as
+        `core(x, carry) -> (y, carry)`. It runs inside `hk.transform`, on batches: x is `[B, ...]`,
+        one axis and no more, as Haiku's own cores take it.
+      key: of the parameters and, where a step draws random numbers, of those: then it travels in
+        the carry. Every `initial_carry(batch_shape)` begins with the same;
+        `initial_carry(batch_shape, key)` with another.
       input_size: width of x, or a tree of `jax.ShapeDtypeStruct` like one example's x.
       initial_carry: the carry of one example, or a function of the batch shape. None: the core's
         `initial_state(batch_size)`, `initial_state(None)` for one example.
       call: `(core, carry, x) -> (carry, y)` instead of `core(x, carry)`.
 
     Returns:
-      step, params (Haiku's own, `{module: {name: array}}`) and initial_carry. Parameters that were trained elsewhere,
-      with the same names, can take the place of `params`.
+      step, params (Haiku's own, `{module: {name: array}}`) and initial_carry. Parameters that were
+      trained elsewhere, with the same names, can take the place of `params`.
 
     Raises:
-      ValueError: make_core makes no core, no key, a wrong call, `hk.Sequential` without `call`, `hk.get_state` in the
-        core (batch norm), an initial state with parameters or random numbers; from the step: keys missing in the carry.
+      ValueError: make_core makes no core, no key, a wrong call, `hk.Sequential` without `call`,
+        `hk.get_state` in the core (batch norm), an initial state with parameters or random numbers;
+        from the step: keys missing in the carry.
       ImportError: haiku is not installed.
 
     >>> import haiku as hk
@@ -48,7 +51,9 @@ def from_haiku(
     """
     import haiku as hk
 
-    start = _initial_carry(make_core, key) if initial_carry is None else calls.carry_fn(initial_carry)
+    start = (
+        _initial_carry(make_core, key) if initial_carry is None else calls.carry_fn(initial_carry)
+    )
     network = hk.transform_with_state(lambda carry, x: _core_step(make_core, call, carry, x))
     x = jax.tree.map(lambda s: jnp.zeros((1, *s.shape), s.dtype), calls.input_shapes(input_size))
     key_init, key_steps = jax.random.split(calls.typed_key(key))
@@ -57,7 +62,9 @@ def from_haiku(
     def run(params, key, carry, x):
         after, kept = network.apply(params, state, key, carry, x)
         if kept:  # some keep a state in apply alone (hk.running_init)
-            raise ValueError(f"make_core's core keeps a state ({', '.join(kept)}): no step. {calls.STATEFUL}.")
+            raise ValueError(
+                f"make_core's core keeps a state ({', '.join(kept)}): no step. {calls.STATEFUL}."
+            )
         return after
 
     # Asked of the program, because a core may draw only where there is a key.
@@ -80,7 +87,9 @@ def _made(make_core: Any) -> Any:
 
     core = make_core()
     if not isinstance(core, hk.Module) or not callable(core):
-        raise ValueError(f"make_core must return a haiku module that can be called, got {type(core).__name__}.")
+        raise ValueError(
+            f"make_core must return a haiku module that can be called, got {type(core).__name__}."
+        )
     return core
 
 
@@ -111,10 +120,16 @@ def _initial_carry(make_core: Any, key: jax.Array) -> calls.InitialCarry:
     if jax.eval_shape(lambda: made.init(key, 1)):
         raise ValueError(f"make_core's core cannot be used as a step: {calls.LEARNED_START}.")
     if any(dependences(lambda key: made.apply({}, key, 1), calls.typed_key(key))):
-        raise ValueError("initial_state of make_core's core draws random numbers. Pass initial_carry=.")
+        raise ValueError(
+            "initial_state of make_core's core draws random numbers. Pass initial_carry=."
+        )
 
     def initial_carry(batch_shape=()):
         carry = made.apply({}, None, math.prod(batch_shape) if batch_shape else None)
-        return jax.tree.map(lambda a: a.reshape(*batch_shape, *a.shape[1:]), carry) if batch_shape else carry
+        return (
+            jax.tree.map(lambda a: a.reshape(*batch_shape, *a.shape[1:]), carry)
+            if batch_shape
+            else carry
+        )
 
     return initial_carry

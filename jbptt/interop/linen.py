@@ -23,27 +23,31 @@ def from_linen(
     """A Flax linen module as `(step, params, initial_carry)`.
 
     Args:
-      module: a cell (`linen.SimpleCell`, `GRUCell`, `LSTMCell`, `OptimizedLSTMCell`, `MGUCell`), a `linen.RNN` with its
-        variables (the cell and the cell's variables are taken), or any module called as `module(carry, x) -> (carry,
-        y)`, x `[*batch, ...]`.
-      variables: what `module.init` returned: `"params"` is trained, the other collections are constants.
+      module: a cell (`linen.SimpleCell`, `GRUCell`, `LSTMCell`, `OptimizedLSTMCell`, `MGUCell`), a
+        `linen.RNN` with its variables (the cell and the cell's variables are taken), or any module
+        called as `module(carry, x) -> (carry, y)`, x `[*batch, ...]`.
+      variables: what `module.init` returned: `"params"` is trained, the other collections are
+        constants.
       input_size: width of x, or a tree of `jax.ShapeDtypeStruct` like one example's x.
       initial_carry: the carry of one example, or a function of the batch shape. None: the module's
-        `initialize_carry(key, input_shape)`; for tokens the input shape is that of the batch and a width of 1.
-      call: `(module, carry, x) -> (carry, y)`, bound to the variables, instead of `module(carry, x)`.
-      key: for modules that draw random numbers, whatever they call their stream (`has_rng` finds "params" and
-        "dropout"): it travels in the carry. Every `initial_carry(batch_shape)` begins with the same;
-        `initial_carry(batch_shape, key)` with another.
+        `initialize_carry(key, input_shape)`; for tokens the input shape is that of the batch and a
+        width of 1.
+      call: `(module, carry, x) -> (carry, y)`, bound to the variables, instead of
+        `module(carry, x)`.
+      key: for modules that draw random numbers, whatever they call their stream (`has_rng` finds
+        "params" and "dropout"): it travels in the carry. Every `initial_carry(batch_shape)` begins
+        with the same; `initial_carry(batch_shape, key)` with another.
 
     Returns:
-      step, params (`variables["params"]`; of a `linen.RNN` its `["cell"]`) and initial_carry. The way back is
-      `{**variables, "params": params}`.
+      step, params (`variables["params"]`; of a `linen.RNN` its `["cell"]`) and initial_carry. The
+      way back is `{**variables, "params": params}`.
 
     Raises:
-      ValueError: not a linen module, no "params" in the variables, a wrong call, `linen.Sequential` without `call`,
-        bidirectional or reversed, no `initialize_carry`, one that depends on the parameters, no key in `key`; from the
-        step, while it is traced: a collection is written to, or would be if it were mutable (and is read by the next
-        step), a key is missing, here or in the carry.
+      ValueError: not a linen module, no "params" in the variables, a wrong call, `linen.Sequential`
+        without `call`, bidirectional or reversed, no `initialize_carry`, one that depends on the
+        parameters, no key in `key`; from the step, while it is traced: a collection is written to,
+        or would be if it were mutable (and is read by the next step), a key is missing, here or in
+        the carry.
       ImportError: flax is not installed.
 
     >>> from flax import linen
@@ -63,18 +67,28 @@ def from_linen(
         calls.refuse(module, "from_linen takes an instance of flax.linen.Module")
     if not isinstance(variables, Mapping) or "params" not in variables:
         found = sorted(variables) if isinstance(variables, Mapping) else type(variables).__name__
-        raise ValueError(f'variables must hold "params", as module.init(…) returns them, got {found}.')
+        raise ValueError(
+            f'variables must hold "params", as module.init(…) returns them, got {found}.'
+        )
     if isinstance(module, linen.RNN):
         if module.reverse:
             calls.refuse(module, calls.REVERSED)
         if "cell" not in variables["params"]:
             raise ValueError(
-                f'variables["params"] of a linen.RNN must hold "cell", got {sorted(variables["params"])}. Pass what '
-                "its own init returned; of a model that holds it, the part under its name."
+                'variables["params"] of a linen.RNN must hold "cell", got '
+                f"{sorted(variables['params'])}. Pass what its own init returned; of a model "
+                "that holds it, the part under its name."
             )
-        module, variables = module.cell, {name: tree["cell"] for name, tree in variables.items() if "cell" in tree}
+        module, variables = (
+            module.cell,
+            {name: tree["cell"] for name, tree in variables.items() if "cell" in tree},
+        )
     calls.check_call(module, call, linen.Sequential)
-    start = _initial_carry(module, variables, input_size) if initial_carry is None else calls.carry_fn(initial_carry)
+    start = (
+        _initial_carry(module, variables, input_size)
+        if initial_carry is None
+        else calls.carry_fn(initial_carry)
+    )
     constants = {name: tree for name, tree in variables.items() if name != "params"}
 
     def run(live, carry, x, rngs):
@@ -82,7 +96,8 @@ def from_linen(
             return module.apply({**constants, "params": live}, carry, x, rngs=rngs, method=call)
         except errors.ModifyScopeVariableError as error:
             raise ValueError(
-                f"{type(module).__name__} changed a variable in one step. {calls.STATEFUL}{calls.FIXED_STATISTICS}."
+                f"{type(module).__name__} changed a variable in one step. "
+                f"{calls.STATEFUL}{calls.FIXED_STATISTICS}."
             ) from error
 
     @cache  # for the shapes of one step: it is traced several times
@@ -106,7 +121,8 @@ def from_linen(
                 return checked(params, carry, x, rngs={})
         inner, key_t = calls.split_keys(type(module).__name__, carry)
         key_t, *used = jax.random.split(key_t, 3)
-        # Streams that have no key of their own take that of "params"; modules ask whether there is a "dropout".
+        # Streams that have no key of their own take that of "params"; modules ask whether there is
+        # a "dropout".
         inner, y = checked(params, inner, x, rngs=dict(zip(STREAMS, used, strict=True)))
         return (inner, key_t), y
 
@@ -115,7 +131,9 @@ def from_linen(
     return step, variables["params"], calls.with_keys(start, keys)
 
 
-def _initial_carry(module: Any, variables: Mapping[str, Any], input_size: Any) -> calls.InitialCarry:
+def _initial_carry(
+    module: Any, variables: Mapping[str, Any], input_size: Any
+) -> calls.InitialCarry:
     calls.input_shapes(input_size)
     method = "initialize_carry(key, input_shape)"
     if not hasattr(module, "initialize_carry"):
@@ -124,7 +142,9 @@ def _initial_carry(module: Any, variables: Mapping[str, Any], input_size: Any) -
 
     def initial(params, batch_shape):
         shape = calls.first_shape(input_size, batch_shape)
-        return module.apply({**variables, "params": params}, method=lambda live: live.initialize_carry(key, shape))
+        return module.apply(
+            {**variables, "params": params}, method=lambda live: live.initialize_carry(key, shape)
+        )
 
     with calls.missing_start(module, method):
         return calls.unlearned(module, initial, variables["params"])

@@ -10,8 +10,8 @@ from jbptt.interop import calls
 from jbptt.types import Params, PyTree
 
 WRITTEN_BACK = (
-    "(nnx.jit and nnx.remat inside a module write every variable back, changed or not: leave them off there, "
-    "jit the whole, and recompute by segments)"
+    "(nnx.jit and nnx.remat inside a module write every variable back, changed or not: leave them "
+    "off there, jit the whole, and recompute by segments)"
 )
 
 
@@ -25,24 +25,27 @@ def from_nnx(
     """A Flax nnx module as `(step, params, initial_carry)`: split here, merged inside the step.
 
     Args:
-      module: a cell (`nnx.SimpleCell`, `GRUCell`, `LSTMCell`, `OptimizedLSTMCell`), an `nnx.RNN` (its cell is taken),
-        or any module called as `module(carry, x) -> (carry, y)`, x `[*batch, ...]`. It is not changed.
-      input_size: width of x, or a tree of `jax.ShapeDtypeStruct` like one example's x. None: the `in_features` of
-        what `initialize_carry` belongs to, which alone asks for it.
-      initial_carry: the carry of one example, or a function of the batch shape. None: `initialize_carry(input_shape,
-        rngs)` of the module, or of the one cell in it; for tokens the input shape is that of the batch and a width
-        of 1.
+      module: a cell (`nnx.SimpleCell`, `GRUCell`, `LSTMCell`, `OptimizedLSTMCell`), an `nnx.RNN`
+        (its cell is taken), or any module called as `module(carry, x) -> (carry, y)`, x
+        `[*batch, ...]`. It is not changed.
+      input_size: width of x, or a tree of `jax.ShapeDtypeStruct` like one example's x. None: the
+        `in_features` of what `initialize_carry` belongs to, which alone asks for it.
+      initial_carry: the carry of one example, or a function of the batch shape. None:
+        `initialize_carry(input_shape, rngs)` of the module, or of the one cell in it; for tokens
+        the input shape is that of the batch and a width of 1.
       call: `(module, carry, x) -> (carry, y)` instead of `module(carry, x)`.
 
     Returns:
-      step, params (the `nnx.State` of every `nnx.Param`) and initial_carry. Gradients fit `nnx.Optimizer.update`;
-      parameters go back by `to_nnx`. Rng streams are part of the carry, other variables are constants. Every
-      `initial_carry(batch_shape)` begins with the module's streams; `initial_carry(batch_shape, key)` with new keys.
+      step, params (the `nnx.State` of every `nnx.Param`) and initial_carry. Gradients fit
+      `nnx.Optimizer.update`; parameters go back by `to_nnx`. Rng streams are part of the carry,
+      other variables are constants. Every `initial_carry(batch_shape)` begins with the module's
+      streams; `initial_carry(batch_shape, key)` with new keys.
 
     Raises:
-      ValueError: not an nnx module, a wrong call, `nnx.Sequential` without `call`, bidirectional or reversed, no way to
-        know the carry, one that depends on the parameters; from the step, while it is traced: it changed a parameter,
-        another variable (batch norm's statistics) or an attribute.
+      ValueError: not an nnx module, a wrong call, `nnx.Sequential` without `call`, bidirectional or
+        reversed, no way to know the carry, one that depends on the parameters; from the step, while
+        it is traced: it changed a parameter, another variable (batch norm's statistics) or an
+        attribute.
       ImportError: flax is not installed.
 
     >>> from flax import nnx
@@ -63,7 +66,8 @@ def from_nnx(
     calls.check_call(module, call, nnx.Sequential)
     run = call or (lambda live, carry, x: live(carry, x))
     graph, *trees = nnx.split(module, nnx.Param, nnx.RngState, ...)
-    # The trees of a split share their variables with the module: copies do not follow it, nor it them.
+    # The trees of a split share their variables with the module: copies do not follow it, nor it
+    # them.
     params, streams, constants = _copy(trees)
     is_random = bool(jax.tree.leaves(streams))
     if initial_carry is None:
@@ -82,21 +86,33 @@ def from_nnx(
     bridged = any(isinstance(part, nnx.bridge.ToNNX) for _, part in nnx.iter_modules(module))
 
     def step(params, carry, x):
-        inner, streams_t = calls.split_keys(type(module).__name__, carry, fits) if is_random else (carry, streams)
+        inner, streams_t = (
+            calls.split_keys(type(module).__name__, carry, fits) if is_random else (carry, streams)
+        )
         live = nnx.merge(graph, *_copy((params, streams_t, constants)))
         after, y = calls.call_step(module, run, live, inner, x)
         graph_t, params_t, streams_t, constants_t = nnx.split(live, nnx.Param, nnx.RngState, ...)
         _check_unchanged(module, (graph, params, constants), (graph_t, params_t, constants_t))
-        if bridged and (found := calls.frozen_state(_apply_free(graph, run), constants, params, streams, inner, x)):
+        if bridged and (
+            found := calls.frozen_state(
+                _apply_free(graph, run), constants, params, streams, inner, x
+            )
+        ):
             calls.refuse(module, calls.FROZEN.format(", ".join(found)))
         return ((after, streams_t) if is_random else after), y
 
-    keys = (lambda _, key: _copy(streams) if key is None else _reseeded(streams, key)) if is_random else None
+    keys = (
+        (lambda _, key: _copy(streams) if key is None else _reseeded(streams, key))
+        if is_random
+        else None
+    )
     return step, params, calls.with_keys(start, keys)
 
 
 def _apply_free(graph: Any, run: Callable[..., Any]) -> Callable[..., Any]:
-    """One step as `frozen_state` runs it: linen modules within (`nnx.bridge.ToNNX`) may write all but parameters."""
+    """One step as `frozen_state` runs it: linen modules within (`nnx.bridge.ToNNX`) may write all
+    but parameters.
+    """
     from flax import linen, nnx
     from flax.core import DenyList
 
@@ -106,7 +122,9 @@ def _apply_free(graph: Any, run: Callable[..., Any]) -> Callable[..., Any]:
             result = run(live, carry, x)
             rest: Any = nnx.split(live, nnx.Param, nnx.RngState, ...)[3]
             after = dict(nnx.to_flat_state(rest))
-            return result, nnx.from_flat_state({path: after[path] for path, _ in nnx.to_flat_state(constants)})
+            return result, nnx.from_flat_state(
+                {path: after[path] for path, _ in nnx.to_flat_state(constants)}
+            )
 
     return lambda *args: Free().apply({}, *args, mutable=DenyList("params"))[0]
 
@@ -119,7 +137,10 @@ def _copy(trees: PyTree) -> PyTree:
 def _reseeded(streams: PyTree, key: jax.Array) -> PyTree:
     leaves, structure = jax.tree.flatten(streams)
     keys = jax.random.split(key, len(leaves))
-    fresh = [jax.random.split(k, a.shape) if calls.holds_keys(a) else a for k, a in zip(keys, leaves, strict=True)]
+    fresh = [
+        jax.random.split(k, a.shape) if calls.holds_keys(a) else a
+        for k, a in zip(keys, leaves, strict=True)
+    ]
     return jax.tree.unflatten(structure, fresh)
 
 
@@ -130,7 +151,9 @@ def _initial_carry(module: Any, input_size: Any) -> Callable[[Any, tuple[int, ..
     def owner_in(module):
         if hasattr(module, "initialize_carry"):
             return module
-        return calls.only_cell(module, (m for _, m in nnx.iter_modules(module) if isinstance(m, nnx.RNNCellBase)))
+        return calls.only_cell(
+            module, (m for _, m in nnx.iter_modules(module) if isinstance(m, nnx.RNNCellBase))
+        )
 
     owner = owner_in(module)
     # The x of the module need not be the x of a cell inside it, which knows its own width.
@@ -138,8 +161,8 @@ def _initial_carry(module: Any, input_size: Any) -> Callable[[Any, tuple[int, ..
     size = own if owner is not module or input_size is None else input_size
     if size is None:
         raise ValueError(
-            f"input_size is missing: initialize_carry of {type(owner).__name__} asks for the shape of x, and it has no "
-            "in_features. Pass input_size=, the width of x, or initial_carry=."
+            f"input_size is missing: initialize_carry of {type(owner).__name__} asks for the shape "
+            "of x, and it has no in_features. Pass input_size=, the width of x, or initial_carry=."
         )
     calls.input_shapes(size)
 
@@ -151,23 +174,33 @@ def _initial_carry(module: Any, input_size: Any) -> Callable[[Any, tuple[int, ..
 
 
 def _check_unchanged(module: Any, before: PyTree, after: PyTree) -> None:
-    """Compares arrays by identity: whoever assigns to a variable puts another array there, even of the same value."""
+    """Compares arrays by identity: whoever assigns to a variable puts another array there, even of
+    the same value.
+    """
     (graph, *old), (graph_t, *new) = before, after
     old, new = (
-        {jax.tree_util.keystr(path[1:]): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(trees)}
+        {
+            jax.tree_util.keystr(path[1:]): leaf
+            for path, leaf in jax.tree_util.tree_leaves_with_path(trees)
+        }
         for trees in (old, new)
     )
     changed = [name for name in new if name in old and old[name] is not new[name]]
     changed += [f"the attribute {name}, which is new" for name in new if name not in old]
     if changed or graph != graph_t:
         what = ", ".join(changed) or "its attributes"
-        calls.refuse(module, f"one step changed {what}. {calls.STATEFUL}{calls.FIXED_STATISTICS}. {WRITTEN_BACK}")
+        calls.refuse(
+            module,
+            f"one step changed {what}. {calls.STATEFUL}{calls.FIXED_STATISTICS}. {WRITTEN_BACK}",
+        )
 
 
 def to_nnx(module: Any, params: Params) -> Any:
-    """A copy of the nnx module with `params` in it; everything else, rng streams included, as in `module`.
+    """A copy of the nnx module with `params` in it; everything else, rng streams included, as in
+    `module`.
 
-    An `nnx.RNN` gets the parameters of its cell. (`nnx.update(module, params)` changes the module itself.)
+    An `nnx.RNN` gets the parameters of its cell. (`nnx.update(module, params)` changes the module
+    itself.)
 
     Raises:
       ValueError: the names or shapes are not those of the module's parameters.
@@ -179,12 +212,14 @@ def to_nnx(module: Any, params: Params) -> Any:
     wanted, got = _shapes(nnx.state(target, nnx.Param)), _shapes(params)
     if wanted != got:
         wrong = sorted(
-            f"{k}: {got.get(k)}, wanted {wanted.get(k)}" for k in wanted | got if got.get(k) != wanted.get(k)
+            f"{k}: {got.get(k)}, wanted {wanted.get(k)}"
+            for k in wanted | got
+            if got.get(k) != wanted.get(k)
         )
         raise ValueError(
-            f"params must have the names and shapes of the parameters of {type(target).__name__}, got {wrong[0]}"
-            f"{f' and {len(wrong) - 1} more' if len(wrong) > 1 else ''}. Pass params as from_nnx of this module "
-            "returned them."
+            f"params must have the names and shapes of the parameters of {type(target).__name__}, "
+            f"got {wrong[0]}{f' and {len(wrong) - 1} more' if len(wrong) > 1 else ''}. Pass params "
+            "as from_nnx of this module returned them."
         )
     nnx.update(target, params)
     return copy
@@ -192,4 +227,6 @@ def to_nnx(module: Any, params: Params) -> Any:
 
 def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
     named = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path).removesuffix(".value"): jnp.shape(leaf) for path, leaf in named}
+    return {
+        jax.tree_util.keystr(path).removesuffix(".value"): jnp.shape(leaf) for path, leaf in named
+    }

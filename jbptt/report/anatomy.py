@@ -1,4 +1,6 @@
-"""What the backward pass of the study's models looks like inside, with exercises of Dive into Deep Learning."""
+"""What the backward pass of the study's models looks like inside, with exercises of Dive into Deep
+Learning.
+"""
 
 from functools import partial
 from typing import Any
@@ -46,8 +48,12 @@ def flow(trained: Trained, progress: Progress, device: Any) -> dict[str, Any]:
     return found
 
 
-def spectra(trained: Trained, heldout: Batch, effort: Effort, progress: Progress, device: Any) -> list[dict[str, Any]]:
-    """Singular values of products of Jacobians and Lyapunov exponents, before and after training."""
+def spectra(
+    trained: Trained, heldout: Batch, effort: Effort, progress: Progress, device: Any
+) -> list[dict[str, Any]]:
+    """Singular values of products of Jacobians and Lyapunov exponents, before and after
+    training.
+    """
     model = trained.model
     progress(f"{model.name}: spectra")
     xs = np.asarray(heldout.xs)[:, :, 0].reshape(-1)  # the first stream, batch after batch
@@ -64,7 +70,9 @@ def spectra(trained: Trained, heldout: Batch, effort: Effort, progress: Progress
             num_discarded=effort.spectrum_steps // 4,
             qr_every=4,
         )
-        return found, jacobian_products(model.cell.step, params, carry, xs[: max(SPANS)], spans=SPANS)
+        return found, jacobian_products(
+            model.cell.step, params, carry, xs[: max(SPANS)], spans=SPANS
+        )
 
     def inputs(params, carry):
         return jax.device_put((params, jax.tree.map(lambda leaf: leaf[0], carry), xs), device)
@@ -84,13 +92,18 @@ def spectra(trained: Trained, heldout: Batch, effort: Effort, progress: Progress
             "log_singular_values": digits(products.log_singular_values),
         }
 
-    found = [one("before", model.seeds[0], model.carry), one("after", trained.params, trained.carry)]
+    found = [
+        one("before", model.seeds[0], model.carry),
+        one("after", trained.params, trained.carry),
+    ]
     progress(f"{model.name}: spectra measured", 2)
     return found
 
 
 def growth(model: Model, batch: Batch, progress: Progress) -> dict[str, Any]:
-    """Tanh networks whose recurrent matrices differ in spectral radius: norms by lag, and of gradients, clipped too."""
+    """Tanh networks whose recurrent matrices differ in spectral radius: norms by lag, and of
+    gradients, clipped too.
+    """
     progress("vanishing and exploding")
     step, loss, num_steps = model.cell.step, tasks.cross_entropy, batch.xs.shape[0]
     lengths = [2**k for k in range(1, num_steps.bit_length()) if 2**k <= num_steps]
@@ -126,16 +139,21 @@ def growth(model: Model, batch: Batch, progress: Progress) -> dict[str, Any]:
 
 
 def exercises(seed: int, progress: Progress) -> dict[str, Any]:
-    """The two exercises: eigenvalues of a power, and vectors that turn to one direction, or do not."""
+    """The two exercises: eigenvalues of a power, and vectors that turn to one direction, or do
+    not.
+    """
     progress("powers of a matrix")
     rng = np.random.default_rng(seed)
     size, power, num_steps = 8, 3, 40
     general = rng.normal(size=(size, size)) / np.sqrt(size)
     symmetric = (general + general.T) / 2
     x = rng.normal(size=size)
-    # The same vectors with eigenvalues that the exercise needs not to tie: real, of different sizes.
+    # The same vectors with eigenvalues that the exercise needs not to tie: real, of different
+    # sizes.
     basis = rng.normal(size=(size, size))
-    spread = basis @ np.diag(0.95 ** np.arange(size) * (-1.0) ** np.arange(size)) @ np.linalg.inv(basis)
+    spread = (
+        basis @ np.diag(0.95 ** np.arange(size) * (-1.0) ** np.arange(size)) @ np.linalg.inv(basis)
+    )
     angle = np.array([[0.6, -0.8], [0.8, 0.6]])
     examples = {
         "symmetric": (symmetric, x),

@@ -29,8 +29,12 @@ def positive(values: Iterable[float | None]) -> np.ndarray:
     return np.where(found > 0, found, np.nan)
 
 
-def log_scale(ax: Any, axis: str, values: Iterable[float | None], steps: tuple[float, ...] = (1, 2, 5)) -> None:
-    """A log axis with plain numbers at `steps` times powers of ten, unless nothing on it is positive."""
+def log_scale(
+    ax: Any, axis: str, values: Iterable[float | None], steps: tuple[float, ...] = (1, 2, 5)
+) -> None:
+    """A log axis with plain numbers at `steps` times powers of ten, unless nothing on it is
+    positive.
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     ax.grid(True)
@@ -61,7 +65,15 @@ def rule_tolerances(ax: Any, theme: Theme) -> None:
     """Dotted rules at the two errors that windows are recommended for."""
     for level, text in ((0.1, "10 %"), (0.01, "1 %")):
         ax.axhline(level, color=theme.muted, linewidth=0.9, linestyle=":")
-        ax.annotate(text, (0, level), (3, 2), ax.get_yaxis_transform(), "offset points", color=theme.muted, fontsize=8)
+        ax.annotate(
+            text,
+            (0, level),
+            (3, 2),
+            ax.get_yaxis_transform(),
+            "offset points",
+            color=theme.muted,
+            fontsize=8,
+        )
 
 
 def draw_unit_circle(ax: Any, theme: Theme) -> None:
@@ -86,18 +98,24 @@ def label_characters(ax: Any, labels: list[str]) -> None:
 
 
 def draw_matrix(ax: Any, matrix: np.ndarray, norm: Any, theme: Theme) -> Any:
-    """A lower-triangular matrix by weight; zeros on and below the diagonal are grey, the rest stays blank."""
+    """A lower-triangular matrix by weight; zeros on and below the diagonal are grey, the rest stays
+    blank.
+    """
     import matplotlib
     from matplotlib.colors import ListedColormap
 
     name, low, high = theme.shades
     shades = matplotlib.colormaps[name](np.linspace(low, high, 256))
     size = len(matrix)
-    cut = np.ma.masked_where((matrix > 0) | np.triu(np.ones_like(matrix, bool), 1), np.ones_like(matrix))
+    cut = np.ma.masked_where(
+        (matrix > 0) | np.triu(np.ones_like(matrix, bool), 1), np.ones_like(matrix)
+    )
     # "none" stores one pixel per pair, and the browser scales it without blur.
     place = {"interpolation": "none", "extent": (0, size, size, 0)}
     ax.imshow(cut, cmap=ListedColormap([theme.cut]), **place)
-    image = ax.imshow(np.ma.masked_where(matrix <= 0, matrix), cmap=ListedColormap(shades), norm=norm, **place)
+    image = ax.imshow(
+        np.ma.masked_where(matrix <= 0, matrix), cmap=ListedColormap(shades), norm=norm, **place
+    )
     for draw_lines in (ax.hlines, ax.vlines) if size <= 40 else ():
         draw_lines(np.arange(1, size), 0, size, color=theme.paper, linewidth=0.7)
     ax.tick_params(length=0, pad=2)

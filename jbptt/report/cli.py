@@ -27,7 +27,8 @@ class UsageError(Exception):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status: 0, 2 for a wrong call, 130 after Ctrl-C.
 
-    And 141 where standard output ends early, as `head` ends it; without a word, as other commands do.
+    And 141 where standard output ends early, as `head` ends it; without a word, as other commands
+    do.
 
     Args:
       arguments: None: those of this process, which Ctrl-C then ends.
@@ -40,7 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(sys.argv[1:], interruption.ends_this_process())
     except BrokenPipeError:
-        for stream in (sys.stdout, sys.stderr):  # Python would try once more to write what is left, when it ends
+        for stream in (
+            sys.stdout,
+            sys.stderr,
+        ):  # Python would try once more to write what is left, when it ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return 128 + 13  # as of a command that SIGPIPE ended
 
@@ -64,7 +68,9 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"jbptt {__version__}")
         return 0
     if missing := [name for name in NEEDED if find_spec(name) is None]:
-        raise UsageError(f"the command line needs {', '.join(missing)}; install with pip install 'jbptt[cli]'")
+        raise UsageError(
+            f"the command line needs {', '.join(missing)}; install with pip install 'jbptt[cli]'"
+        )
     import tyro
 
     errors = io.StringIO()
@@ -84,7 +90,9 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _commands(arguments: list[str]) -> Any:
-    """Every subcommand; each returns what is left to run once the whole line has been understood."""
+    """Every subcommand; each returns what is left to run once the whole line has been
+    understood.
+    """
     import tyro
 
     from jbptt.report import comparing
@@ -100,11 +108,13 @@ def _commands(arguments: list[str]) -> Any:
         out: Path = Path("jbptt-report"),
         cores: int | None = None,
     ):
-        """Train small character models on real text and write report.html, report.json and the figures.
+        """Train small character models on real text and write report.html, report.json and the
+        figures.
 
         Args:
             out: the folder to write; files of an earlier report in it are replaced at the very end.
-            cores: CPU cores used as devices, over which the runs are spread; all of them if not given.
+            cores: CPU cores used as devices, over which the runs are spread; all of them if not
+            given.
         """
         return lambda: run_report(settings, out=out, cores=cores, command=command)
 
@@ -118,29 +128,39 @@ def _commands(arguments: list[str]) -> Any:
         no_measure: bool = False,
         plans: bool = False,
     ):
-        """Print the diagnosis of your own model: how far its gradient reaches, which window it needs, what to change.
+        """Print the diagnosis of your own model: how far its gradient reaches, which window it
+        needs, what to change.
 
         Args:
             model: MODULE:FUNCTION or FILE.py:FUNCTION; the function takes nothing and returns
                 (step, loss, params, carry, batch).
-            max_window: the largest lag and sliding window considered; all steps, 512 at most, if not given.
-            learning_rate: of your optimizer, to be held against the curvature of the loss.
-            no_measure: leave out the time and memory of windows, which takes less time.
-            plans: time the ways to compute the full gradient (segment lengths, devices) and print the fastest.
+            max_window: the largest lag and sliding window considered; all steps, 512 at most, if
+            not given. learning_rate: of your optimizer, to be held against the curvature of the
+            loss. no_measure: leave out the time and memory of windows, which takes less time.
+            plans: time the ways to compute the full gradient (segment lengths, devices) and print
+            the fastest.
         """
-        options = {"max_window": max_window, "learning_rate": learning_rate, "measure": not no_measure}
+        options = {
+            "max_window": max_window,
+            "learning_rate": learning_rate,
+            "measure": not no_measure,
+        }
         return lambda: run_diagnosis(model, plans=plans, **options)
 
     @commands.command(name="compare")
     def compare(
-        settings: tyro.conf.OmitArgPrefixes[comparing.ComparisonSettings] = comparing.ComparisonSettings(),  # noqa: B008
+        settings: tyro.conf.OmitArgPrefixes[
+            comparing.ComparisonSettings
+        ] = comparing.ComparisonSettings(),  # noqa: B008
         *,
         out: Path | None = None,
     ):
-        """Train a small model on a task and compare truncated gradients with the exact one: bias, variance, cost.
+        """Train a small model on a task and compare truncated gradients with the exact one: bias,
+        variance, cost.
 
         Args:
-            out: a folder to write comparison.json and comparison.svg into; nothing is written if not given.
+            out: a folder to write comparison.json and comparison.svg into; nothing is written if
+            not given.
         """
         return lambda: run_compare(settings, out=out, command=command)
 
@@ -160,8 +180,12 @@ def run_compare(settings: Any, *, out: Path | None = None, command: str = "jbptt
         comparing.check_comparison_settings(settings)
         if out is not None:
             output.check_target(Path(out), files)
-        with interruption.unfinished("the comparison was stopped before it was finished; nothing was written"):
-            found, cost = comparing.run_comparison(settings, lambda what: print(what, file=sys.stderr, flush=True))
+        with interruption.unfinished(
+            "the comparison was stopped before it was finished; nothing was written"
+        ):
+            found, cost = comparing.run_comparison(
+                settings, lambda what: print(what, file=sys.stderr, flush=True)
+            )
             if out is not None:
                 picture = to_svg(plots.plot_comparison(found).figure)
                 texts = comparing.comparison_json(settings, found, cost, command), picture
@@ -170,13 +194,16 @@ def run_compare(settings: Any, *, out: Path | None = None, command: str = "jbptt
         raise UsageError(str(error)) from error
     except _device_errors() as error:
         reason = str(error).splitlines()[0]
-        raise UsageError(f"the device gave up: {reason}; try a smaller --hidden-size or --batch-size") from error
+        raise UsageError(
+            f"the device gave up: {reason}; try a smaller --hidden-size or --batch-size"
+        ) from error
     print(found, "", "time of one update, temporary memory", cost, sep="\n")
     return 0
 
 
 def run_diagnosis(model: str, *, plans: bool = False, **options: Any) -> int:
-    """Diagnoses the model that a user's function returns and prints the page, and the plans if they are asked for.
+    """Diagnoses the model that a user's function returns and prints the page, and the plans if they
+    are asked for.
 
     Raises: UsageError, for whatever the user can put right.
     """
@@ -185,12 +212,16 @@ def run_diagnosis(model: str, *, plans: bool = False, **options: Any) -> int:
     from jbptt.report.user_models import describe, is_own, load_problem
 
     try:
-        with interruption.unfinished(f"the diagnosis of {model} was stopped before it was finished"):
+        with interruption.unfinished(
+            f"the diagnosis of {model} was stopped before it was finished"
+        ):
             problem = load_problem(model)
             found = diagnose(*problem, **options)
             fastest, cost = choose_plan(*problem) if plans else (None, None)
     except _device_errors() as error:
-        raise UsageError(f"the device gave up: {str(error).splitlines()[0]}; try a smaller batch") from error
+        raise UsageError(
+            f"the device gave up: {str(error).splitlines()[0]}; try a smaller batch"
+        ) from error
     except (Exception, SystemExit) as error:
         said = isinstance(error, ValueError) and is_own(error)
         raise UsageError(str(error) if said else f"{model} failed: {describe(error)}") from error
@@ -200,7 +231,9 @@ def run_diagnosis(model: str, *, plans: bool = False, **options: Any) -> int:
     return 0
 
 
-def run_report(settings: Any, *, out: Path, cores: int | None = None, command: str = "jbptt report") -> int:
+def run_report(
+    settings: Any, *, out: Path, cores: int | None = None, command: str = "jbptt report"
+) -> int:
     """Runs the study and writes its report into `out`, all of it or nothing.
 
     Raises: UsageError, before anything runs where that can be known.
@@ -216,7 +249,9 @@ def run_report(settings: Any, *, out: Path, cores: int | None = None, command: s
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
     try:
-        stopped = f"the report was stopped before it was finished; nothing was written into {target}"
+        stopped = (
+            f"the report was stopped before it was finished; nothing was written into {target}"
+        )
         with interruption.unfinished(stopped), ProgressDisplay() as progress:
             data = study.run_study(settings, text, progress)
             progress("write the report", 1.0)
@@ -226,7 +261,9 @@ def run_report(settings: Any, *, out: Path, cores: int | None = None, command: s
         raise UsageError(f"the report could not be finished: {error}") from error
     except _device_errors() as error:
         reason = str(error).splitlines()[0]
-        raise UsageError(f"the device gave up: {reason}; try a smaller --hidden-size or --batch-size") from error
+        raise UsageError(
+            f"the device gave up: {reason}; try a smaller --hidden-size or --batch-size"
+        ) from error
     print_summary(data, target)
     return 0
 
@@ -235,7 +272,9 @@ def _use_cores(cores: int | None) -> None:
     """Splits the CPU into `cores` devices, which JAX allows until it has computed something."""
     available = _available_cores()
     if cores is not None and not 1 <= cores <= available:
-        raise ValueError(f"cores must be in [1, {available}], got {cores}; this process may use {available}")
+        raise ValueError(
+            f"cores must be in [1, {available}], got {cores}; this process may use {available}"
+        )
     if cores is None and "JAX_NUM_CPU_DEVICES" in os.environ:
         return
     import jax
@@ -245,12 +284,15 @@ def _use_cores(cores: int | None) -> None:
     except RuntimeError:
         if cores is not None:
             raise ValueError(
-                f"cores must be chosen before JAX computes anything, got {cores}; start a new process"
+                f"cores must be chosen before JAX computes anything, got {cores}; start a new "
+                "process"
             ) from None
 
 
 def _available_cores() -> int:
-    """The cores that this process may use, fewer than the machine's under a scheduler or in a container."""
+    """The cores that this process may use, fewer than the machine's under a scheduler or in a
+    container.
+    """
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -261,7 +303,9 @@ def _device_errors() -> tuple[type[Exception], ...]:
 
 
 def _one_line(message: str, arguments: list[str]) -> str:
-    """The first paragraph of a boxed message without the box, and what may have been meant instead."""
+    """The first paragraph of a boxed message without the box, and what may have been meant
+    instead.
+    """
     command = arguments[0] if arguments[:1] in (["report"], ["diagnose"], ["compare"]) else ""
     paragraphs = _paragraphs(message)
     text = " ".join(paragraphs[0]) if paragraphs else "the command line was not understood"
@@ -274,7 +318,9 @@ def _paragraphs(message: str) -> list[list[str]]:
     paragraphs: list[list[str]] = [[]]
     for line in message.splitlines()[1:]:  # the first holds the title
         line = line.strip("│|╭╮╰╯+ ")
-        if re.search(r"─{3,}|-{3,}", line):  # a border or a rule; ASCII where the terminal has no lines to draw with
+        if re.search(
+            r"─{3,}|-{3,}", line
+        ):  # a border or a rule; ASCII where the terminal has no lines to draw with
             paragraphs.append([])
         elif line:
             paragraphs[-1].append(line)
@@ -282,7 +328,9 @@ def _paragraphs(message: str) -> list[list[str]]:
 
 
 def _meant(paragraphs: list[list[str]], command: str) -> list[str]:
-    """The options of this command that are like the one that it lacks, or the commands that exist."""
+    """The options of this command that are like the one that it lacks, or the commands that
+    exist.
+    """
     found, option = [], ""
     for lines in paragraphs:
         if lines[0].startswith("Available subcommands"):

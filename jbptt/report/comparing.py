@@ -1,4 +1,6 @@
-"""What `jbptt compare` does: train a small model on a task, then hold its truncated gradients against the exact one."""
+"""What `jbptt compare` does: train a small model on a task, then hold its truncated gradients
+against the exact one.
+"""
 
 import json
 from collections.abc import Callable
@@ -40,7 +42,8 @@ class ComparisonSettings:
       window: steps per block, and per sliding window; several are compared.
       keep_prob: of randomized truncation; several are compared, each with and without its weights.
       mean_length: of ARTBP, in steps; several are compared.
-      tolerance: of windows that follow a bound on the bias (at most max(window) steps); left out if not given.
+      tolerance: of windows that follow a bound on the bias (at most max(window) steps); left out if
+        not given.
       num_samples: draws of each estimator that draws.
       seed: of everything random, in [0, 2³²).
     """
@@ -74,7 +77,9 @@ def check_comparison_settings(settings: ComparisonSettings) -> None:
     """A ValueError says what is wrong, before anything runs."""
     for name in ("hidden_size", "batch_size", "num_updates"):
         validation.check_positive_integer(name, getattr(settings, name))
-    validation.check_positive_integer("num_steps", settings.num_steps, smallest=3 if settings.task == "copy" else 2)
+    validation.check_positive_integer(
+        "num_steps", settings.num_steps, smallest=3 if settings.task == "copy" else 2
+    )
     validation.check_positive_integer("num_samples", settings.num_samples, smallest=2)
     validation.check_seed(settings.seed)
     for window in settings.window:
@@ -84,11 +89,15 @@ def check_comparison_settings(settings: ComparisonSettings) -> None:
     for mean_length in settings.mean_length:
         validation.check_mean_length(mean_length)
     if settings.text is not None and settings.task != "text":
-        raise ValueError(f"text is read by the task text only, got task {settings.task}; leave one of them out")
+        raise ValueError(
+            f"text is read by the task text only, got task {settings.task}; leave one of them out"
+        )
     if settings.tolerance is not None:
         validation.check_between("tolerance", settings.tolerance, 0, 1, "0.1 means a bias of 10 %")
         if not settings.window:
-            raise ValueError("tolerance needs a window, the longest that may be taken; pass --window")
+            raise ValueError(
+                "tolerance needs a window, the longest that may be taken; pass --window"
+            )
 
 
 def make_setup(settings: ComparisonSettings) -> Setup:
@@ -103,7 +112,12 @@ def make_setup(settings: ComparisonSettings) -> Setup:
         task = tasks.text(tasks.read_text(settings.text), num_steps=steps, batch_size=examples)
         size = len(task.vocabulary)
         cell = tasks.on_tokens(cells.with_linear_readout(make(size, hidden), size), size)
-        return Setup(cell, tasks.cross_entropy, take(task.train, 0, settings.num_updates), first(task.heldout))
+        return Setup(
+            cell,
+            tasks.cross_entropy,
+            take(task.train, 0, settings.num_updates),
+            first(task.heldout),
+        )
     if settings.task == "copy":
         length = max(1, steps // 8)
         draw = partial(tasks.copy, length=length, delay=steps - 2 * length, batch_size=examples)
@@ -111,7 +125,9 @@ def make_setup(settings: ComparisonSettings) -> Setup:
     else:
         draw = partial(tasks.adding, num_steps=steps, batch_size=examples)
         cell, loss = cells.with_linear_readout(make(2, hidden), 1), tasks.squared_error
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(settings.seed), 1), settings.num_updates + 1)
+    keys = jax.random.split(
+        jax.random.fold_in(jax.random.key(settings.seed), 1), settings.num_updates + 1
+    )
     return Setup(cell, loss, jax.jit(jax.vmap(draw))(keys[1:]), jax.jit(draw)(keys[0]))
 
 
@@ -128,7 +144,9 @@ def estimators_of(settings: ComparisonSettings, step: Step, loss: Loss) -> dict[
         found[f"sliding {window}"] = truncated_bptt(step, loss, window=window, stride=1)
     for keep_prob in dict.fromkeys(settings.keep_prob):
         found[f"keep {keep_prob}"] = randomized_bptt(step, loss, keep_prob=keep_prob)
-        found[f"keep {keep_prob}, no 1/π"] = randomized_bptt(step, loss, keep_prob=keep_prob, reweight=False)
+        found[f"keep {keep_prob}, no 1/π"] = randomized_bptt(
+            step, loss, keep_prob=keep_prob, reweight=False
+        )
     for length in dict.fromkeys(settings.mean_length):
         found[f"artbp {length}"] = randomized_bptt(step, loss, mean_length=length)
     if settings.tolerance is not None:
@@ -142,7 +160,9 @@ def estimators_of(settings: ComparisonSettings, step: Step, loss: Loss) -> dict[
 def warmed(estimator: Estimator, params: Params, carry: Carry, batches: Batch) -> Estimator:
     """The estimator as it is after it has seen some batches, at the start of another stream."""
     start = estimator.init(params, carry, first(batches))
-    state, _ = jax.lax.scan(lambda state, batch: (estimator.update(params, state, batch)[1], None), start, batches)
+    state, _ = jax.lax.scan(
+        lambda state, batch: (estimator.update(params, state, batch)[1], None), start, batches
+    )
 
     def init(params: Params, carry: Carry, batch: Batch, key=None):
         fresh = estimator.init(params, carry, batch, key=key)
@@ -155,13 +175,15 @@ def warmed(estimator: Estimator, params: Params, carry: Carry, batches: Batch) -
     return Estimator(init, estimator.update, coverage)
 
 
-def run_comparison(settings: ComparisonSettings, say: Callable[[str], None]) -> tuple[Comparison, Cost]:
+def run_comparison(
+    settings: ComparisonSettings, say: Callable[[str], None]
+) -> tuple[Comparison, Cost]:
     """Trains, compares and measures."""
     setup = make_setup(settings)
     if (read := symbols_read(settings)) and read["folded_characters"]:
         say(
-            f"text: {read['folded_characters']:,} of {read['characters']:,} characters are none of the "
-            f"{read['vocabulary'] - 1} most frequent and are read as one symbol"
+            f"text: {read['folded_characters']:,} of {read['characters']:,} characters are none of "
+            f"the {read['vocabulary'] - 1} most frequent and are read as one symbol"
         )
     key = jax.random.fold_in(jax.random.key(settings.seed), 0)
     estimators = estimators_of(settings, setup.cell.step, setup.loss)
@@ -181,12 +203,21 @@ def run_comparison(settings: ComparisonSettings, say: Callable[[str], None]) -> 
     return found, measure_cost(estimators, *problem, key=key)
 
 
-def comparison_json(settings: ComparisonSettings, found: Comparison, cost: Cost, command: str) -> str:
+def comparison_json(
+    settings: ComparisonSettings, found: Comparison, cost: Cost, command: str
+) -> str:
     """Every number, as JSON; what is not finite becomes null."""
     from jbptt.report.study import plain_numbers
 
-    data: dict[str, Any] = {name: getattr(found, name) for name in (*PER_ESTIMATOR, "coverage", "alignment")}
-    data |= {"names": found.names, "num_samples": found.num_samples, "settings": asdict(settings), "command": command}
+    data: dict[str, Any] = {
+        name: getattr(found, name) for name in (*PER_ESTIMATOR, "coverage", "alignment")
+    }
+    data |= {
+        "names": found.names,
+        "num_samples": found.num_samples,
+        "settings": asdict(settings),
+        "command": command,
+    }
     data |= {"seconds": cost.median_seconds, "seconds_spread": cost.spread_seconds}
     data |= {"temporary_bytes": cost.temporary_bytes}
     data["text"] = symbols_read(settings)

@@ -9,7 +9,8 @@ from jbptt.report.tables import Table, learning_table, summary_table
 
 
 class ProgressDisplay:
-    """A bar with what runs now and how long is left; plain lines where standard error is not a terminal.
+    """A bar with what runs now and how long is left; plain lines where standard error is not a
+    terminal.
 
     A context manager, called with what runs and the fraction of the whole that is done.
     """
@@ -47,7 +48,9 @@ class ProgressDisplay:
         now = time.monotonic()
         left = (now - self._start) * (1 - fraction) / fraction if fraction > 0 else None
         if self._console.is_terminal:
-            self._progress.update(self._task, description=what, completed=fraction, asked=now, left=left)
+            self._progress.update(
+                self._task, description=what, completed=fraction, asked=now, left=left
+            )
         elif what != self._last:
             remaining = "" if left is None else f", {_clock(left)} left"
             print(f"{fraction:4.0%}  {what}{remaining}", file=sys.stderr, flush=True)
@@ -66,7 +69,9 @@ def print_summary(data: dict[str, Any], target: Path) -> None:
 
 
 def _rich_table(table: Table) -> tuple[Any, int]:
-    """The table, and the width under which words would be cut; a terminal that is narrower breaks its lines."""
+    """The table, and the width under which words would be cut; a terminal that is narrower breaks
+    its lines.
+    """
     from rich import box
     from rich.table import Table as RichTable
     from rich.text import Text
@@ -93,7 +98,9 @@ def _time_left_column() -> Any:
             left = task.fields["left"]
             if left is None:
                 return Text("time left: –")
-            return Text(f"{_clock(max(0.0, left - (time.monotonic() - task.fields['asked'])))} left")
+            return Text(
+                f"{_clock(max(0.0, left - (time.monotonic() - task.fields['asked'])))} left"
+            )
 
     return TimeLeft()
 

@@ -56,7 +56,9 @@ def render_page(data: dict[str, Any], light: dict[str, str], dark: dict[str, str
         for name, section in sections_of(data).items()
     ]
     settings = {name: _show(value) for name, value in data["settings"].items()}
-    return environment.get_template("template.html.jinja").render(data=data, sections=answers, settings=settings)
+    return environment.get_template("template.html.jinja").render(
+        data=data, sections=answers, settings=settings
+    )
 
 
 def _data_uri(svg: str) -> str:

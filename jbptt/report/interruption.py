@@ -1,7 +1,9 @@
-"""Ctrl-C: within two seconds the process ends with status 130, and its last words say what was stopped.
+"""Ctrl-C: within two seconds the process ends with status 130, and its last words say what was
+stopped.
 
-Python alone cannot do that. It raises KeyboardInterrupt between two of its own steps, so it waits for whatever
-XLA compiles or runs; and an interpreter that is taken down while XLA's threads still run ends in a segmentation fault.
+Python alone cannot do that. It raises KeyboardInterrupt between two of its own steps, so it waits
+for whatever XLA compiles or runs; and an interpreter that is taken down while XLA's threads still
+run ends in a segmentation fault.
 """
 
 import contextlib
@@ -20,7 +22,9 @@ _unfinished: list[str] = []
 
 @contextlib.contextmanager
 def unfinished(words: str) -> Iterator[None]:
-    """What Ctrl-C would stop while the block runs; KeyboardInterrupt carries these words outward."""
+    """What Ctrl-C would stop while the block runs; KeyboardInterrupt carries these words
+    outward.
+    """
     _unfinished.append(words)
     try:
         yield
@@ -32,7 +36,8 @@ def unfinished(words: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def ends_this_process() -> Iterator[None]:
-    """Inside, Ctrl-C ends the process: KeyboardInterrupt first, so that files are tidied up, then at once.
+    """Inside, Ctrl-C ends the process: KeyboardInterrupt first, so that files are tidied up, then
+    at once.
 
     For the main thread of a process that is all ours; elsewhere KeyboardInterrupt is left alone.
     """
@@ -46,19 +51,25 @@ def ends_this_process() -> Iterator[None]:
 
     def interrupt(*_: object) -> NoReturn:
         interrupted.set()
-        sys.unraisablehook = lambda _: None  # raised in a finalizer or the collector it is swallowed; the watch goes on
+        sys.unraisablehook = lambda _: (
+            None
+        )  # raised in a finalizer or the collector it is swallowed; the watch goes on
         raise KeyboardInterrupt
 
     def watch() -> None:
         while received := receiver.recv(1):  # nothing: the other end was closed
             if received[0] == signal.SIGINT:
                 words = _unfinished[-1:]
-                threading.Event().wait(SECONDS_TO_TIDY_UP)  # the main thread is faster wherever it can be
+                threading.Event().wait(
+                    SECONDS_TO_TIDY_UP
+                )  # the main thread is faster wherever it can be
                 _end(*words)
 
     threading.Thread(target=watch, daemon=True).start()
     signal.signal(signal.SIGINT, interrupt)
-    before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)  # written to even while XLA computes
+    before = signal.set_wakeup_fd(
+        sender.fileno(), warn_on_full_buffer=False
+    )  # written to even while XLA computes
     words: tuple[str, ...] = ()
     try:
         yield
@@ -81,7 +92,8 @@ def last_words(words: str = "stopped") -> str:
 def _end(*words: str) -> NoReturn:
     """Without taking the interpreter down, which is not safe while XLA's threads run."""
     with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
-        # A progress bar that is cut off stands between print and the terminal, and hides the cursor.
+        # A progress bar that is cut off stands between print and the terminal, and hides the
+        # cursor.
         clean = "\r\x1b[2K\x1b[?25h" if os.isatty(2) else ""
         os.write(2, (clean + last_words(*words)).encode(errors="replace"))
         sys.stdout.flush()

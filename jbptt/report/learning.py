@@ -56,7 +56,9 @@ def learn(
     adam = optimizer(chunk * effort.num_evaluations)
     sharding = _share(len(chosen) * effort.num_seeds)
     runs = jax.device_put(_start(model, adam, task, settings.seed, chosen), sharding)
-    advance, score = (_each_run(partial(function, model, adam), sharding) for function in (_advance, _score))
+    advance, score = (
+        _each_run(partial(function, model, adam), sharding) for function in (_advance, _score)
+    )
     curve = [score(runs, task.heldout)]
     for i in range(effort.num_evaluations):
         runs = advance(runs, take(task.train, i * chunk, chunk))
@@ -70,10 +72,12 @@ def learn(
         "num_steps": settings.num_steps,
         "num_seeds": effort.num_seeds,
         "characters_read": [
-            chunk * settings.num_steps * settings.batch_size * i for i in range(effort.num_evaluations + 1)
+            chunk * settings.num_steps * settings.batch_size * i
+            for i in range(effort.num_evaluations + 1)
         ],
         "strategies": [
-            _summary(name, detail, perplexity[:, i]) for i, (name, (*_, detail)) in enumerate(chosen.items())
+            _summary(name, detail, perplexity[:, i])
+            for i, (name, (*_, detail)) in enumerate(chosen.items())
         ],
     }
     params, carry = first((runs.params, runs.state.carry))
@@ -102,7 +106,8 @@ def _share(num_runs: int) -> jax.sharding.NamedSharding:
 def _each_run(function: Callable, sharding: jax.sharding.NamedSharding) -> Callable:
     """`function(learner, batches)` for learners with leaves `[num_runs, ...]`.
 
-    Side by side on an accelerator; one after another on a CPU core, whose caches hold only one of them.
+    Side by side on an accelerator; one after another on a CPU core, whose caches hold only one of
+    them.
     """
 
     def on_device(runs, batches):
@@ -111,7 +116,12 @@ def _each_run(function: Callable, sharding: jax.sharding.NamedSharding) -> Calla
         return jax.vmap(partial(function, batches=batches))(runs)
 
     runs, everywhere = sharding.spec, jax.sharding.PartitionSpec()
-    options = {"mesh": sharding.mesh, "in_specs": (runs, everywhere), "out_specs": runs, "check_vma": False}
+    options = {
+        "mesh": sharding.mesh,
+        "in_specs": (runs, everywhere),
+        "out_specs": runs,
+        "check_vma": False,
+    }
     return jax.jit(jax.shard_map(on_device, **options))
 
 
@@ -121,11 +131,15 @@ def strategy_estimator(model: Model, window: jax.Array, keep_prob: jax.Array) ->
     return gated_bptt(model.cell.step, tasks.cross_entropy, gates_fn=gates_fn)
 
 
-def _start(model: Model, adam: optax.GradientTransformation, task: tasks.Text, seed: int, chosen: dict) -> Learner:
+def _start(
+    model: Model, adam: optax.GradientTransformation, task: tasks.Text, seed: int, chosen: dict
+) -> Learner:
     """All runs, strategy by strategy; the strategies share the seeds' parameters and keys."""
 
     def one(window, keep_prob, params, key):
-        state = strategy_estimator(model, window, keep_prob).init(params, model.carry, first(task.train), key=key)
+        state = strategy_estimator(model, window, keep_prob).init(
+            params, model.carry, first(task.train), key=key
+        )
         return Learner(window, keep_prob, params, state, adam.init(params))
 
     key = jax.random.fold_in(jax.random.key(seed), 1)  # `make_model` draws from another
@@ -137,15 +151,29 @@ def _start(model: Model, adam: optax.GradientTransformation, task: tasks.Text, s
     return jax.jit(jax.vmap(one))(*jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts))
 
 
-def _advance(model: Model, adam: optax.GradientTransformation, learner: Learner, batches: Any) -> Learner:
+def _advance(
+    model: Model, adam: optax.GradientTransformation, learner: Learner, batches: Any
+) -> Learner:
     estimator = strategy_estimator(model, learner.window, learner.keep_prob)
     params, history = train(
-        estimator, adam, learner.params, None, batches, state=learner.state, opt_state=learner.opt_state
+        estimator,
+        adam,
+        learner.params,
+        None,
+        batches,
+        state=learner.state,
+        opt_state=learner.opt_state,
     )
     return learner._replace(params=params, state=history.state, opt_state=history.opt_state)
 
 
-def _score(model: Model, adam: optax.GradientTransformation, learner: Learner, batches: Any) -> jax.Array:
+def _score(
+    model: Model, adam: optax.GradientTransformation, learner: Learner, batches: Any
+) -> jax.Array:
     """Reads on from where training stands: from zeros, a trained network may be lost for good."""
     del adam
-    return jnp.exp(mean_loss(model.cell.step, tasks.cross_entropy, learner.params, learner.state.carry, batches))
+    return jnp.exp(
+        mean_loss(
+            model.cell.step, tasks.cross_entropy, learner.params, learner.state.carry, batches
+        )
+    )

@@ -56,7 +56,14 @@ class Effort(NamedTuple):
     def total_work(self, num_cells: int) -> float:
         """In the units in which the functions of this study report progress: some seconds each."""
         per_cell = (num_cells if self.windows_of_all_cells else 1) * (5 + len(self.cost_windows))
-        return num_cells + per_cell + 3 * self.num_seeds + 3 + 4 * (self.num_draws > 0) + 8 * self.remedies
+        return (
+            num_cells
+            + per_cell
+            + 3 * self.num_seeds
+            + 3
+            + 4 * (self.num_draws > 0)
+            + 8 * self.remedies
+        )
 
 
 FULL = Effort(600, 12, 4, (4, 16, 64), 2, True, 7, 1024, 64, 64, True)
@@ -64,7 +71,9 @@ QUICK = Effort(60, 3, 2, (), 1, False, 3, 256, 8, 0, False)
 
 
 class Progress:
-    """Counts finished work over threads; raises CancelledError in every thread once one has failed."""
+    """Counts finished work over threads; raises CancelledError in every thread once one has
+    failed.
+    """
 
     def __init__(self, show: Callable[[str, float], None], total: float):
         self._show, self._total, self._done = show, total, 0.0
@@ -80,7 +89,9 @@ class Progress:
 
 
 def in_parallel(progress: Progress, jobs: list[Callable[[], Any]]) -> list[Any]:
-    """The results of all jobs, two at a time: most of the time is compilation, and more threads would hinder it."""
+    """The results of all jobs, two at a time: most of the time is compilation, and more threads
+    would hinder it.
+    """
     pool = ThreadPoolExecutor(2)
     futures = [pool.submit(job) for job in jobs]
     try:
@@ -96,7 +107,9 @@ def in_parallel(progress: Progress, jobs: list[Callable[[], Any]]) -> list[Any]:
 
 
 one_at_a_time = threading.Lock()
-"""Held while a program with QR decompositions runs: two of them side by side can deadlock XLA's threads."""
+"""Held while a program with QR decompositions runs: two of them side by side can deadlock XLA's
+threads.
+"""
 
 
 class Model(NamedTuple):
@@ -115,12 +128,16 @@ def make_model(name: str, settings: Any, task: tasks.Text, effort: Effort) -> Mo
     cell = tasks.on_tokens(cells.with_linear_readout(make(size, settings.hidden_size), size), size)
     init = jax.jit(cell.init).lower(key).compile()
     with one_at_a_time:
-        seeds = [jax.block_until_ready(init(jax.random.fold_in(key, i))) for i in range(effort.num_seeds)]
+        seeds = [
+            jax.block_until_ready(init(jax.random.fold_in(key, i))) for i in range(effort.num_seeds)
+        ]
     return Model(name, cell, seeds, cell.initial_carry((settings.batch_size,)))
 
 
 def optimizer(num_updates: int) -> optax.GradientTransformation:
-    """Adam behind clipping. The learning rate falls to 0, so that no curve ends in the middle of a spike."""
+    """Adam behind clipping. The learning rate falls to 0, so that no curve ends in the middle of a
+    spike.
+    """
     learning_rate = optax.cosine_decay_schedule(3e-3, num_updates)
     return optax.chain(clipping.clip_by_global_norm(1.0), optax.adam(learning_rate))
 
@@ -148,11 +165,19 @@ class Trained(NamedTuple):
     batch: Any
 
 
-def train_fully(model: Model, task: tasks.Text, effort: Effort, progress: Progress, device: Any) -> Trained:
+def train_fully(
+    model: Model, task: tasks.Text, effort: Effort, progress: Progress, device: Any
+) -> Trained:
     """Trains with full BPTT from the first seed."""
     progress(f"{model.name}: train")
-    run = jax.jit(partial(train, full_bptt(model.cell.step, tasks.cross_entropy), optimizer(effort.num_updates)))
-    start = jax.device_put((model.seeds[0], model.carry, take(task.train, 0, effort.num_updates)), device)
+    run = jax.jit(
+        partial(
+            train, full_bptt(model.cell.step, tasks.cross_entropy), optimizer(effort.num_updates)
+        )
+    )
+    start = jax.device_put(
+        (model.seeds[0], model.carry, take(task.train, 0, effort.num_updates)), device
+    )
     params, history = run(*start)
     return Trained(model, params, history.state.carry, first(task.heldout))
 
@@ -165,11 +190,15 @@ def reach(trained: Trained, progress: Progress, device: Any) -> list[dict[str, A
     @jax.jit
     def look(params, carry, batch):
         num_steps = batch.xs.shape[0]
-        profile = lag_profile(model.cell.step, tasks.cross_entropy, params, carry, batch, max_lag=num_steps)
+        profile = lag_profile(
+            model.cell.step, tasks.cross_entropy, params, carry, batch, max_lag=num_steps
+        )
         return *profile, fit_decay(profile.cotangent_norms)
 
     def curve(stage, params, carry):
-        norms, grad_norms, decay = jax.device_get(look(*jax.device_put((params, carry, trained.batch), device)))
+        norms, grad_norms, decay = jax.device_get(
+            look(*jax.device_put((params, carry, trained.batch), device))
+        )
         return {
             "cell": model.name,
             "stage": stage,
@@ -180,7 +209,10 @@ def reach(trained: Trained, progress: Progress, device: Any) -> list[dict[str, A
             "verdict": VERDICTS[decay.verdict_index],
         }
 
-    curves = [curve("before", model.seeds[0], model.carry), curve("after", trained.params, trained.carry)]
+    curves = [
+        curve("before", model.seeds[0], model.carry),
+        curve("after", trained.params, trained.carry),
+    ]
     progress(f"{model.name}: went back", 1)
     return curves
 
@@ -189,19 +221,28 @@ def find_windows(trained: Trained, progress: Progress, device: Any) -> Diagnosis
     """Which windows the trained model needs."""
     progress(f"{trained.model.name}: find its windows")
     look = jax.jit(partial(diagnose, trained.model.cell.step, tasks.cross_entropy, measure=False))
-    found = jax.block_until_ready(look(*jax.device_put((trained.params, trained.carry, trained.batch), device)))
+    found = jax.block_until_ready(
+        look(*jax.device_put((trained.params, trained.carry, trained.batch), device))
+    )
     progress(f"{trained.model.name}: windows found", 2)
     return found
 
 
-def windows(trained: Trained, found: Diagnosis, effort: Effort, progress: Progress) -> dict[str, Any]:
-    """Error by window of a trained model, with the cost of a few windows and of those recommended."""
+def windows(
+    trained: Trained, found: Diagnosis, effort: Effort, progress: Progress
+) -> dict[str, Any]:
+    """Error by window of a trained model, with the cost of a few windows and of those
+    recommended.
+    """
     progress(f"{trained.model.name}: time and memory of windows")
     curve, costs = found.curve, _costs(trained, found, effort)
     progress(f"{trained.model.name}: measured", 1 + len(effort.cost_windows))
 
     def part(error, cosine, recommended):
-        chosen = {f"{tolerance:g}": int(w) or None for tolerance, w in zip(TOLERANCES, recommended, strict=True)}
+        chosen = {
+            f"{tolerance:g}": int(w) or None
+            for tolerance, w in zip(TOLERANCES, recommended, strict=True)
+        }
         return {"relative_error": error, "cosine": cosine, "recommended": chosen}
 
     return {
@@ -217,7 +258,9 @@ def _costs(trained: Trained, found: Diagnosis, effort: Effort) -> list[dict[str,
     step, loss = trained.model.cell.step, tasks.cross_entropy
     sizes = [w for w in effort.cost_windows if w < found.num_steps]
     estimators = {("full", found.num_steps): full_bptt(step, loss)}
-    for window in sorted({*sizes, *map(int, found.block_window[: effort.cost_tolerances])} - {0, found.num_steps}):
+    for window in sorted(
+        {*sizes, *map(int, found.block_window[: effort.cost_tolerances])} - {0, found.num_steps}
+    ):
         estimators["block", window] = truncated_bptt(step, loss, window=window, streams=False)
     for window in sorted({*sizes, *map(int, found.sliding_window[: effort.cost_tolerances])} - {0}):
         estimators["sliding", window] = truncated_bptt(step, loss, window=window, stride=1)
@@ -225,8 +268,16 @@ def _costs(trained: Trained, found: Diagnosis, effort: Effort) -> list[dict[str,
     where = jax.device_put((trained.params, trained.carry, trained.batch), jax.devices()[0])
     named = {f"{kind} {window}": estimator for (kind, window), estimator in estimators.items()}
     cost = measure_cost(named, *where, num_repeats=effort.num_repeats)
-    columns = zip(estimators, cost.median_seconds, cost.spread_seconds, cost.temporary_bytes, strict=True)
+    columns = zip(
+        estimators, cost.median_seconds, cost.spread_seconds, cost.temporary_bytes, strict=True
+    )
     return [
-        {"strategy": kind, "window": window, "seconds": seconds, "seconds_spread": spread, "temporary_bytes": size}
+        {
+            "strategy": kind,
+            "window": window,
+            "seconds": seconds,
+            "seconds_spread": spread,
+            "temporary_bytes": size,
+        }
         for (kind, window), seconds, spread, size in columns
     ]

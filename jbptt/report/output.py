@@ -28,16 +28,23 @@ def check_target(target: Path, files: Iterable[str] = FILES) -> None:
         raise ValueError(f"out must be a folder, got the file {target}; name another folder")
     for name in files:
         if (target / name).is_dir():
-            raise ValueError(f"out must have room for the file {name}, but {target / name} is a folder; move it away")
+            raise ValueError(
+                f"out must have room for the file {name}, but {target / name} is a folder; move it "
+                "away"
+            )
     ancestor = _existing(target)
     if not ancestor.is_dir():
-        raise ValueError(f"out must be a folder, got {target}, but {ancestor} is a file; name another folder")
+        raise ValueError(
+            f"out must be a folder, got {target}, but {ancestor} is a file; name another folder"
+        )
     try:
         # Trying tells more than permission bits do: read-only file systems, quotas, the superuser.
         tempfile.TemporaryDirectory(dir=ancestor, prefix=".jbptt-").cleanup()
     except OSError as error:
         reason = error.strerror or error
-        raise ValueError(f"out must be writable, got {target}: {reason}; name another folder") from None
+        raise ValueError(
+            f"out must be writable, got {target}: {reason}; name another folder"
+        ) from None
 
 
 def write_report(data: dict[str, Any], target: Path) -> None:
@@ -63,7 +70,8 @@ def write_report(data: dict[str, Any], target: Path) -> None:
 
 
 def write_files(texts: dict[str, str], target: Path, replaced: Iterable[str] = ()) -> None:
-    """Writes files into `target`, all of them or none; those of `replaced` that are not written are removed.
+    """Writes files into `target`, all of them or none; those of `replaced` that are not written are
+    removed.
 
     Raises:
       OSError: nothing was written.
@@ -93,9 +101,13 @@ def _folder_beside(target: Path) -> Iterator[Path]:
     """A folder on the file system of `target`, removed at the end unless it was moved."""
     existing = _existing(target)
     beside = existing.parent if existing == target else existing
-    if existing == target and not (beside.stat().st_dev == target.stat().st_dev and os.access(beside, os.W_OK)):
+    if existing == target and not (
+        beside.stat().st_dev == target.stat().st_dev and os.access(beside, os.W_OK)
+    ):
         beside = target
-    with tempfile.TemporaryDirectory(dir=beside, prefix=".jbptt-", ignore_cleanup_errors=True) as outer:
+    with tempfile.TemporaryDirectory(
+        dir=beside, prefix=".jbptt-", ignore_cleanup_errors=True
+    ) as outer:
         # One level down, made with the permissions that folders usually get.
         folder = Path(outer) / "report"
         folder.mkdir()

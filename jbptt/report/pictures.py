@@ -1,7 +1,8 @@
-"""The four pictures of the report. Each function draws on the axes it is given, or makes a figure of its own.
+"""The four pictures of the report. Each function draws on the axes it is given, or makes a figure
+of its own.
 
-A picture is reached through its axes: `pictures.draw_reach(reach).figure.savefig("reach.pdf")`. No pyplot state
-is read or changed; matplotlib is imported when something is drawn.
+A picture is reached through its axes: `pictures.draw_reach(reach).figure.savefig("reach.pdf")`. No
+pyplot state is read or changed; matplotlib is imported when something is drawn.
 """
 
 from typing import Any
@@ -27,10 +28,11 @@ STRATEGIES = (("sliding", "-", "o"), ("block", (0, (5, 2)), "s"))
 
 
 def draw_coverage(coverage: dict[str, Any], *, axes: Any = None, theme: Theme = LIGHT) -> Any:
-    """Three matrices C[t, i]: how much of the loss at character t each strategy sends back to character i.
+    """Three matrices C[t, i]: how much of the loss at character t each strategy sends back to
+    character i.
 
-    Returns: the three axes (full, fixed, randomized). Grey pairs are cut; a weight above 1 makes up for
-    the pairs that the same draw cuts elsewhere.
+    Returns: the three axes (full, fixed, randomized). Grey pairs are cut; a weight above 1 makes up
+    for the pairs that the same draw cuts elsewhere.
     """
     from matplotlib.colors import LogNorm
 
@@ -38,7 +40,16 @@ def draw_coverage(coverage: dict[str, Any], *, axes: Any = None, theme: Theme = 
     labels = [visible(character) for character in coverage["characters"]]
     matrices = {name: np.asarray(matrix, float) for name, matrix in coverage["matrices"].items()}
     largest = max([2.0, *(float(matrix.max()) for matrix in matrices.values())])
-    smallest = min([1.0, *(float(matrix[matrix > 0].min()) for matrix in matrices.values() if (matrix > 0).any())])
+    smallest = min(
+        [
+            1.0,
+            *(
+                float(matrix[matrix > 0].min())
+                for matrix in matrices.values()
+                if (matrix > 0).any()
+            ),
+        ]
+    )
     norm = LogNorm(smallest, largest)
     titles = {
         "full": "full",
@@ -48,12 +59,18 @@ def draw_coverage(coverage: dict[str, Any], *, axes: Any = None, theme: Theme = 
     mesh = None
     for ax, (name, matrix) in zip(axes, matrices.items(), strict=True):
         mesh = draw_matrix(ax, matrix, norm, theme)
-        ax.set_title(f"{titles[name]}\n{coverage['pairs'][name]} of {coverage['pairs']['full']} pairs")
+        ax.set_title(
+            f"{titles[name]}\n{coverage['pairs'][name]} of {coverage['pairs']['full']} pairs"
+        )
         label_characters(ax, labels)
         ax.set_xlabel("source: character i")
     axes[0].set_ylabel("loss: character t")
-    bar = axes[0].figure.colorbar(mesh, ax=list(axes), orientation="horizontal", shrink=0.5, aspect=45, pad=0.02)
-    bar.set_ticks(round_ticks(smallest, largest), labels=[f"{t:g}" for t in round_ticks(smallest, largest)])
+    bar = axes[0].figure.colorbar(
+        mesh, ax=list(axes), orientation="horizontal", shrink=0.5, aspect=45, pad=0.02
+    )
+    bar.set_ticks(
+        round_ticks(smallest, largest), labels=[f"{t:g}" for t in round_ticks(smallest, largest)]
+    )
     bar.minorticks_off()
     bar.set_label("weight C[t, i] of a pair (grey: cut, weight 0; blank: the future)")
     bar.outline.set_visible(False)
@@ -89,19 +106,24 @@ def draw_reach(reach: dict[str, Any], *, ax: Any = None, theme: Theme = LIGHT) -
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("lag k: steps between a loss and the carry it flows back to")
     ax.set_ylabel("mean norm of the gradient at lag k")
-    legend_below(ax, max(1, len(cells)), "before (dashed) and after (solid) training; half-life in steps")
+    legend_below(
+        ax, max(1, len(cells)), "before (dashed) and after (solid) training; half-life in steps"
+    )
     return ax
 
 
 def draw_windows(windows: dict[str, Any], *, axes: Any = None, theme: Theme = LIGHT) -> Any:
-    """What each window leaves (error, cosine) and what it costs (time, memory); one column of axes per cell.
+    """What each window leaves (error, cosine) and what it costs (time, memory); one column of axes
+    per cell.
 
     Returns: axes [4, cells]. Rings mark the windows that keep 10 % and 1 %.
     """
     from matplotlib.ticker import FuncFormatter
 
     models = windows["models"]
-    axes = new_axes((2.4 + 3.0 * len(models), 9.2), 4, len(models), axes, sharex="col", sharey="row")
+    axes = new_axes(
+        (2.4 + 3.0 * len(models), 9.2), 4, len(models), axes, sharex="col", sharey="row"
+    )
     axes = np.asarray(axes).reshape(4, len(models))
     for column, model in zip(axes.T, models, strict=True):
         _draw_error(column[0], model, theme)
@@ -114,35 +136,51 @@ def draw_windows(windows: dict[str, Any], *, axes: Any = None, theme: Theme = LI
         column[3].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     costs = [cost for model in models for cost in model["costs"]]
     curves = [model[strategy] for model in models for strategy, *_ in STRATEGIES]
-    log_scale(axes[0, 0], "y", [e for curve in curves for e in curve["relative_error"]] + [0.01, 0.1], (1,))
+    log_scale(
+        axes[0, 0],
+        "y",
+        [e for curve in curves for e in curve["relative_error"]] + [0.01, 0.1],
+        (1,),
+    )
     axes[0, 0].set_ylim(bottom=max(axes[0, 0].get_ylim()[0], 1e-4))
     for row, field in ((2, "seconds"), (3, "temporary_bytes")):
         log_scale(axes[row, 0], "y", [cost[field] for cost in costs])
     for row, label in enumerate(("relative error", "cosine", "time (ms)", "memory (MiB)")):
         axes[row, 0].set_ylabel(label)
     handles, labels = axes[3, 0].get_legend_handles_labels()
-    ring = axes[3, 0].plot([], [], "o", color=theme.muted, markerfacecolor="none", markersize=9, markeredgewidth=1.6)
+    ring = axes[3, 0].plot(
+        [], [], "o", color=theme.muted, markerfacecolor="none", markersize=9, markeredgewidth=1.6
+    )
     labels += ["window that keeps 10 % or 1 %"]
     columns = 4 if len(models) > 1 else 2  # one cell is half as wide
-    axes[0, 0].figure.legend(handles + ring, labels, loc="outside lower left", ncols=columns, frameon=False, fontsize=9)
+    axes[0, 0].figure.legend(
+        handles + ring, labels, loc="outside lower left", ncols=columns, frameon=False, fontsize=9
+    )
     return axes
 
 
 def draw_learning(learning: dict[str, Any], *, ax: Any = None, theme: Theme = LIGHT) -> Any:
-    """Held-out perplexity by characters read: the mean over seeds, and a band of one standard deviation."""
+    """Held-out perplexity by characters read: the mean over seeds, and a band of one standard
+    deviation.
+    """
     from matplotlib.ticker import FuncFormatter
 
     ax = new_axes((8.6, 4.8), 1, 1, ax)
     read = np.asarray(learning["characters_read"], float)
-    styles = zip(learning["strategies"], theme.lines, ("o", "s", "^"), ("-", (0, (5, 2)), "-."), strict=False)
+    styles = zip(
+        learning["strategies"], theme.lines, ("o", "s", "^"), ("-", (0, (5, 2)), "-."), strict=False
+    )
     for strategy, colour, marker, linestyle in styles:
         runs = numbers(strategy["perplexity"]).reshape(len(read), -1)
         mean = runs.mean(axis=1)
         spread = runs.std(axis=1, ddof=1) if runs.shape[1] > 1 else np.zeros_like(mean)
         label = f"{strategy['name']} ({strategy['detail']})"
-        ax.plot(read, mean, color=colour, linestyle=linestyle, marker=marker, markersize=5, label=label)
+        ax.plot(
+            read, mean, color=colour, linestyle=linestyle, marker=marker, markersize=5, label=label
+        )
         ax.fill_between(read, mean - spread, mean + spread, color=colour, alpha=0.22, linewidth=0)
-    # What the untrained model scores would press all differences flat: its point may lie above the picture.
+    # What the untrained model scores would press all differences flat: its point may lie above the
+    # picture.
     trained = numbers([strategy["perplexity"][1:] for strategy in learning["strategies"]])
     if len(read) > 2 and np.isfinite(trained).any():
         low, high = np.nanmin(trained), np.nanmax(trained)
@@ -157,7 +195,9 @@ def draw_learning(learning: dict[str, Any], *, ax: Any = None, theme: Theme = LI
 
 
 def _mark_zeros(ax: Any, lags: np.ndarray, curve: dict[str, Any], colour: str) -> str:
-    """A triangle on the lower edge where a curve leaves the log axis because the norm is exactly 0."""
+    """A triangle on the lower edge where a curve leaves the log axis because the norm is exactly
+    0.
+    """
     zeros = np.flatnonzero(numbers(curve["norms"]) == 0)
     if not zeros.size:
         return ""
@@ -180,26 +220,53 @@ def _draw_error(ax: Any, model: dict[str, Any], theme: Theme) -> None:
         for window in model[strategy]["recommended"].values():
             if window in model["windows"]:
                 at = error[model["windows"].index(window)]
-                ax.plot(window, at, "o", color=colour, markerfacecolor="none", markersize=9, markeredgewidth=1.6)
+                ax.plot(
+                    window,
+                    at,
+                    "o",
+                    color=colour,
+                    markerfacecolor="none",
+                    markersize=9,
+                    markeredgewidth=1.6,
+                )
 
 
 def _draw_cosine(ax: Any, model: dict[str, Any], theme: Theme) -> None:
     for (strategy, linestyle, _), colour in zip(STRATEGIES, theme.lines, strict=False):
-        ax.plot(model["windows"], numbers(model[strategy]["cosine"]), color=colour, linestyle=linestyle)
+        ax.plot(
+            model["windows"], numbers(model[strategy]["cosine"]), color=colour, linestyle=linestyle
+        )
     ax.grid(True)
 
 
 def _draw_cost(ax: Any, model: dict[str, Any], field: str, scale: float, theme: Theme) -> None:
     """Measured points with their spread; full BPTT, which has no window to choose, as a level."""
     for (strategy, linestyle, marker), colour in zip(STRATEGIES, theme.lines, strict=False):
-        costs = sorted((c for c in model["costs"] if c["strategy"] == strategy), key=lambda cost: cost["window"])
+        costs = sorted(
+            (c for c in model["costs"] if c["strategy"] == strategy),
+            key=lambda cost: cost["window"],
+        )
         places = [cost["window"] for cost in costs]
         values = positive([cost[field] for cost in costs]) * scale
-        spread = numbers([cost["seconds_spread"] for cost in costs]) * scale if field == "seconds" else None
-        style = {"color": colour, "linestyle": linestyle, "marker": marker, "markersize": 4.5, "capsize": 2.5}
-        ax.errorbar(places, values, spread, label="sliding" if strategy == "sliding" else "blocks", **style)
+        spread = (
+            numbers([cost["seconds_spread"] for cost in costs]) * scale
+            if field == "seconds"
+            else None
+        )
+        style = {
+            "color": colour,
+            "linestyle": linestyle,
+            "marker": marker,
+            "markersize": 4.5,
+            "capsize": 2.5,
+        }
+        ax.errorbar(
+            places, values, spread, label="sliding" if strategy == "sliding" else "blocks", **style
+        )
     for cost in model["costs"]:
         if cost["strategy"] == "full" and cost[field]:
             label = f"full BPTT ({cost['window']} steps)"
-            ax.axhline(cost[field] * scale, color=theme.ink, linewidth=1.3, linestyle="-.", label=label)
+            ax.axhline(
+                cost[field] * scale, color=theme.ink, linewidth=1.3, linestyle="-.", label=label
+            )
     ax.grid(True)

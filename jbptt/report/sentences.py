@@ -1,6 +1,7 @@
 """One or two sentences of plain words for each picture, computed from its numbers.
 
-Every clause depends on a comparison of the numbers it speaks of, so that none can be false on other data.
+Every clause depends on a comparison of the numbers it speaks of, so that none can be false on other
+data.
 """
 
 import math
@@ -25,43 +26,62 @@ _VERBS = {
 
 
 def describe_coverage(coverage: dict[str, Any]) -> str:
-    """How many pairs each strategy covers, and how much weight the random one puts on those it keeps."""
+    """How many pairs each strategy covers, and how much weight the random one puts on those it
+    keeps.
+    """
     pairs, total = coverage["pairs"], coverage["pairs"]["full"]
-    largest = max((weight for row in coverage["matrices"]["randomized"] for weight in row), default=0.0)
+    largest = max(
+        (weight for row in coverage["matrices"]["randomized"] for weight in row), default=0.0
+    )
     if largest > 1.0005:
         weighting = (
-            f" with weights of up to {format_number(largest)}, so that the mean over many draws is full coverage"
+            f" with weights of up to {format_number(largest)}, so that the mean over many draws is "
+            "full coverage"
         )
     else:
         weighting = " with no weight above 1"
     return (
         f"Of the {total:,} pairs of a loss and an earlier or equal source among the first "
-        f"{len(coverage['characters'])} characters, fixed truncation with a window of {coverage['window']} covers "
-        f"{_part(pairs['fixed'], total)}, the same ones every time; this draw of randomized truncation covers "
+        f"{len(coverage['characters'])} characters, fixed truncation with a window of "
+        f"{coverage['window']} covers {_part(pairs['fixed'], total)}, the same ones every time; "
+        "this draw of randomized truncation covers "
         f"{_part(pairs['randomized'], total)},{weighting}."
     )
 
 
 def describe_reach(reach: dict[str, Any]) -> str:
-    """What the gradient of each cell does after training, and how training changed its half-life."""
+    """What the gradient of each cell does after training, and how training changed its
+    half-life.
+    """
     curves = {(curve["cell"], curve["stage"]): curve for curve in reach["curves"]}
     cells = list(dict.fromkeys(cell for cell, _ in curves))
     after = [curves[cell, "after"] for cell in cells if (cell, "after") in curves]
     groups: dict[str, list[str]] = {}
     for curve in after:
-        groups.setdefault(curve["verdict"], []).append(f"the {curve['cell']}{_how_far(curve, reach['lags'][-1])}")
+        groups.setdefault(curve["verdict"], []).append(
+            f"the {curve['cell']}{_how_far(curve, reach['lags'][-1])}"
+        )
     clauses = [f"{_VERBS[verdict]} in {join_words(names)}" for verdict, names in groups.items()]
     changes = [
         _change(cell, curves[cell, "before"], curves[cell, "after"])
         for cell in cells
         if {(cell, "before"), (cell, "after")} <= set(curves)
     ]
-    sentence = f"After training, the gradient {'; it '.join(clauses)}; percentages are of the norm at lag 0."
-    return f"{sentence} Half-life before and after training: {', '.join(changes)}." if changes else sentence
+    sentence = (
+        f"After training, the gradient {'; it '.join(clauses)}; percentages are of the norm at lag "
+        "0."
+    )
+    return (
+        f"{sentence} Half-life before and after training: {', '.join(changes)}."
+        if changes
+        else sentence
+    )
 
 
 def describe_windows(windows: dict[str, Any]) -> str:
-    """The windows for 10 % and 1 % error, and the time and memory that blocks take beside full BPTT."""
+    """The windows for 10 % and 1 % error, and the time and memory that blocks take beside full
+    BPTT.
+    """
     needs = [
         f"the {model['cell']} {verb}a sliding window of {_needs(model, 'sliding')} or blocks of "
         f"{_needs(model, 'block')} steps"
@@ -72,8 +92,8 @@ def describe_windows(windows: dict[str, Any]) -> str:
     if not costs:
         return sentence
     return (
-        f"{sentence} At the measured block size next to that for 10 %, one gradient takes these parts of the time and "
-        f"temporary memory of full BPTT: {join_words(costs)}."
+        f"{sentence} At the measured block size next to that for 10 %, one gradient takes these "
+        f"parts of the time and temporary memory of full BPTT: {join_words(costs)}."
     )
 
 
@@ -82,8 +102,9 @@ def describe_learning(learning: dict[str, Any]) -> str:
     full, *others = learning["strategies"]
     seeds = learning["num_seeds"]
     start = (
-        f"After {learning['characters_read'][-1]:,} characters the {learning['cell']} has a held-out perplexity of "
-        f"{format_perplexity(full)} with {full['name']} BPTT ({full['detail']}; "
+        f"After {learning['characters_read'][-1]:,} characters the {learning['cell']} has a "
+        f"held-out perplexity of {format_perplexity(full)} with {full['name']} BPTT "
+        f"({full['detail']}; "
         f"{'one seed' if seeds == 1 else f'mean ± standard deviation of {seeds} seeds'})"
     )
     compared = "; ".join(_compare(other, full, seeds) for other in others)
@@ -104,7 +125,10 @@ def _compare(other: dict[str, Any], full: dict[str, Any], num_seeds: int) -> str
     spread = math.hypot(other["final_std"], full["final_std"])
     if abs(difference) <= spread:
         gap, bound = format_number(abs(difference)), format_number(spread)
-        return f"{name} is indistinguishable from it: the difference of {gap} is within the seeds' spread of {bound}"
+        return (
+            f"{name} is indistinguishable from it: the difference of {gap} is within the seeds' "
+            f"spread of {bound}"
+        )
     gap = f"{format_number(abs(difference))} {word}"
     return f"{name} is {gap}, by more than the seeds' spread of {format_number(spread)}"
 
@@ -131,7 +155,9 @@ def _change(cell: str, before: dict[str, Any], after: dict[str, Any]) -> str:
         return pair
     if words[0] == words[1]:
         return f"{pair} (unchanged)"
-    lives = [math.inf if curve["half_life"] is None else curve["half_life"] for curve in (before, after)]
+    lives = [
+        math.inf if curve["half_life"] is None else curve["half_life"] for curve in (before, after)
+    ]
     return f"{pair} ({'longer' if lives[1] > lives[0] else 'shorter'})"
 
 
@@ -141,8 +167,13 @@ def _needs(model: dict[str, Any], strategy: str) -> str:
 
 
 def _block_cost(model: dict[str, Any]) -> str:
-    """`0.5 and 0.1 with blocks of 16 (rnn)`: the measured block next to the one for 10 %; empty if there is none."""
-    full, cost = full_cost(model), cost_near(model, "block", recommended_window(model, "block", "0.1"))
+    """`0.5 and 0.1 with blocks of 16 (rnn)`: the measured block next to the one for 10 %; empty if
+    there is none.
+    """
+    full, cost = (
+        full_cost(model),
+        cost_near(model, "block", recommended_window(model, "block", "0.1")),
+    )
     if not full or not cost:
         return ""
     parts = []

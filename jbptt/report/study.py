@@ -1,4 +1,6 @@
-"""The study behind `jbptt report`: small character models on real text, and what their gradients do."""
+"""The study behind `jbptt report`: small character models on real text, and what their gradients
+do.
+"""
 
 import sys
 from collections.abc import Callable
@@ -64,14 +66,16 @@ class ReportSettings:
 
 
 def check_report_settings(settings: ReportSettings) -> str:
-    """Checks every option and returns the text; a ValueError says what is wrong, before anything runs."""
+    """Checks every option and returns the text; a ValueError says what is wrong, before anything
+    runs.
+    """
     for name in ("hidden_size", "num_steps", "batch_size", "window"):
         validation.check_positive_integer(name, getattr(settings, name))
     validation.check_positive_integer("num_steps", settings.num_steps, smallest=2)
     if settings.window >= settings.num_steps:
         raise ValueError(
-            f"window must be < num_steps = {settings.num_steps}, got {settings.window}; a window of all steps is "
-            "full BPTT, which the report compares with anyway"
+            f"window must be < num_steps = {settings.num_steps}, got {settings.window}; a window "
+            "of all steps is full BPTT, which the report compares with anyway"
         )
     validation.check_probability("keep_prob", settings.keep_prob)
     validation.check_seed(settings.seed)
@@ -82,8 +86,12 @@ def check_report_settings(settings: ReportSettings) -> str:
     return text
 
 
-def run_study(settings: ReportSettings, text: str, progress: Callable[[str, float], None]) -> dict[str, Any]:
-    """Runs everything and returns the numbers behind every picture (docs/report.md has the schema)."""
+def run_study(
+    settings: ReportSettings, text: str, progress: Callable[[str, float], None]
+) -> dict[str, Any]:
+    """Runs everything and returns the numbers behind every picture (docs/report.md has the
+    schema).
+    """
     effort = QUICK if settings.quick else FULL
     task = tasks.text(text, num_steps=settings.num_steps, batch_size=settings.batch_size)
     names = tuple(dict.fromkeys(settings.cell))
@@ -103,10 +111,14 @@ def run_study(settings: ReportSettings, text: str, progress: Callable[[str, floa
         rnn = make_model("rnn", settings, task, effort)
         found = {"growth": anatomy.growth(rnn, first(task.heldout), count)}
         found["powers"] = anatomy.exercises(settings.seed, count)
-        return found | ({"remedies": anatomy.remedies(settings.seed, count)} if effort.remedies else {})
+        return found | (
+            {"remedies": anatomy.remedies(settings.seed, count)} if effort.remedies else {}
+        )
 
     # What takes longest begins. What is timed waits until everything else is done.
-    *taught, others = in_parallel(count, [*(partial(teach, i) for i in reversed(range(len(names)))), beside])
+    *taught, others = in_parallel(
+        count, [*(partial(teach, i) for i in reversed(range(len(names)))), beside]
+    )
     trained = [found for _, found in reversed(taught)]
 
     def look(function: Callable, i: int, *more: Any):
@@ -120,7 +132,9 @@ def run_study(settings: ReportSettings, text: str, progress: Callable[[str, floa
         norms = np.asarray(curves[1]["grad_norms"])
         return curves, look(randomness.price, i, norms, settings.keep_prob, effort)()
 
-    jobs = [partial(reach_and_price, i) for i in reversed(range(len(names)))]  # what takes longest begins
+    jobs = [
+        partial(reach_and_price, i) for i in reversed(range(len(names)))
+    ]  # what takes longest begins
     jobs += [look(find_windows, i) for i in chosen]
     jobs += [look(anatomy.spectra, i, task.heldout, effort) for i in chosen]
     *looked, flow = in_parallel(count, [*jobs, look(anatomy.flow, last)])
@@ -128,8 +142,13 @@ def run_study(settings: ReportSettings, text: str, progress: Callable[[str, floa
     diagnoses, spectra = looked[len(names) : -len(chosen)], looked[-len(chosen) :]
     random = {}
     if price is not None:
-        random["randomness"] = randomness.time_them(trained[last], price, settings.keep_prob, effort, count)
-    measured = [windows(trained[i], found, effort, count) for i, found in zip(chosen, diagnoses, strict=True)]
+        random["randomness"] = randomness.time_them(
+            trained[last], price, settings.keep_prob, effort, count
+        )
+    measured = [
+        windows(trained[i], found, effort, count)
+        for i, found in zip(chosen, diagnoses, strict=True)
+    ]
     curves = [curve for found, _ in reversed(lags) for curve in found]
     result = {
         "schema_version": SCHEMA_VERSION,
@@ -142,7 +161,10 @@ def run_study(settings: ReportSettings, text: str, progress: Callable[[str, floa
         },
         "device": _device(),
         "plan": str(Plan()),
-        "settings": {**asdict(settings), "text": None if settings.text is None else str(settings.text)},
+        "settings": {
+            **asdict(settings),
+            "text": None if settings.text is None else str(settings.text),
+        },
         "text": _describe_text(settings, text, task),
         "coverage": _coverage(text, trained[last].model.cell.step, settings),
         "reach": {"lags": list(range(len(curves[0]["norms"]))), "curves": curves},
@@ -173,7 +195,11 @@ def _device() -> dict[str, Any]:
 
 
 def _describe_text(settings: ReportSettings, text: str, task: tasks.Text) -> dict[str, Any]:
-    source = f"pydoc_data.topics (Python {sys.version.split()[0]})" if settings.text is None else str(settings.text)
+    source = (
+        f"pydoc_data.topics (Python {sys.version.split()[0]})"
+        if settings.text is None
+        else str(settings.text)
+    )
     return {
         "source": source,
         **tasks.count_symbols(text),
@@ -193,7 +219,10 @@ def _coverage(text: str, step: Step, settings: ReportSettings) -> dict[str, Any]
         "randomized": randomized_bptt(*model, keep_prob=keep_prob),
     }
     key = jax.random.key(settings.seed)
-    matrices = {name: np.asarray(declared_coverage(e, len(characters), key)) for name, e in estimators.items()}
+    matrices = {
+        name: np.asarray(declared_coverage(e, len(characters), key))
+        for name, e in estimators.items()
+    }
     return {
         "characters": characters,
         "window": window,

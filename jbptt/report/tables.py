@@ -18,7 +18,9 @@ def format_seconds(seconds: float | None) -> str:
     """`0.00123` as `1.23 ms`."""
     if seconds is None:
         return NOT_FINITE
-    scale, unit = next((s, u) for s, u in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")) if seconds >= s or u == "µs")
+    scale, unit = next(
+        (s, u) for s, u in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")) if seconds >= s or u == "µs"
+    )
     return f"{format_number(seconds / scale)} {unit}"
 
 
@@ -65,7 +67,11 @@ def full_cost(model: WindowNumbers) -> dict[str, Any] | None:
 
 def cost_near(model: WindowNumbers, strategy: str, window: int | None) -> dict[str, Any] | None:
     """The cost at `window`, or at the next larger window that was measured."""
-    costs = [c for c in model["costs"] if c["strategy"] == strategy and window is not None and c["window"] >= window]
+    costs = [
+        c
+        for c in model["costs"]
+        if c["strategy"] == strategy and window is not None and c["window"] >= window
+    ]
     return min(costs, key=lambda cost: cost["window"], default=None)
 
 
@@ -76,10 +82,18 @@ def recommended_window(model: WindowNumbers, strategy: str, tolerance: str) -> i
 
 
 def format_window(model: WindowNumbers, strategy: str, tolerance: str) -> str:
-    """The smallest window within the tolerance; `all 128` where only full BPTT is, `more than 64` if unmeasured."""
-    window, full, last = model[strategy]["recommended"][tolerance], full_cost(model), model["windows"][-1]
+    """The smallest window within the tolerance; `all 128` where only full BPTT is, `more than 64`
+    if unmeasured.
+    """
+    window, full, last = (
+        model[strategy]["recommended"][tolerance],
+        full_cost(model),
+        model["windows"][-1],
+    )
     if window is None:
-        return "no number of" if full is not None and last >= full["window"] else f"more than {last}"
+        return (
+            "no number of" if full is not None and last >= full["window"] else f"more than {last}"
+        )
     return f"all {window}" if full is not None and window >= full["window"] else f"{window}"
 
 
@@ -96,23 +110,47 @@ def coverage_table(coverage: dict[str, Any]) -> Table:
             f"{sum(weights):.4g}",
         )
         rows.append((name, *cells))
-    return Table("Pairs covered", ("strategy", "pairs", "share", "largest weight", "sum of weights"), rows)
+    return Table(
+        "Pairs covered", ("strategy", "pairs", "share", "largest weight", "sum of weights"), rows
+    )
 
 
 def reach_table(reach: dict[str, Any]) -> Table:
     """Verdict, half-life and reach of each cell, before and after training."""
-    columns = ("cell", "training", "verdict", "half-life", "reach (1 % of lag 0)", "norm at lag 0", "at the last lag")
+    columns = (
+        "cell",
+        "training",
+        "verdict",
+        "half-life",
+        "reach (1 % of lag 0)",
+        "norm at lag 0",
+        "at the last lag",
+    )
     rows = []
     for curve in reach["curves"]:
-        far = f"more than {reach['lags'][-1]} steps" if curve["reach"] is None else format_steps(curve["reach"])
+        far = (
+            f"more than {reach['lags'][-1]} steps"
+            if curve["reach"] is None
+            else format_steps(curve["reach"])
+        )
         ends = format_number(curve["norms"][0]), format_number(curve["norms"][-1])
-        rows.append((curve["cell"], curve["stage"], curve["verdict"], format_half_life(curve), far, *ends))
+        rows.append(
+            (curve["cell"], curve["stage"], curve["verdict"], format_half_life(curve), far, *ends)
+        )
     return Table("Gradient norm by lag", columns, rows)
 
 
 def windows_table(windows: dict[str, Any]) -> Table:
     """The recommended windows and what they cost, beside full BPTT."""
-    columns = ("cell", "strategy", "gradient error", "window", "time", "temporary memory", "measured at")
+    columns = (
+        "cell",
+        "strategy",
+        "gradient error",
+        "window",
+        "time",
+        "temporary memory",
+        "measured at",
+    )
     rows = []
     for model in windows["models"]:
         for strategy, name in (("sliding", "sliding"), ("block", "blocks")):
@@ -120,17 +158,33 @@ def windows_table(windows: dict[str, Any]) -> Table:
                 window = recommended_window(model, strategy, tolerance)
                 measured = _time_memory_window(cost_near(model, strategy, window))
                 chosen = format_window(model, strategy, tolerance).replace("no number of", "none")
-                rows.append((model["cell"], name, f"≤ {100 * float(tolerance):g} %", chosen, *measured))
+                rows.append(
+                    (model["cell"], name, f"≤ {100 * float(tolerance):g} %", chosen, *measured)
+                )
         if full := full_cost(model):
-            rows.append((model["cell"], "full BPTT", "0", f"all {full['window']}", *_time_memory_window(full)))
+            rows.append(
+                (
+                    model["cell"],
+                    "full BPTT",
+                    "0",
+                    f"all {full['window']}",
+                    *_time_memory_window(full),
+                )
+            )
     return Table("Windows and their cost", columns, rows)
 
 
 def _time_memory_window(cost: dict[str, Any] | None) -> tuple[str, str, str]:
     if cost is None:
         return "–", "–", "–"
-    spread = "" if cost["seconds_spread"] is None else f" ± {format_seconds(cost['seconds_spread'])}"
-    return format_seconds(cost["seconds"]) + spread, format_bytes(cost["temporary_bytes"]), format_steps(cost["window"])
+    spread = (
+        "" if cost["seconds_spread"] is None else f" ± {format_seconds(cost['seconds_spread'])}"
+    )
+    return (
+        format_seconds(cost["seconds"]) + spread,
+        format_bytes(cost["temporary_bytes"]),
+        format_steps(cost["window"]),
+    )
 
 
 def learning_table(learning: dict[str, Any]) -> Table:
@@ -159,4 +213,6 @@ def summary_table(data: dict[str, Any]) -> Table:
             for tolerance in ("0.1", "0.01")
         ]
         rows.append((model["cell"], curve["verdict"], format_half_life(curve), *windows))
-    return Table("After training: half-life of the gradient, window (steps) for an error of", columns, rows)
+    return Table(
+        "After training: half-life of the gradient, window (steps) for an error of", columns, rows
+    )

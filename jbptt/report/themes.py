@@ -6,18 +6,36 @@ from typing import Any, NamedTuple
 
 
 class Theme(NamedTuple):
-    """The colours of one background; `lines` (Okabe and Ito, 2008) can be told apart by colour-blind readers."""
+    """The colours of one background; `lines` (Okabe and Ito, 2008) can be told apart by
+    colour-blind readers.
+    """
 
     ink: str
     muted: str
     paper: str
     cut: str
-    shades: tuple[str, float, float]  # a colour map and the part of it that stands out from paper and cut
+    shades: tuple[
+        str, float, float
+    ]  # a colour map and the part of it that stands out from paper and cut
     lines: tuple[str, str, str]
 
 
-LIGHT = Theme("#1d2329", "#5b6570", "#ffffff", "#e7e9ec", ("YlGnBu", 0.3, 1.0), ("#0072b2", "#d55e00", "#009e73"))
-DARK = Theme("#e8eaed", "#a3adb8", "#1b2027", "#343c46", ("YlGnBu_r", 0.3, 1.0), ("#56b4e9", "#f0a030", "#2fc79b"))
+LIGHT = Theme(
+    "#1d2329",
+    "#5b6570",
+    "#ffffff",
+    "#e7e9ec",
+    ("YlGnBu", 0.3, 1.0),
+    ("#0072b2", "#d55e00", "#009e73"),
+)
+DARK = Theme(
+    "#e8eaed",
+    "#a3adb8",
+    "#1b2027",
+    "#343c46",
+    ("YlGnBu_r", 0.3, 1.0),
+    ("#56b4e9", "#f0a030", "#2fc79b"),
+)
 
 
 def style(theme: Theme) -> Any:
@@ -44,7 +62,9 @@ def style(theme: Theme) -> Any:
 
 
 def repaint(svg: str, old: Theme, new: Theme) -> str:
-    """A picture drawn in one theme in the colours of another: a second of drawing saved. Colour maps stay."""
+    """A picture drawn in one theme in the colours of another: a second of drawing saved. Colour
+    maps stay.
+    """
     colours = {}
     for before, after in zip(old, new, strict=True):
         if isinstance(before, str):

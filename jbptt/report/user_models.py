@@ -15,22 +15,26 @@ RESULT = ("step", "loss", "params", "carry", "batch")
 
 
 def load_problem(target: str) -> tuple[Any, ...]:
-    """Calls FUNCTION of MODULE (dotted, or the path of a file) and returns `(step, loss, params, carry, batch)`.
+    """Calls FUNCTION of MODULE (dotted, or the path of a file) and returns
+    `(step, loss, params, carry, batch)`.
 
     The current folder is searched first, as `python` does with a script's.
 
     Raises:
-      ValueError: a target of another form, a module or function that is not there, a function that fails or
-        returns something else; says which, with the place in the user's file.
+      ValueError: a target of another form, a module or function that is not there, a function that
+        fails or returns something else; says which, with the place in the user's file.
     """
     name, separator, function_name = target.rpartition(":")
     if not separator or not name or not function_name.isidentifier():
         raise ValueError(
-            f"the model must be MODULE:FUNCTION or FILE.py:FUNCTION, got {target!r}; wanted, say, my_model.py:problem"
+            f"the model must be MODULE:FUNCTION or FILE.py:FUNCTION, got {target!r}; wanted, say, "
+            "my_model.py:problem"
         )
     function = getattr(_load_module(name), function_name, None)
     if not callable(function):
-        raise ValueError(f"{name} has no function {function_name!r}; define def {function_name}(): ...")
+        raise ValueError(
+            f"{name} has no function {function_name!r}; define def {function_name}(): ..."
+        )
     try:
         result = function()
     except (Exception, SystemExit) as error:
@@ -38,8 +42,8 @@ def load_problem(target: str) -> tuple[Any, ...]:
     if not isinstance(result, tuple) or len(result) != len(RESULT):
         size = f" of {len(result)} entries" if isinstance(result, tuple) else ""
         raise ValueError(
-            f"{target} must return a tuple ({', '.join(RESULT)}), got {type(result).__name__}{size}; end it with "
-            f"return {', '.join(RESULT)}"
+            f"{target} must return a tuple ({', '.join(RESULT)}), got "
+            f"{type(result).__name__}{size}; end it with return {', '.join(RESULT)}"
         )
     return result
 
@@ -49,7 +53,9 @@ def _load_module(name: str) -> ModuleType:
     path = Path(name)
     if path.suffix == ".py":
         if not path.is_file():
-            raise ValueError(f"{name} is not a file; name a Python file, or a module as package.module:function")
+            raise ValueError(
+                f"{name} is not a file; name a Python file, or a module as package.module:function"
+            )
         sys.path.insert(0, str(path.resolve().parent))
     try:
         return _run_file(path) if path.suffix == ".py" else importlib.import_module(name)
@@ -63,11 +69,13 @@ def _absent(error: ModuleNotFoundError, name: str) -> str:
     """Whether it is the user's module that is not found here, or something that it imports."""
     if f"{name}.".startswith(f"{error.name}."):
         return (
-            f"no module {error.name!r}; run jbptt from the folder that holds it, or name the file as FILE.py:FUNCTION"
+            f"no module {error.name!r}; run jbptt from the folder that holds it, or name the file "
+            "as FILE.py:FUNCTION"
         )
     return (
-        f"{name} imports {error.name!r}, which is not installed where this jbptt is ({sys.prefix}); install it there, "
-        "or run jbptt from the folder that holds it if it is a module of yours"
+        f"{name} imports {error.name!r}, which is not installed where this jbptt is "
+        f"({sys.prefix}); install it there, or run jbptt from the folder that holds it if it is a "
+        "module of yours"
     )
 
 
@@ -89,8 +97,15 @@ def describe(error: BaseException) -> str:
         return f"{type(error).__name__}: {error}"
     places = traceback.extract_tb(error.__traceback__)
     place = next((place for place in reversed(places) if _is_users(place.filename)), places[-1])
-    remedy = f"; install it in {sys.prefix}, where this jbptt is" if isinstance(error, ModuleNotFoundError) else ""
-    return f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno}){remedy}"
+    remedy = (
+        f"; install it in {sys.prefix}, where this jbptt is"
+        if isinstance(error, ModuleNotFoundError)
+        else ""
+    )
+    return (
+        f"{type(error).__name__}: {error} ({Path(place.filename).name}, line "
+        f"{place.lineno}){remedy}"
+    )
 
 
 def is_own(error: BaseException) -> bool:
@@ -100,4 +115,6 @@ def is_own(error: BaseException) -> bool:
 
 def _is_users(filename: str) -> bool:
     foreign = _PACKAGE, *(sysconfig.get_path(kind) for kind in ("stdlib", "purelib", "platlib"))
-    return not filename.startswith("<") and not any(Path(filename).is_relative_to(folder) for folder in foreign)
+    return not filename.startswith("<") and not any(
+        Path(filename).is_relative_to(folder) for folder in foreign
+    )

@@ -1,4 +1,5 @@
-"""Which eigenvectors of a matrix decide where its powers turn a vector, as far as rounding lets one tell.
+"""Which eigenvectors of a matrix decide where its powers turn a vector, as far as rounding lets one
+tell.
 
 With M v_i = λ_i v_i, |λ_1| ≥ |λ_2| ≥ …, left eigenvectors w_iᵀ M = λ_i w_iᵀ and w_iᵀ v_i = 1.
 """
@@ -17,7 +18,9 @@ CASES = ("aligns", "tie", "complex pair", "orthogonal start", "defective")
 
 
 class Spectrum(NamedTuple):
-    """λ_i in descending size, v_i of norm 1 (columns), w_i (rows), and `1 / ‖w_i‖`: how sharp λ_i is (1: best)."""
+    """λ_i in descending size, v_i of norm 1 (columns), w_i (rows), and `1 / ‖w_i‖`: how sharp λ_i
+    is (1: best).
+    """
 
     values: jax.Array
     right: jax.Array
@@ -36,7 +39,9 @@ def decompose(matrix: jax.Array, symmetric: bool) -> Spectrum:
 
 
 class Lead(NamedTuple):
-    """Which eigenvalues decide, `[n]`, whether they are defective, and how far each one's nearest is, `[n]`."""
+    """Which eigenvalues decide, `[n]`, whether they are defective, and how far each one's nearest
+    is, `[n]`.
+    """
 
     leaders: jax.Array
     defective: jax.Array
@@ -44,17 +49,20 @@ class Lead(NamedTuple):
 
 
 def doubts_of(matrix: jax.Array, spectrum: Spectrum, rounding: float) -> jax.Array:
-    """How far rounding may have moved each eigenvalue, to first order, `[n]`: `rounding · |w_i|ᵀ |M| |v_i|`."""
+    """How far rounding may have moved each eigenvalue, to first order, `[n]`:
+    `rounding · |w_i|ᵀ |M| |v_i|`.
+    """
     reached = jnp.abs(matrix) @ jnp.abs(spectrum.right)
     doubts = rounding * jnp.sum(jnp.abs(spectrum.left).T * reached, axis=0)
     return jnp.where(jnp.isnan(doubts), jnp.inf, doubts)
 
 
 def lead(spectrum: Spectrum, doubts: jax.Array, rounding: float, cap: jax.Array) -> Lead:
-    """The dominant eigenvalues; if some of them are defective, those alone, which outgrow the others like j.
+    """The dominant eigenvalues; if some of them are defective, those alone, which outgrow the
+    others like j.
 
-    A defective eigenvalue splits by as much as it is in doubt, into near-parallel eigenvectors, so that its sharpness
-    is small; an eigenvalue with as many eigenvectors as it needs is sharp.
+    A defective eigenvalue splits by as much as it is in doubt, into near-parallel eigenvectors, so
+    that its sharpness is small; an eigenvalue with as many eigenvectors as it needs is sharp.
     """
     values, size = spectrum.values, jnp.abs(spectrum.values)
     apart = jnp.where(jnp.eye(len(values), dtype=bool), jnp.inf, jnp.abs(values - values[:, None]))
@@ -66,7 +74,9 @@ def lead(spectrum: Spectrum, doubts: jax.Array, rounding: float, cap: jax.Array)
     return Lead(jnp.where(defective, split, dominant), defective, nearest)
 
 
-def classify(matrix: jax.Array, spectrum: Spectrum, start: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+def classify(
+    matrix: jax.Array, spectrum: Spectrum, start: jax.Array, eps: float
+) -> tuple[jax.Array, jax.Array]:
     """Which eigenvector is v₁, and the index into `CASES`; `start` has norm 1."""
     values, size = spectrum.values, len(matrix)
     rounding, scale = 20 * math.sqrt(size) * eps, norm(matrix)
@@ -74,9 +84,12 @@ def classify(matrix: jax.Array, spectrum: Spectrum, start: jax.Array, eps: float
     leaders, defective, nearest = lead(spectrum, doubts, rounding, cap)
     dominant = jnp.where(defective, jnp.argmin(jnp.where(leaders, spectrum.sharpness, jnp.inf)), 0)
 
-    # A real defective eigenvalue may split into complex ones, which are then as far from each other.
+    # A real defective eigenvalue may split into complex ones, which are then as far from each
+    # other.
     real = jnp.abs(values.imag) <= jnp.minimum(doubts, jnp.maximum(2 * nearest, cap))
-    reach = jnp.minimum(doubts, 2 * scale * rounding ** (1 / size))  # none moves further (Elsner, 1985)
+    reach = jnp.minimum(
+        doubts, 2 * scale * rounding ** (1 / size)
+    )  # none moves further (Elsner, 1985)
     distinct = jnp.abs(values - values[:, None]) > reach + reach[:, None]
     several = jnp.any(distinct & leaders & leaders[:, None])
 

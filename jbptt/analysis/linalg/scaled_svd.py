@@ -1,8 +1,8 @@
 """Matrices whose rows differ by any number of orders of magnitude, and their singular values.
 
-A row is held as `rows[i] · 2^exponents[i]`, the largest entry of `rows[i]` in [½, 1): the powers are integers
-and scaling by them is exact, so that nothing overflows, underflows or rounds on their account. A zero row
-has the exponent `ZERO`.
+A row is held as `rows[i] · 2^exponents[i]`, the largest entry of `rows[i]` in [½, 1): the powers
+are integers and scaling by them is exact, so that nothing overflows, underflows or rounds on their
+account. A zero row has the exponent `ZERO`.
 """
 
 import math
@@ -34,7 +34,9 @@ def power_of_two(exponent: jax.Array, dtype) -> jax.Array:
 
 
 def times_power(array: jax.Array, exponent: jax.Array) -> jax.Array:
-    """`array · 2^exponent` in two steps: the power itself may be out of range where the product is not."""
+    """`array · 2^exponent` in two steps: the power itself may be out of range where the product is
+    not.
+    """
     half = exponent // 2
     return array * power_of_two(half, array.dtype) * power_of_two(exponent - half, array.dtype)
 
@@ -48,7 +50,9 @@ def from_rows(rows: jax.Array, exponents: jax.Array) -> Graded:
 
 
 def rounding(size: int, dtype) -> float:
-    """How large the rounding error of a sum of `size` terms may be, relative to the terms: 4·sqrt(size)·ε."""
+    """How large the rounding error of a sum of `size` terms may be, relative to the terms:
+    4·sqrt(size)·ε.
+    """
     return 4 * math.sqrt(size) * float(jnp.finfo(dtype).eps)
 
 
@@ -66,9 +70,11 @@ def multiply(left: jax.Array, matrix: Graded) -> Graded:
 
 
 def row_sorted_qr(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`matrix = Q R` by Householder's reflections, accurate row by row; what is only rounding in R becomes 0.
+    """`matrix = Q R` by Householder's reflections, accurate row by row; what is only rounding in R
+    becomes 0.
 
-    That needs the large rows first (Cox & Higham, 1998); R is triangular, Q's rows are in the order given.
+    That needs the large rows first (Cox & Higham, 1998); R is triangular, Q's rows are in the order
+    given.
     """
     heights = jnp.max(jnp.abs(matrix), axis=1)
     places = jnp.argsort(-heights)
@@ -80,7 +86,9 @@ def row_sorted_qr(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def pivots(matrix: jax.Array) -> jax.Array:
-    """The order of the columns in which each is the one with the longest remainder beside those before it."""
+    """The order of the columns in which each is the one with the longest remainder beside those
+    before it.
+    """
 
     def body(state, _):
         rest, free = state
@@ -98,10 +106,10 @@ def push(jacobian: jax.Array, frame: jax.Array, matrix: Graded) -> tuple[jax.Arr
 
         J = B R,   R frame = Q S,   J P = (B Q) (S matrix)
 
-    The frame stays orthonormal, its columns in the order of growth, and all that is large or small is in the
-    rows of `matrix`. The first decomposition, with pivots, makes R's rows fall off in size: what a singular
-    J loses are rows of R that are only rounding error, and they become exact zeros. A J that is not finite
-    makes everything NaN from here on.
+    The frame stays orthonormal, its columns in the order of growth, and all that is large or small
+    is in the rows of `matrix`. The first decomposition, with pivots, makes R's rows fall off in
+    size: what a singular J loses are rows of R that are only rounding error, and they become exact
+    zeros. A J that is not finite makes everything NaN from here on.
     """
     finite = jnp.isfinite(jacobian).all()
     shift = jnp.frexp(jnp.max(jnp.abs(jacobian)))[1]
@@ -111,7 +119,9 @@ def push(jacobian: jax.Array, frame: jax.Array, matrix: Graded) -> tuple[jax.Arr
     rest = jnp.zeros_like(rest).at[:, columns].set(rest)
 
     moved = matrix_product(rest, frame)
-    lost = jnp.abs(moved) <= rounding(len(frame), frame.dtype) * matrix_product(jnp.abs(rest), jnp.abs(frame))
+    lost = jnp.abs(moved) <= rounding(len(frame), frame.dtype) * matrix_product(
+        jnp.abs(rest), jnp.abs(frame)
+    )
     q, r = row_sorted_qr(jnp.where(lost | (matrix.exponents == ZERO), 0, moved))
     rows, exponents = multiply(r, matrix)
     exponents = jnp.where(exponents == ZERO, ZERO, exponents + shift)
@@ -119,7 +129,9 @@ def push(jacobian: jax.Array, frame: jax.Array, matrix: Graded) -> tuple[jax.Arr
 
 
 def round_robin(num_rows: int) -> np.ndarray:
-    """All pairs of an even number of rows in `num_rows − 1` rounds of disjoint pairs, `[rounds, 2, pairs]`."""
+    """All pairs of an even number of rows in `num_rows − 1` rounds of disjoint pairs,
+    `[rounds, 2, pairs]`.
+    """
     ring = np.arange(num_rows - 1)
     rounds = []
     for turn in ring:
@@ -131,7 +143,8 @@ def round_robin(num_rows: int) -> np.ndarray:
 def rotate(matrix: Graded, pairs: jax.Array) -> tuple[Graded, jax.Array]:
     """Rotates each pair of rows until it is orthogonal; returns also the largest cosine before.
 
-    With a = u 2^e the larger and b = v 2^f the smaller row, ρ = 2^(f−e) ≤ 1, and tan the angle's tangent:
+    With a = u 2^e the larger and b = v 2^f the smaller row, ρ = 2^(f−e) ≤ 1, and tan the angle's
+    tangent:
 
         η = (u·u − ρ² v·v) / (2 u·v),   τ = tan/ρ = sign(η) / (|η| + sqrt(ρ² + η²)),
         cos = 1 / sqrt(1 + (ρτ)²)
@@ -163,10 +176,11 @@ def rotate(matrix: Graded, pairs: jax.Array) -> tuple[Graded, jax.Array]:
 
 
 def log_singular_values(matrix: Graded) -> jax.Array:
-    """Natural logarithms `[n]`, descending, −inf for 0: Hestenes' (1958) one-sided Jacobi method on the rows.
+    """Natural logarithms `[n]`, descending, −inf for 0: Hestenes' (1958) one-sided Jacobi method on
+    the rows.
 
-    As accurate for the smallest as for the largest singular value: the relative error depends on how near the
-    scaled `rows` are to dependence, not on the exponents (Demmel & Veselić, 1992).
+    As accurate for the smallest as for the largest singular value: the relative error depends on
+    how near the scaled `rows` are to dependence, not on the exponents (Demmel & Veselić, 1992).
     """
     size = len(matrix.rows)
     if size % 2:
@@ -182,7 +196,9 @@ def log_singular_values(matrix: Graded) -> jax.Array:
         matrix, cosines = lax.scan(rotate, state[0], rounds)
         return matrix, jnp.max(cosines), state[2] + 1
 
-    matrix, _, _ = lax.while_loop(unfinished, sweep_once, (matrix, jnp.asarray(1.0, matrix.rows.dtype), 0))
+    matrix, _, _ = lax.while_loop(
+        unfinished, sweep_once, (matrix, jnp.asarray(1.0, matrix.rows.dtype), 0)
+    )
     lengths = jnp.sqrt(jnp.sum(matrix.rows**2, axis=1))
     logs = matrix.exponents.astype(lengths.dtype) * math.log(2) + jnp.log(lengths)
     return -jnp.sort(-logs)[:size]
