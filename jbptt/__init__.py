@@ -1,6 +1,4 @@
-"""How far back does the gradient of your recurrent model reach, and what does each truncation
-cost?
-"""
+"""How far back does the gradient of a recurrent model reach, and what does truncation cost?"""
 
 from typing import TYPE_CHECKING, Any
 
