@@ -147,7 +147,7 @@ def test_a_gradient_that_does_not_decay_has_no_bound_and_the_longest_window(scal
     assert int(state.window) == MAX_WINDOW
 
 
-@pytest.mark.more("test_window_is_the_first_whose_bound_keeps_the_tolerance")
+@pytest.mark.more("test_gradient_is_that_of_the_window_in_info")
 def test_weights_of_both_signs_are_no_small_gradient():
     """Their sum is next to nothing; what the bound compares is per |w|."""
     step, loss, params, carry, batch = shrunk("tanh", 3 * MAX_WINDOW, 0.5)

@@ -10,7 +10,9 @@ import subprocess
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
+from types import SimpleNamespace
 
+import conftest
 import pytest
 from problems import usual
 
@@ -294,3 +296,19 @@ def test_every_module_can_be_imported():
     for info in pkgutil.walk_packages([str(ROOT)], "jbptt."):
         if not info.name.endswith("__main__"):
             importlib.import_module(info.name)
+
+
+def test_what_the_usual_run_leaves_out_has_a_case_there():
+    """A function's only case is never `more`, and whoever names another names one of the usual run."""
+
+    def item(name, *stand_in, more=True):
+        marker = SimpleNamespace(args=stand_in) if more else None
+        return SimpleNamespace(
+            path=Path("test_here.py"), originalname=name, nodeid=name, get_closest_marker={"more": marker}.get
+        )
+
+    usual_one, check = item("test_a", more=False), conftest.check_that_every_promise_is_touched
+    check([usual_one, item("test_a"), item("test_b", "test_a"), item("test_b", "test_here::test_a")])
+    for left_out in (item("test_b"), item("test_b", "test_c"), item("test_b", "test_there::test_a")):
+        with pytest.raises(pytest.UsageError, match="test_b is not in the usual run, and no case of"):
+            check([usual_one, left_out])
