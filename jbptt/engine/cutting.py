@@ -105,6 +105,37 @@ def _recompute(
     return [equation for equation in forward if id(equation) in again], stacked
 
 
+def _with_carries(
+    stacked: list[Var],
+    carries: list[tuple[Var, Any]],
+    used: set[Var],
+    at_hand: set[Var],
+) -> tuple[list[Var], list[Var]]:
+    """The stacks with those of the carries that are `used`, and which of these are lagged.
+
+    A carry that a step receives is the one emitted a step before: the stack of that, read one step
+    behind, serves for both. Where the emitted one can have none (a constant, an input, a carry
+    handed on), the received one is stacked.
+
+    carries: pairs (received, emitted). at_hand: what needs no stack.
+    """
+    stacked, lagged = list(stacked), []
+    all_received = [received for received, _ in carries]
+    for emitted in variables_of(emitted for _, emitted in carries):
+        if emitted in used and emitted not in at_hand and emitted not in stacked:
+            stacked.append(emitted)
+    for received, emitted in carries:
+        if received not in used or received in stacked:
+            continue
+        if isinstance(emitted, Literal) or emitted in at_hand or emitted in all_received:
+            stacked.append(received)
+            continue
+        lagged.append(received)
+        if emitted not in stacked:
+            stacked.append(emitted)
+    return stacked, lagged
+
+
 def cut(
     step: Step,
     params: Params,
@@ -139,22 +170,10 @@ def cut(
     wanted = variables_of([*operands_of(backward), *variables.results])
     wanted = [v for v in wanted if v not in of_bars]
     recomputed, stacked = _recompute(forward, wanted, {*at_hand, *received, *emitted}, stacked)
-    # Those carries that are used get their stacks now, each once.
+    # Those carries that are used get their stacks now.
     used = {*wanted, *after_the_loop, *variables_of(operands_of(recomputed))}
-    stacked += [v for v in emitted if v in used and v not in at_hand and v not in stacked]
-    # A carry that a step receives is the one emitted a step before: the stack of that, read one
-    # step behind, serves for both. Where the emitted one can have none (a constant, an input, a
-    # carry handed on), the received one is stacked.
-    lagged = []
-    for before, after in zip(received, variables.next_carry, strict=True):
-        if before not in used or before in stacked:
-            continue
-        if isinstance(after, Literal) or after in at_hand or after in received:
-            stacked.append(before)
-            continue
-        lagged.append(before)
-        if after not in stacked:
-            stacked.append(after)
+    carries = list(zip(received, variables.next_carry, strict=True))
+    stacked, lagged = _with_carries(stacked, carries, used, at_hand)
 
     leaves = zip(variables.inputs, jax.tree.leaves(inputs), strict=True)
     inexact_inputs = [v for v, leaf in leaves if is_inexact(leaf)]
