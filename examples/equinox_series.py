@@ -1,12 +1,10 @@
-"""How much of the past does a GRU (Equinox) use to predict an EEG, and how long must its windows
-be?
+"""How much of the past does a GRU (Equinox) use to predict an EEG, and how long must its windows be?
 
-The series is real: `eeg.dat`, 800 samples of four EEG channels, which Matplotlib ships for its
-gallery. It comes without a source, a unit or a sampling rate, so it is standardised and time is
-counted in samples. The model predicts the next sample of every channel; it is written for one
-example and trained in Equinox's way, and `from_equinox` makes a step of it. Its loss on the last
-200 samples is held against that of predicting no change; with 600 samples to learn from it overfits
-after some 150 updates, a number chosen by looking at that very loss.
+The series is real: `eeg.dat`, 800 samples of four EEG channels, which Matplotlib ships for its gallery. It comes
+without a source, a unit or a sampling rate, so it is standardised and time is counted in samples. The model predicts
+the next sample of every channel; it is written for one example and trained in Equinox's way, and `from_equinox` makes
+a step of it. Its loss on the last 200 samples is held against that of predicting no change; with 600 samples to learn
+from it overfits after some 150 updates, a number chosen by looking at that very loss.
 
     python examples/equinox_series.py [--out equinox_series.svg] [--short]        (needs equinox)
 """
@@ -83,20 +81,12 @@ def decide(found):
     (block, _), (sliding, _) = found.block_window.tolist(), found.sliding_window.tolist()
     if 0 < block < found.num_steps:
         error = float(found.block_error[0])
-        return (
-            f"truncated_bptt(window={block}): blocks of {block} samples leave {error:.1%} of "
-            "gradient error here"
-        )
-    return (
-        f"full_bptt: no block shorter than {found.num_steps} samples keeps 10 %, sliding windows "
-        f"of {sliding} do"
-    )
+        return f"truncated_bptt(window={block}): blocks of {block} samples leave {error:.1%} of gradient error here"
+    return f"full_bptt: no block shorter than {found.num_steps} samples keeps 10 %, sliding windows of {sliding} do"
 
 
 def main(out="equinox_series.svg", *, hidden_size=32, num_updates=150):
-    """Diagnoses the predictor on its training rows before and after training, and draws what
-    windows leave.
-    """
+    """Diagnoses the predictor on its training rows before and after training, and draws what windows leave."""
     series = read_series()
     batch, heldout = as_batch(series[:600], NUM_ROWS), as_batch(series[600:], 1)
     model = Predictor(4, hidden_size, key=jax.random.key(0))
@@ -115,9 +105,7 @@ def main(out="equinox_series.svg", *, hidden_size=32, num_updates=150):
     after = diagnose(params)
 
     axes = Figure(figsize=(10, 4.4), layout="constrained").subplots(1, 2, sharey=True)
-    for name, found, ax in zip(
-        ("before training", f"after {num_updates} updates"), (before, after), axes, strict=True
-    ):
+    for name, found, ax in zip(("before training", f"after {num_updates} updates"), (before, after), axes, strict=True):
         print(f"{name}\n{found}\n")
         plots.plot_lag_profile(found.profile, ax=ax)
         ax.set_xlabel("lag (samples)")
@@ -125,18 +113,14 @@ def main(out="equinox_series.svg", *, hidden_size=32, num_updates=150):
     axes[0].figure.savefig(out)
 
     _, predicted = jbptt.unroll(step, params, initial_carry((1,)), heldout.xs)
-    losses = [
-        float(jnp.mean(tasks.squared_error(y, heldout.targets))) for y in (predicted, heldout.xs)
-    ]
+    losses = [float(jnp.mean(tasks.squared_error(y, heldout.targets))) for y in (predicted, heldout.xs)]
     print(f"held-out loss {losses[0]:.3f}, of predicting no change {losses[1]:.3f}")
     print(f"decision: {decide(after)}")
     print(f"picture: {out}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="equinox_series.svg", help="the picture, .svg or .png")
     parser.add_argument("--short", action="store_true", help="a small model and a few updates")
     options = parser.parse_args()

@@ -1,10 +1,9 @@
 """What does an LSTM (Haiku) fail to learn when its windows are shorter than the task's memory?
 
-The copy task: LENGTH symbols, a delay, then the symbols again, so each lies LENGTH + DELAY steps
-before the loss that asks for it. jbptt says of the model as drawn which windows would keep its
-gradient. Then it is trained twice on the same data, with full BPTT and with sliding windows of
-WINDOW steps, whose losses flow back to no symbol that they ask for; what full BPTT has learned is
-diagnosed again.
+The copy task: LENGTH symbols, a delay, then the symbols again, so each lies LENGTH + DELAY steps before the loss that
+asks for it. jbptt says of the model as drawn which windows would keep its gradient. Then it is trained twice on the
+same data, with full BPTT and with sliding windows of WINDOW steps, whose losses flow back to no symbol that they ask
+for; what full BPTT has learned is diagnosed again.
 
     python examples/haiku_lstm.py [--out haiku_lstm.svg] [--short]        (needs dm-haiku)
 """
@@ -33,12 +32,8 @@ def make_core(hidden_size):
 
 
 def draw_batch(key):
-    """One batch of the copy task, T = 2·LENGTH + DELAY, and flags by which every sequence begins
-    with no memory.
-    """
-    batch = tasks.copy(
-        key, length=LENGTH, delay=DELAY, batch_size=BATCH_SIZE, num_symbols=NUM_SYMBOLS
-    )
+    """One batch of the copy task, T = 2·LENGTH + DELAY, and flags by which every sequence begins with no memory."""
+    batch = tasks.copy(key, length=LENGTH, delay=DELAY, batch_size=BATCH_SIZE, num_symbols=NUM_SYMBOLS)
     starts = jnp.zeros(batch.targets.shape, bool).at[0].set(True)
     return batch._replace(xs=(batch.xs, starts))
 
@@ -75,20 +70,11 @@ def main(out="haiku_lstm.svg", *, hidden_size=64, num_updates=1500):
     chance, tail = math.log(NUM_SYMBOLS), max(1, num_updates // 10)
     for (name, (_, history)), colour in zip(results.items(), ("#d55e00", "#0072b2"), strict=True):
         left.plot(history.loss, color=colour, label=name)
-        print(
-            f"{name}: loss {np.mean(history.loss[-tail:]):.3f} over the last {tail} updates "
-            f"(chance: {chance:.3f})"
-        )
+        print(f"{name}: loss {np.mean(history.loss[-tail:]):.3f} over the last {tail} updates (chance: {chance:.3f})")
     error, window = float(before.curve.relative_error[WINDOW - 1]), int(before.sliding_window[0])
-    print(
-        f"as drawn, sliding windows of {WINDOW} leave {error:.0%} of gradient error; to leave 10 % "
-        f"takes {window}"
-    )
+    print(f"as drawn, sliding windows of {WINDOW} leave {error:.0%} of gradient error; to leave 10 % takes {window}")
     needed = max(window, LENGTH + DELAY + 1)
-    print(
-        f"decision: windows of {needed} steps at least (the symbol to repeat lies {LENGTH + DELAY} "
-        "steps back)"
-    )
+    print(f"decision: windows of {needed} steps at least (the symbol to repeat lies {LENGTH + DELAY} steps back)")
     left.axhline(chance, color="#5b6570", linestyle=":", label="chance")
     left.set(xlabel="update", ylabel="loss (nats)")
     left.legend(frameon=False, fontsize=9, ncols=3, loc="upper center")
@@ -101,9 +87,7 @@ def main(out="haiku_lstm.svg", *, hidden_size=64, num_updates=1500):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="haiku_lstm.svg", help="the picture, .svg or .png")
     parser.add_argument("--short", action="store_true", help="a small model and a few updates")
     options = parser.parse_args()

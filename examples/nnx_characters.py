@@ -1,10 +1,9 @@
-"""Does a character model (Flax nnx) look further back once it has learned, and in which windows
-should it train?
+"""Does a character model (Flax nnx) look further back once it has learned, and in which windows should it train?
 
-The model is written and trained as one writes and trains nnx models: modules, `nnx.value_and_grad`,
-`nnx.Optimizer`, and truncated BPTT as usual, the carry handed from batch to batch. The text is the
-documentation of Python's language, which is part of CPython. `from_nnx` makes a step of the model,
-and jbptt diagnoses the same held-out text before and after training.
+The model is written and trained as one writes and trains nnx models: modules, `nnx.value_and_grad`, `nnx.Optimizer`,
+and truncated BPTT as usual, the carry handed from batch to batch. The text is the documentation of Python's language,
+which is part of CPython. `from_nnx` makes a step of the model, and jbptt diagnoses the same held-out text before and
+after training.
 
     python examples/nnx_characters.py [--out nnx_characters.svg] [--short]        (needs flax)
 """
@@ -43,9 +42,7 @@ def train_step(model, optimizer, carry, tokens, targets):
     """One update on one batch `[T, B]`: a plain scan over the model's own calls."""
 
     def loss_fn(model):
-        scan = nnx.scan(
-            lambda model, carry, token: model(carry, token), in_axes=(None, nnx.Carry, 0)
-        )
+        scan = nnx.scan(lambda model, carry, token: model(carry, token), in_axes=(None, nnx.Carry, 0))
         last, logits = scan(model, carry, tokens)
         return optax.losses.softmax_cross_entropy_with_integer_labels(logits, targets).mean(), last
 
@@ -63,9 +60,7 @@ def main(out="nnx_characters.svg", *, hidden_size=64, num_updates=400, num_diagn
     step, params, initial_carry = interop.from_nnx(model)
 
     def diagnose(params):
-        return jbptt.diagnose(
-            step, tasks.cross_entropy, params, initial_carry((BATCH_SIZE,)), batch, measure=False
-        )
+        return jbptt.diagnose(step, tasks.cross_entropy, params, initial_carry((BATCH_SIZE,)), batch, measure=False)
 
     before = diagnose(params)
     optimizer = nnx.Optimizer(model, optax.adam(3e-3), wrt=nnx.Param)
@@ -78,34 +73,24 @@ def main(out="nnx_characters.svg", *, hidden_size=64, num_updates=400, num_diagn
     after = diagnose(nnx.state(model, nnx.Param))
 
     axes = Figure(figsize=(10, 4.4), layout="constrained").subplots(1, 2, sharey=True)
-    for name, found, ax in zip(
-        ("before training", f"after {num_updates} updates"), (before, after), axes, strict=True
-    ):
+    for name, found, ax in zip(("before training", f"after {num_updates} updates"), (before, after), axes, strict=True):
         print(f"{name}\n{found}\n")
         plots.plot_diagnosis(found, ax=ax)
         ax.set_title(f"{name}: {found.verdict}, loss {float(found.loss):.2f} nats")
     axes[0].figure.suptitle("rings: windows recommended for 10 % and 1 % of error", fontsize=9)
     axes[0].figure.savefig(out)
 
-    print(
-        f"reach (at least 1 % of the gradient): {before.reach} characters before training, "
-        f"{after.reach} after"
-    )
+    print(f"reach (at least 1 % of the gradient): {before.reach} characters before training, {after.reach} after")
     window, error = int(after.block_window[0]), float(after.block_error[0])
     used = float(after.curve.block_relative_error[NUM_STEPS - 1])
     advice = "keep them" if used < 0.1 else "make them longer"
     print(f"blocks of {window} leave {error:.1%} of gradient error on this text")
-    print(
-        f"decision: those of {NUM_STEPS} leave {used:.1%}, averaged over where they are cut: "
-        f"{advice}"
-    )
+    print(f"decision: those of {NUM_STEPS} leave {used:.1%}, averaged over where they are cut: {advice}")
     print(f"picture: {out}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="nnx_characters.svg", help="the picture, .svg or .png")
     parser.add_argument("--short", action="store_true", help="a small model and a few updates")
     options = parser.parse_args()

@@ -1,12 +1,10 @@
-"""How many milliseconds back does the gradient of a rate network reach, for a gain below 1 and one
-above?
+"""How many milliseconds back does the gradient of a rate network reach, for a gain below 1 and one above?
 
     τ dr/dt = −r + tanh(J r + B u),     J_ij ~ N(0, g²/N)
 
-One Euler step of `DT` milliseconds is one recurrent step, so what jbptt counts in steps is `DT`
-times as many milliseconds, and an exponent per step is 1000 / DT as much per second. The network is
-told to give back the input of 20 ms ago; it is looked at as it is drawn, before any learning, where
-the gain alone decides.
+One Euler step of `DT` milliseconds is one recurrent step, so what jbptt counts in steps is `DT` times as many
+milliseconds, and an exponent per step is 1000 / DT as much per second. The network is told to give back the input
+of 20 ms ago; it is looked at as it is drawn, before any learning, where the gain alone decides.
 
     python examples/rate_network.py [--out rate_network.svg] [--short]
 """
@@ -53,19 +51,9 @@ def decide(found):
     """What follows for training, in milliseconds."""
     window, error = int(found.block_window[1]), float(found.block_error[1])
     if 0 < window < found.num_steps:
-        return (
-            f"blocks of {window * DT:g} ms ({window} steps): {error:.2%} of gradient error on this "
-            "batch"
-        )
-    reason = (
-        f"no block shorter than these {found.num_steps * DT:g} ms was found that leaves under 1 % "
-        "of error"
-    )
-    clip = (
-        f", clip at a norm of about {float(found.norm_quantiles[0]):.2g}"
-        if found.verdict == "exploding"
-        else ""
-    )
+        return f"blocks of {window * DT:g} ms ({window} steps): {error:.2%} of gradient error on this batch"
+    reason = f"no block shorter than these {found.num_steps * DT:g} ms was found that leaves under 1 % of error"
+    clip = f", clip at a norm of about {float(found.norm_quantiles[0]):.2g}" if found.verdict == "exploding" else ""
     return f"full BPTT{clip}: {reason}"
 
 
@@ -86,30 +74,20 @@ def main(out="rate_network.svg", *, num_units=100, num_steps=400, num_long=6000,
         half_life = float(found.half_life) * DT
         halves = f"halves in {half_life:.3g} ms" if math.isfinite(half_life) else "does not halve"
         print(f"gain {gain:g}\n{found}")
-        print(
-            f"  in time: the gradient {halves}; at least 1 % is left up to a lag of "
-            f"{(found.reach - 1) * DT:g} ms;"
-        )
-        print(
-            f"  leading Lyapunov exponent {exponent:+.2f} ± {error:.2f} per second, over "
-            f"{num_long * DT / 1000:g} s"
-        )
+        print(f"  in time: the gradient {halves}; at least 1 % is left up to a lag of {(found.reach - 1) * DT:g} ms;")
+        print(f"  leading Lyapunov exponent {exponent:+.2f} ± {error:.2f} per second, over {num_long * DT / 1000:g} s")
         print(f"  decision: {decide(found)}\n")
 
         plots.plot_lag_profile(found.profile, ax=ax)
         ax.set_title(f"gain {gain:g}: {found.verdict}, λ₁ = {exponent:+.1f} / s")
         ax.set_xlabel("lag (steps)")
-        ax.secondary_xaxis("top", functions=(lambda k: k * DT, lambda ms: ms / DT)).set_xlabel(
-            "lag (ms)"
-        )
+        ax.secondary_xaxis("top", functions=(lambda k: k * DT, lambda ms: ms / DT)).set_xlabel("lag (ms)")
     axes[0].figure.savefig(out)
     print(f"picture: {out}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="rate_network.svg", help="the picture, .svg or .png")
     parser.add_argument("--short", action="store_true", help="a small network for a short time")
     options = parser.parse_args()

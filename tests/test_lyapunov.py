@@ -395,10 +395,10 @@ def derivative_of_logs(matrix, num_zero):
     return total
 
 
-SINGULAR = (60, jnp.float32), (0, jnp.float64), (60, jnp.float64)
+PRECISIONS = (60, jnp.float32), (0, jnp.float64), (60, jnp.float64)
 
 
-@pytest.mark.parametrize(("num_discarded", "dtype"), usual_rows(SINGULAR[1:2], SINGULAR))
+@pytest.mark.parametrize(("num_discarded", "dtype"), usual_rows(PRECISIONS[1:2], PRECISIONS))
 def test_singular_jacobians(num_discarded, dtype):
     """−inf and nothing worse: the other exponents, their errors and their derivatives are as without it."""
 
