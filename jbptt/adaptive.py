@@ -74,11 +74,11 @@ def adaptive_bptt(
     loss of every update, and of every max_window steps within it, is a probe (of the examples in
     which it has weight and a slope at all: an ignored target says nothing): it goes back max_window
     − 1 steps and updates running means of φ_j and of what the lags add to the gradient, from which
-    the *next* update's window follows (`decay.bound_bias`). The first update, which knows nothing,
-    takes max_window. Where no window up to max_window keeps the bound, as with a gradient that does
-    not decay, max_window is taken, and `info["bias_bound"]` says what is left of the promise: inf,
-    if nothing. Nothing is promised by fewer than 8 lags, nor by a zero that fewer than 3 probes met
-    (a reset, perhaps).
+    the *next* update's window follows (`bias_bound.bound_bias`). The first update, which knows
+    nothing, takes max_window. Where no window up to max_window keeps the bound, as with a gradient
+    that does not decay, max_window is taken, and `info["bias_bound"]` says what is left of the
+    promise: inf, if nothing. Nothing is promised by fewer than 8 lags, nor by a zero that fewer
+    than 3 probes met (a reset, perhaps).
 
     Coverage is that of a first update, max_window; a later one's is that of its `info["window"]`,
     `truncation.window_coverage(T, window, 1)`.
@@ -138,7 +138,7 @@ def adaptive_bptt(
             )
             entering = [e + m.astype(e.dtype) for e, m in zip(entering, more, strict=True)]
             weights = jnp.abs(part.loss_weights())
-            weights = jnp.where(says_something(streamed, weights), weights, 0)
+            weights = jnp.where(says_something(streamed, weights, add_up), weights, 0)
             means = probe(part, streamed, weights[-1], means, smoothing, add_up)
             seen = varying((means, total + add_up(jnp.sum(weights))), given)
             history, first = latest(streamed.steps, max_window - 1), first - part.num_steps
@@ -191,16 +191,20 @@ def varying(tree: PyTree, given: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), tree)
 
 
-def says_something(streamed: Streamed, weights: jax.Array) -> jax.Array:
-    """Which losses `[S, *batch]` have a slope at all: an ignored target's zeros say nothing about
-    memory.
+def says_something(streamed: Streamed, weights: jax.Array, add_up: Callable) -> jax.Array:
+    """Which losses `[S, *batch]` have a slope at all: an ignored target says nothing about memory.
+
+    An output that is not per example counts for all of them; `add_up` adds over the shares of a
+    batch that is divided.
     """
     found = jnp.zeros(weights.shape, bool)
     for leaf in streamed.outputs_bar:
         slopes = leaf[leaf.shape[0] - weights.shape[0] :] != 0  # without the history
         own = slopes.shape[: weights.ndim] == weights.shape
         first = weights.ndim if own else 1
-        found |= align_leading(slopes.any(tuple(range(first, slopes.ndim))), weights.ndim)
+        sloped = slopes.any(tuple(range(first, slopes.ndim)))
+        sloped = sloped if own else add_up(sloped.astype(int)) > 0
+        found |= align_leading(sloped, weights.ndim)
     return found
 
 

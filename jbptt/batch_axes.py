@@ -86,8 +86,9 @@ def _begins(shape: Shape, prefix: Shape) -> bool:
 
 
 def _new_size(size: int, *trees: PyTree) -> int:
-    """A size that stands nowhere else, so that nothing fits by chance; a multiple, for a mesh that
-    divides the axis.
+    """A multiple of the size that stands nowhere else, so that hardly anything fits by chance.
+
+    A mesh that divides the axis divides a multiple of it too.
     """
     taken = {n for shape in _sizes(trees) for n in shape}
     return next(n for n in count(2 * size or 1, size or 1) if n not in taken)

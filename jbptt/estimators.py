@@ -43,8 +43,10 @@ class WindowState(NamedTuple):
 
     Attributes:
       carry: the live carry.
-      history: the latest steps; None for blocks that start with each update.
-      phase: steps into the current stride, an int array; None where updates are whole strides.
+      history: the latest steps; None for blocks that start with each update, and where updates do
+        not stream.
+      phase: steps into the current stride, an int array; None where updates are whole strides, or
+        do not stream.
     """
 
     carry: Carry
@@ -299,6 +301,11 @@ def truncated_bptt(
         where windows overlap; what `full_bptt` raises.
     """
     window, stride = validation.check_window(window, stride)
+    if not isinstance(streams, bool):
+        raise ValueError(
+            f"streams must be True or False, got {streams!r}; False where every update is a "
+            "sequence of its own"
+        )
     overlap = stride < window
     plan = plan_of(
         plan, {"segment": "windows that overlap are not recomputed in segments"} if overlap else {}

@@ -24,8 +24,10 @@ class Plan:
     """How an estimator computes the gradient of one batch.
 
     Attributes:
-      segment: steps recomputed at a time; None: all of T (of a block: all of its window) up to 512,
-        then √T, 64 at least. Not for windows that overlap, which keep a few windows.
+      segment: steps recomputed at a time; None: all of T up to 512, then √T, 64 at least; of
+        blocks the same of a window's steps, of blocks side by side the whole window, and the window
+        or √T, whichever is more, where an update may begin within a block. Not for windows that
+        overlap, which keep a few windows.
       num_shards: devices over which the examples are divided, the first of `jax.devices()`. Each
         takes its share of the batch through all of time, and the sums are added at the end. On CPU
         cores are devices after `jax.config.update("jax_num_cpu_devices", n)`, before the first
@@ -36,8 +38,8 @@ class Plan:
         None: of 16 blocks and more of a single example up to 64 (fewer if their carries take more
         than a mebibyte), if the step's program shows that vmap changes nothing (no callback, no
         cond, no random numbers but threefry's); of other blocks one; where windows overlap about
-        window/stride, those that share their steps. Where an update begins within a block, its
-        blocks go back one after another.
+        window/stride, those that share their steps. Where an update may begin within a block,
+        nothing goes side by side, whatever is given here.
 
     Raises:
       ValueError: a number < 1, or more shards than devices.

@@ -90,8 +90,9 @@ def blocks_at_once(problem: Problem, window: int) -> int:
         if hasattr(leaf, "size")
     )
     most = min(64, num_windows, max(1, 2**20 // max(1, window * of_step)))
-    inputs = jax.eval_shape(lambda inputs: jax.tree.map(lambda a: a[0], inputs), problem.inputs)
-    if most == 1 or not same_under_vmap(problem.parts.core, problem.params, problem.carry, inputs):
+    x = jax.eval_shape(lambda xs: jax.tree.map(lambda a: a[0], xs), problem.batch.xs)
+    # The whole step: a readout, too, may draw or choose.
+    if most == 1 or not same_under_vmap(problem.step, problem.params, problem.carry, x):
         return 1
     # Windows that are left over go alone: of the sizes from half of it on, the largest that leaves
     # the fewest.

@@ -11,7 +11,7 @@ import pytest
 from oracles import brute_force
 from problems import EXAMPLES, assert_close, cut, usual, usual_rows
 
-from jbptt import Batch, Plan, full_bptt, gated_bptt, truncated_bptt, truncation
+from jbptt import Batch, Plan, cells, full_bptt, gated_bptt, truncated_bptt, truncation
 from jbptt.testing import measured_coverage
 
 NUM_STEPS = 11
@@ -83,6 +83,30 @@ def test_updates_that_are_streams_of_their_own(window, stride):
     state = estimator.init(params, carry, batch)
     after = estimator.update(params, state, batch)[1]
     assert state.history is state.phase is after.history is after.phase is None
+
+
+def test_a_readout_that_draws_does_not_go_side_by_side():
+    """`rbg` draws other bits under vmap: by default blocks then go one after another."""
+
+    def core(w, h, x):
+        h = jnp.tanh(w * h + x[1])
+        return h, (x[0], h)
+
+    step = cells.with_readout(core, lambda w, output: output[1] + jax.random.normal(output[0]))
+    keys = jax.random.split(jax.random.key(0, impl="rbg"), 32)
+    batch = Batch((keys, jnp.linspace(0, 1, 32)))
+    found = [
+        problems.one_update(
+            truncated_bptt(step, lambda y, target: y**2, window=2, plan=Plan(parallel_windows=number)), 0.5, 0.3, batch
+        ).grads
+        for number in (None, 1)
+    ]
+    assert_close(*found)
+
+
+def test_whether_updates_stream_is_said_by_a_bool():
+    with pytest.raises(ValueError, match="streams must be True or False, got None"):
+        truncated_bptt(None, None, window=2, streams=None)
 
 
 def test_reach_grows_with_the_stream_up_to_the_window():

@@ -862,7 +862,7 @@ CORE = (
         "probe_of_an_ignored_target",
         ADAPTIVE,
         "adaptive_bptt",
-        "weights = jnp.where(says_something(streamed, weights), weights, 0)",
+        "weights = jnp.where(says_something(streamed, weights, add_up), weights, 0)",
         "",
     ),
     Mutant("probe_injects_at_every_lag", ADAPTIVE, "probe", "lag == 0", "lag >= 0"),
