@@ -101,6 +101,7 @@ def test_non_finite(where):
     assert f"first not finite: {leaf}, " in page and f"step {first}" in page
 
 
+@pytest.mark.more("test_verdict_and_half_life")
 def test_one_step():
     """Given as constants of the jitted function."""
     problem = problems.make("lstm", 1)
@@ -111,6 +112,7 @@ def test_one_step():
     assert "Gradient over 1 step: stable" in str(found)
 
 
+@pytest.mark.more("test_verdict_and_half_life")
 def test_zero_gradient_and_no_weight():
     step, loss, params, carry, batch = linear_problem(0.5)
     found = unmeasured(step, loss, params, carry, batch._replace(weights=np.zeros(NUM_STEPS)))
@@ -136,6 +138,7 @@ def test_vmap_is_a_loop():
     assert str(together).startswith("Diagnosis(verdict_index=Array([0, 1, 3]")  # many have no page
 
 
+@pytest.mark.more("test_verdict_and_half_life")
 def test_loss_and_gradient_are_the_exact_ones_and_max_window_limits_the_lags():
     step, loss, params, carry, batch = linear_problem(1.0)
     batch = batch._replace(weights=np.linspace(0, 2, NUM_STEPS))
@@ -198,6 +201,7 @@ def test_recommended_windows_keep_their_promise_and_half_of_them_do_not(name):
             assert error_at(window // 2) > tolerance
 
 
+@pytest.mark.more("test_docs::test_python_blocks_run")
 def test_the_printed_page():
     step, loss, params, carry, batch = problems.make("tanh", 16)
     found = diagnose(step, loss, params, carry, batch, num_repeats=2)
@@ -219,6 +223,7 @@ def test_the_printed_page():
     assert "window for" in unpriced and not any(word in unpriced for word in ("ms", "memory", "vs full BPTT"))
 
 
+@pytest.mark.more("test_gates_are_diagnosed")
 def test_gates_are_any_array_but_no_list():
     """Every third crossing is cut, so that three steps are all that the gradient of an orthogonal network sees."""
     gates = [1.0, 1.0, 0.0] * (NUM_STEPS // 3)

@@ -333,7 +333,7 @@ class Page(html.parser.HTMLParser):
 
 def render(data):
     data["sentences"] = sections.write_sentences(data)
-    light, dark = (sections.draw_pictures(data, theme) for theme in (LIGHT, DARK))
+    light, dark = (drawn_once(data, theme) for theme in (LIGHT, DARK))
     assert tuple(light) == tuple(dark) == ALL
     return render_page(data, light, dark)
 

@@ -148,7 +148,8 @@ def test_a_window_is_a_gate_every_so_many_steps():
     assert_same(*(jax.grad(lambda p, s=s: loss_of(s, plain, p))(ARGUMENTS) for s in (partial(scan, gates=gates), cut)))
 
 
-@pytest.mark.parametrize("segment", usual([2], [None, 2]))
+@pytest.mark.more("test_the_second_derivative_of_a_gated_gradient_is_that_of_its_numbers")
+@pytest.mark.parametrize("segment", [None, 2])
 def test_second_derivatives(segment):
     direction = jax.tree.map(jnp.cos, ARGUMENTS)
 

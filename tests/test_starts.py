@@ -173,6 +173,7 @@ def test_a_start_that_holds_arrays_is_a_function_too():
     assert_same(estimate.grads, wanted)
 
 
+@pytest.mark.more("test_every_estimator_counts_the_start_with_the_first_step")
 def test_half_precision():
     params, batch = jax.tree.map(lambda a: a.astype(jnp.bfloat16), (PARAMS, BATCH))
     for estimator in (full_bptt(step, loss), adaptive_bptt(step, loss, tolerance=0.5, max_window=T)):
@@ -311,6 +312,7 @@ def test_estimators_are_compared_and_measured_with_the_start():
     assert plan == Plan(4)
 
 
+@pytest.mark.more("test_every_estimator_counts_the_start_with_the_first_step")
 def test_checks_of_estimators_count_the_start():
     assert_same(testing.brute_force_gradient(step, loss, PARAMS, start, BATCH), EXACT)
     coverage = truncation.window_coverage(T, 3, 1)
