@@ -115,6 +115,7 @@ def test_whether_updates_stream_is_said_by_a_bool():
 def test_reach_grows_with_the_stream_up_to_the_window():
     step, loss, params, carry, batch = masked_problem("tanh+readout")
     init, update, _ = truncated_bptt(step, loss, window=7, stride=2)
+    update = jax.jit(update)
     state, reached = init(params, carry, cut(batch, 0, 3)), []
     for start in (0, 3, 6):
         estimate, state = update(params, state, cut(batch, start, start + 3))
@@ -122,6 +123,7 @@ def test_reach_grows_with_the_stream_up_to_the_window():
     assert reached == [3, 6, 7]
     # In blocks a loss sees no step before its own block, however much history there is.
     init, update, _ = truncated_bptt(step, loss, window=4)
+    update = jax.jit(update)
     state, reached = init(params, carry, cut(batch, 0, 3)), []
     for start, stop in ((0, 3), (3, 4), (4, 5)):
         estimate, state = update(params, state, cut(batch, start, stop))
