@@ -59,8 +59,9 @@ def full_bptt(step: Step, loss: Loss, *, plan: Plan | None = None) -> Estimator:
 
         C[t, i] = 1 for every i ≤ t
 
-    Exact within an update; the carry goes on to the next update, the gradient does not. Time: two
-    forward passes and one backward; memory O(T/segment + segment) carries.
+    Exact within an update; the carry goes on to the next update, the gradient does not. Time: one
+    forward and one backward pass, and one forward pass more where T is more than a segment; memory
+    O(T/segment + segment) carries.
 
     Args:
       step: `(params, carry, x) -> (carry, y)`.

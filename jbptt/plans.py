@@ -111,8 +111,8 @@ def planned(
 
     Args:
       plan: its `num_shards`.
-      run: gives an `Updated`. `add_up` adds a tree of sums over all shares; the sums of `Updated`
-        are added without.
+      run: gives an `Updated`, whose `sums` are added up over the shares afterwards. `add_up` does
+        that with a tree of what `run` needs summed earlier.
       problem: the whole batch.
       history: leaves `[length, ...]`, divided like the batch.
       seen: every device has it whole.

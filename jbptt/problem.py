@@ -101,13 +101,11 @@ class Problem:
         return last, carries, outputs
 
     def pullback(self, carry: Carry, inputs: PyTree) -> Callable:
-        """The way back through one step at its own carry and inputs, as `engine.pullback` has
-        it.
-        """
+        """The way back of `engine.pullback`, through one step at its own carry and inputs."""
         return engine.pullback(self.parts.core, self.params, carry, inputs, self.live)[1]
 
     def parallel_pullback(self, carries: Carry, inputs: PyTree, num_steps: int) -> Callable:
-        """The same for many steps side by side, leaves `[num_steps, ...]`."""
+        """The way back of `engine.parallel_pullback`, through many steps, `[num_steps, ...]`."""
         return engine.parallel_pullback(
             self.parts.core, self.params, carries, inputs, num_steps, self.live
         )[1]

@@ -25,10 +25,11 @@ from jbptt.types import Batch, Carry, Params, PyTree, Step
 
 @jax.custom_jvp
 def first_order_gate(value: jax.Array, gate: jax.Array) -> jax.Array:
-    """The identity whose derivative is `gate` (0 is a hard zero: 0·inf stays 0): the engine's gate.
+    """The identity whose derivative is `gate` (0 is a hard zero: 0·inf stays 0).
 
-    JAX drops custom derivatives from what reverse mode caches, so that of a second derivative by
-    reverse over reverse only one of the two passes is gated.
+    The gate of `scan` on its plain road, and of `gate_cotangent` where arithmetic would change the
+    value. JAX drops custom derivatives from what reverse mode caches, so that of a second
+    derivative by reverse over reverse only one of the two passes is gated.
     """
     del gate
     return value
@@ -118,9 +119,7 @@ def scan_steps(
     length=None,
     gate_fn: Callable = first_order_gate,
 ):
-    """`unroll` without the border checks, ys of masked steps as they come: what the engine
-    calls.
-    """
+    """`unroll` without the border's checks; ys of masked steps are not cleared."""
     return lax.scan(
         partial(gated_step(step, gate_fn), params), carry, (xs, gates, mask), length=length
     )

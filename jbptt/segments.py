@@ -1,4 +1,4 @@
-"""The one engine: a backward pass segment by segment, with gates on every crossing.
+"""A batch in segments, from the last to the first, with gates on every crossing.
 
     λ_t = ∂ℓ_t/∂h_t + gate_{t+1} · J_{t+1}ᵀ λ_{t+1},     ∂L/∂w = Σ_t (∂⁺h_t/∂w)ᵀ λ_t
 

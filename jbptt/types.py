@@ -11,7 +11,8 @@ from jax import export
 from jbptt.arrays import align_leading, weighted_mean
 
 OLDEST_JAX = (0, 10, 0)
-if jax.__version_info__ < OLDEST_JAX:  # here, since every other module imports this one
+# Here, since whatever computes a gradient imports this module.
+if jax.__version_info__ < OLDEST_JAX:
     wanted = ".".join(map(str, OLDEST_JAX))
     raise ImportError(
         f"jbptt needs jax ≥ {wanted}, found {jax.__version__}: pip install -U jax jaxlib"
@@ -72,7 +73,8 @@ class Estimate:
       grad_sum: its (estimated) gradient, shaped like the parameters, float32 at least.
       weight_sum: `Σ w_t` over steps and examples, a scalar.
       info: diagnostics that the next update does not need. `info["aux"]` holds the weighted means
-        of what the loss returned beside its value; the other entries describe one update.
+        of what the loss returned beside its value. The other entries describe one update: of every
+        estimator `info["carry_grads"]`, the gradient of the mean loss in the carry that entered.
     """
 
     loss_sum: jax.Array

@@ -1,4 +1,7 @@
-"""The border: every check happens here, on shapes alone, before anything is compiled."""
+"""Most checks of the border: on shapes where that is enough, before anything is compiled.
+
+Values are read of static numbers (a window, a probability); traced ones are trusted.
+"""
 
 import math
 import numbers

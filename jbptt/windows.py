@@ -5,9 +5,10 @@ Blocks go back window by window, or in groups under vmap. Windows that overlap a
 that end with the chunk (Williams & Peng, 1990). With e_c the chunk's last step, all chunks c of a
 group go back together, one step at a time, q = 0 … window − 1:
 
-    i = e_c − q,    M_i += λ_c,    λ_c ← J_iᵀ λ_c + [q < stride] ∂ℓ_i/∂h_i
+    i = e_c − q,    M_i += λ_c,    λ_c ← J_iᵀ λ_c + [q < stride] (∂y_i/∂h_{i−1})ᵀ ȳ_i
 
-and the weight gradient is one product over all steps, Σ_i (∂⁺h_{i+1}/∂w)ᵀ M_i, at the end.
+with J_i = ∂h_i/∂h_{i−1}, h_i what step i emits, and ȳ_i the cotangents of the core's outputs. The
+weight gradient is one product over all steps, Σ_i (∂⁺h_i/∂w)ᵀ M_i + (∂⁺y_i/∂w)ᵀ ȳ_i, at the end.
 
 Pieces of a batch follow one another: each is handed the carry by the one before it, and the sums of
 all add up.

@@ -5,7 +5,8 @@ All T adjoints advance side by side, one lag per round, over the carries of one 
     V⁰[s] = ∂ℓ_s/∂carries[s],   V^k[s] = ∂ℓ_{s+k}/∂carries[s] = gates[s] · J_sᵀ V^{k−1}[s+1]
     D_k = Σ_t w_t G[t, t−k] = Σ_s (∂⁺carries[s+1]/∂w)ᵀ V^{k−1}[s+1]
 
-D_k is the gradient at lag k, and what a window leaves is a weighted sum of D_k.
+D_k is the gradient at lag k, and what a window leaves is a weighted sum of D_k. D_0 comes from the
+losses themselves, through readout and outputs of their own step.
 """
 
 from collections.abc import Callable

@@ -6,8 +6,10 @@ is the equation. Where the fast one cannot be imported, or cannot read a program
 and a warning says so once.
 
     segment_vjp(step, …)                    many steps one after another, and the way back
-    pullback(step, …), parallel_pullback    one step, or many side by side
+    pullback(step, …), parallel_pullback    one step, or many side by side: windows that overlap,
+                                            and most analyses
     paths, dependences, same_under_vmap, …  questions to a program, answered without running it
+                                            (`dependence`, `facts`)
 
 How the fast one goes back through a segment of S steps:
 
@@ -23,6 +25,9 @@ How the fast one goes back through a segment of S steps:
     Loops.backward  `forward_backward`  A scan in reverse, which emits z̄_t for every product
                                         z_t = a_t W. After each chunk of steps `add_products` adds
                                         Σ_t a_tᵀ z̄_t to W̄.
+
+`pullback` goes back through one step and cuts nothing. `jaxprs` reads and evaluates programs, and
+`primitives` says what is known of JAX's operations.
 
 Words. A *variable* stands for an array in a program (a jaxpr), an *atom* is a variable or a
 literal. A step receives `carry` and emits `next_carry`. `x_bar` is the cotangent of x. `live` says
@@ -123,7 +128,10 @@ pullback = _of_either_engine("pullback")
 def parallel_pullback(
     step: Step, params: Params, carries: Carry, inputs: PyTree, num_steps: int, live: Paths
 ) -> tuple[tuple, Callable]:
-    """`pullback` of all steps at once, each at its own cached (carry, input), leaves `[T, ...]`."""
+    """`pullback` of all steps at once, each at its own cached (carry, input), leaves `[T, ...]`.
+
+    The gradient is summed over the steps; the cotangents of their carries are `[T, ...]`.
+    """
 
     def all_steps(params, carries, inputs):
         return jax.vmap(partial(step, params), axis_size=num_steps)(carries, inputs)

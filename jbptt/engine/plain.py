@@ -55,7 +55,8 @@ def segment_vjp(
 
         λ_{t-1} = gates[t] · (J_tᵀ λ_t + (∂y_t/∂h_{t-1})ᵀ ȳ_t),     J_t = ∂h_t/∂h_{t-1}
 
-    h_t is the carry that step t emits, λ_t its cotangent from all later steps.
+    h_t is the carry that step t emits, λ_t its cotangent from all later steps. (`segments` and
+    `unroll` count ∂ℓ_t/∂h_t, the loss of step t itself, in λ_t; here it comes in by ȳ_t.)
 
     The way back takes (λ after the last step, ȳ, gates or None, a running total of the gradient or
     None) and gives λ before the first step and the total plus the gradient. λ and ȳ are lists over
