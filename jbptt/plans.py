@@ -130,6 +130,7 @@ def planned(
     share = num_examples // plan.num_shards, *problem.batch_shape[1:]
 
     def on_share(params, carry, batch, gates, history, seen, add_up):
+        """`run` on one device; `shard_map` divides arguments, so all data are arguments."""
         own = replace(problem, params=params, batch_shape=share).on(carry, batch, gates)
         updated = run(own, history, seen, add_up)
         return updated._replace(sums=add_up(updated.sums))

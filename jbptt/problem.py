@@ -180,8 +180,9 @@ def problem_of(
     *,
     per_example: str = "",
 ) -> Problem:
-    """The problem, checked (`check_problem`), to be asked by `answer`; a carry that is a function
-    is evaluated.
+    """The checked problem, for `answer`; a carry that is a function is evaluated.
+
+    The arguments are those of `check_problem`.
     """
     checked = check_problem(step, loss, params, carry, batch, gates, per_example=per_example)
     start, parts = start_of(carry, params), parts_of(step, loss)
@@ -215,7 +216,14 @@ def trusted_problem(
     batch_shape: tuple[int, ...],
     live: Paths | None = None,
 ) -> Problem:
-    """A problem that has passed the border; `live` is found where it is not given."""
+    """A problem that has passed the border.
+
+    Args:
+      step, loss, params, batch, gates: as in `check_problem`.
+      carry: arrays.
+      batch_shape: what the border found.
+      live: the same; None: found anew.
+    """
     batch, gates = jax.tree.map(jnp.asarray, (batch, gates))
     parts = parts_of(step, loss)
     if live is None:
@@ -242,6 +250,11 @@ def answer(question: Callable, problem: Problem, *settings: Any, given: tuple = 
 
 
 def _answer(step, loss, question, batch_shape, live, settings, data, given) -> Any:
+    """What `answer` compiles.
+
+    It takes the parts of the problem as arguments of their own: `run` holds functions weakly, finds
+    the program by what is static, and traces the data. Of these the problem is made anew.
+    """
     params, carry, batch, gates = data
     problem = trusted_problem(step, loss, params, carry, batch, gates, batch_shape, live)
     return question(problem, *settings, *given)

@@ -110,16 +110,19 @@ def gated_step(step: Step, gate_fn: Callable = first_order_gate) -> Step:
 
 
 def scan_steps(
-    step,
-    params,
-    carry,
-    xs,
-    gates=None,
-    mask=None,
-    length=None,
+    step: Step,
+    params: Params,
+    carry: Carry,
+    xs: PyTree,
+    gates: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    length: int | None = None,
     gate_fn: Callable = first_order_gate,
-):
-    """`unroll` without the border's checks; ys of masked steps are not cleared."""
+) -> tuple[Carry, PyTree]:
+    """`unroll` without the border's checks; ys of masked steps are not cleared.
+
+    The arguments are those of `unroll`, and `gate_fn(leaf, gate)`, which puts a gate on a leaf.
+    """
     return lax.scan(
         partial(gated_step(step, gate_fn), params), carry, (xs, gates, mask), length=length
     )

@@ -43,11 +43,10 @@ from jbptt.types import Batch
 def sum_pieces(
     run: Callable, state: Any, batch: Batch, length: int, sums: Sums | None
 ) -> tuple[Sums, Any]:
-    """Adds what `run(state, piece, sums) -> (sums, state)` finds, over pieces of `length` steps and
-    the ragged rest.
+    """Sums what `run(state, piece, sums) -> (sums, state)` finds in pieces of `length` steps.
 
-    A running total goes from piece to piece, so that what is large (a table of which few rows are
-    looked up) is not added up whole for each.
+    The last one may be shorter. A running total goes from piece to piece, so that what is large (a
+    table of which few rows are looked up) is not added up whole for each.
     """
     num_whole, rest = divmod(batch_steps(batch), length)
     tail = jax.tree.map(lambda a: a[num_whole * length :], batch)
@@ -103,9 +102,7 @@ def blocks_at_once(problem: Problem, window: int) -> int:
 def side_by_side(
     problem: Problem, window: int, segment: int | None, sums: Sums | None
 ) -> tuple[BackwardPass, list]:
-    """Whole windows whose backward passes run at once, under vmap, and the cotangents of the first
-    one's carry.
-    """
+    """Whole windows that go back at once, under vmap; the cotangents of the first one's carry."""
     batch, num_windows = problem.batch, problem.num_steps // window
 
     def inputs_at(i):
@@ -127,9 +124,7 @@ def side_by_side(
 def in_blocks(
     problem: Problem, *, window: int, segment: int | None, parallel: int | None, streams: bool
 ) -> Updated:
-    """Window after window, or groups of `parallel` windows; a history where the last one is left
-    unfinished.
-    """
+    """Window after window, or in groups of `parallel`; a history if the last is unfinished."""
     batch, num_steps = problem.batch, problem.num_steps
     if parallel is None:
         parallel = blocks_at_once(problem, window)
@@ -184,8 +179,7 @@ def _first(before: list, is_first: jax.Array, now: list) -> list:
 def in_blocks_under_way(
     problem: Problem, history: PastSteps, phase: Any, *, window: int, segment: int | None
 ) -> Updated:
-    """Blocks of a stream whose first has begun `phase` steps before the batch; `phase` may be
-    traced.
+    """Blocks of a stream, the first begun `phase` (perhaps traced) steps before the batch.
 
     The batch goes back as one, with a gate of 0 where a block begins. What leaves it goes on
     through the steps of the first block that the history holds.
@@ -208,8 +202,7 @@ def in_blocks_under_way(
 def back_through_history(
     problem: Problem, history: PastSteps, phase: Any, passed: BackwardPass
 ) -> Sums:
-    """Adds the gradient of the last `phase` steps of a history, from the cotangents of the carry
-    that follows them.
+    """Adds the gradient of a history's last `phase` steps, from what reaches the carry after them.
 
     Step by step, each at its cached (carry, x), as the loop over a batch would: never side by side.
     """
@@ -240,8 +233,7 @@ def back_through_history(
 
 
 class Streamed(NamedTuple):
-    """A forward pass over a batch that goes on from earlier steps: what backward passes through
-    both need.
+    """A forward pass that goes on from earlier steps: what the backward passes read.
 
     Attributes:
       passed: the batch's own.
@@ -257,9 +249,7 @@ class Streamed(NamedTuple):
 
 
 def go_on(problem: Problem, history: PastSteps, sums: Sums | None) -> Streamed:
-    """Runs the batch, its readouts and its losses. Earlier steps stay as they are cached, never
-    replayed.
-    """
+    """Runs batch, readouts and losses. Earlier steps stay as cached, never replayed."""
     passed = pass_forward(problem, sums)
     steps = extend(history, passed.carries, problem.batch)
     num_history = history.mask.shape[0]
@@ -268,9 +258,7 @@ def go_on(problem: Problem, history: PastSteps, sums: Sums | None) -> Streamed:
 
 
 def chunk_ends(num_history: int, num_steps: int, stride: int, phase: Any) -> jax.Array:
-    """Where each chunk of `stride` losses ends, counted from the history's start; `phase` may be
-    traced.
-    """
+    """Where the chunks of `stride` losses end, from the history's start; `phase` may be traced."""
     overhang = 0 if isinstance(phase, int) else stride - 1
     num_chunks = -(-(num_steps + overhang) // stride)
     return num_history - phase + stride * jnp.arange(1, num_chunks + 1) - 1
@@ -329,12 +317,21 @@ def overlapping_sums(
     window: Any,
     stride: int,
 ) -> tuple[Sums, list]:
-    """The sums of one batch under TBPTT(stride, window), and the cotangents of the carry that step
-    `first` receives.
+    """The sums under TBPTT(stride, window), and the cotangents of what step `first` receives.
 
     The history must reach back `window − stride` steps, and `phase` more where a chunk is under
     way. Earlier steps are linearised at the given parameters on their cached (carry, x).
     Time O(T·window/stride) step derivatives in `window` rounds, memory O(T + history).
+
+    Args:
+      problem: one batch.
+      streamed: its forward pass, which goes on from the history.
+      num_history: steps of the history.
+      phase: steps into the current stride.
+      first: the step whose cotangents are asked for, counted from the history's start; may be
+        traced.
+      window: the most steps that a loss sees; may be traced.
+      stride: losses per backward pass.
     """
     real, num_steps = streamed.real, streamed.real.mask.shape[0]
     ends = chunk_ends(num_history, num_steps - num_history, stride, phase)
@@ -346,8 +343,9 @@ def overlapping_sums(
 
 
 def _chunks_per_group(num_steps: int, window: int, stride: int, smallest: int) -> int:
-    """About a window; if that leaves a rest, a size between half and two that leaves none, to
-    compile one body.
+    """About a window of chunks; if that leaves a rest, half to twice as many that leave none.
+
+    Groups of one size have one body to compile.
     """
     about = max(smallest, -(-window // stride))
     sizes = [about, *range(2 * about, max(smallest - 1, about // 2), -1)]

@@ -115,13 +115,29 @@ def smallest_sine(eps: float) -> float:
     return min(1000 * eps, eps**0.5)
 
 
-def scan_angles(pull_all, outputs_bar, directions, counted, weights, max_lag, eps) -> LagMeans:
-    """The angles of all adjoints with the directions, lag by lag, weighted by the `[T, *batch]` of
-    the losses.
+def scan_angles(
+    pull_all: Callable,
+    outputs_bar: list,
+    directions: list,
+    counted: jax.Array,
+    weights: jax.Array,
+    max_lag: int,
+    eps: float,
+) -> LagMeans:
+    """The angles of all adjoints with the directions, lag by lag.
 
     As `lags.scan_lags`, but the adjoints are normalised on their way, so that they can go any way
     back. An adjoint's fall is how much ln sine has changed since its lag before, if the sine was
     not near rounding there.
+
+    Args:
+      pull_all: `(cotangents, outputs_bar) -> cotangents`, through all steps side by side.
+      outputs_bar: what the losses send into the core's outputs, `[T, ...]`.
+      directions: v, leaves `[T, *batch, ...]`.
+      counted: where v has come far enough, `[T, *batch]`.
+      weights: of the losses, |w|, `[T, *batch]`.
+      max_lag: number of lags.
+      eps: of the carry's dtype.
     """
 
     def body(state, lag):

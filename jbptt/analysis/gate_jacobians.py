@@ -161,9 +161,22 @@ def _gate_paths(kind, num_steps, params, carry, xs) -> GatePaths:
     return GatePaths(names, dict(zip(names, jacobians, strict=True)), norms, shares)
 
 
-def path_jacobian(step, params, carry, x, straight, columns, bias) -> jax.Array:
-    """`[n, n]`: the derivative of one step's carry by a nudge of the carry received, along one
-    path.
+def path_jacobian(
+    step: Step,
+    params: Params,
+    carry: Carry,
+    x: PyTree,
+    straight: jax.Array,
+    columns: jax.Array,
+    bias: str,
+) -> jax.Array:
+    """`[n, n]`: how one step's carry answers a nudge of the carry received, along one path.
+
+    Args:
+      step, params, carry, x: one step of a gated cell.
+      straight: whether the nudge reaches the carry itself.
+      columns: by what the nudge is multiplied in each column of `h @ w_h`.
+      bias: the parameter that it is added to there.
     """
     flat, unravel = ravel_pytree(carry)
 

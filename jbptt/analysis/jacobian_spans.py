@@ -164,6 +164,7 @@ def jacobian_products(
 def _jacobian_products(
     step, num_steps, numbers, params, carry, xs, mask, start
 ) -> JacobianProducts:
+    """What `jacobian_products` compiles: its arguments, checked, functions and settings first."""
     numbers = np.array(numbers)
     unique, inverse = np.unique(numbers, return_inverse=True)
     slots = np.full(

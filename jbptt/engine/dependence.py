@@ -125,7 +125,13 @@ def paths(
     """The paths of one step, from its derivative: `stop_gradient`, rounding and integers have none.
 
     Over any number of steps: a carry leaf is read if a leaf that is read depends on it in the next
-    step. Arguments may be shapes; three small programs are traced, nothing runs.
+    step. Three small programs are traced, nothing runs.
+
+    Args:
+      core: `(params, carry, x) -> (carry, outputs)`.
+      readout: `(params, outputs) -> y`.
+      loss: `(y, target) -> losses`, or that and aux.
+      params, carry, x, target: of one step; arrays or shapes.
     """
     next_carry, outputs = jax.eval_shape(core, params, carry, x)
     y = jax.eval_shape(readout, params, outputs)

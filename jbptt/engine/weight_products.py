@@ -142,8 +142,13 @@ class SplitStep:
         """`(next_carry, outputs, operands)`, and the way back from what a loss reads of them.
 
         The way back takes the cotangents of `live` leaves and gives those of `loop_params`,
-        `zeros`, the carry, and the inexact leaves of the inputs that are `perturbed`; None for
-        none.
+        `zeros`, the carry, and the inexact leaves of the inputs that are `perturbed`.
+
+        Args:
+          loop_params, zeros: in float32 at least; one for each product (see `zeros`).
+          carry, inputs: what one step takes.
+          live: which leaves of its results a loss reads.
+          perturbed: which inexact leaves of the inputs are differentiated; None for none.
         """
         carry_leaves, rebuild_carry = split_inexact(carry)
         input_leaves, rebuild_inputs = split_inexact(inputs)

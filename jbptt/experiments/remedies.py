@@ -154,6 +154,7 @@ def _check_remedies(remedies: Sequence[str]) -> tuple[str, ...]:
 def _check_sizes(
     num_steps, hidden_size, batch_size, num_heldout, num_updates, num_draws, num_exponents
 ) -> Sizes:
+    """The arguments of `compare_remedies` that are sizes, each checked."""
     check = validation.check_positive_integer
     num_steps = check("num_steps", num_steps, smallest=2)
     hidden_size, batch_size = check("hidden_size", hidden_size), check("batch_size", batch_size)
