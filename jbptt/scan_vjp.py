@@ -50,7 +50,7 @@ class FloatingLeaves:
         """Where a gradient is asked for in the inputs."""
         return self.perturbed[self.carry.stop :]
 
-    def gradients(self, carry_bar: list, consts_bar: list, inputs_bar: list) -> list:
+    def gradients(self, consts_bar: list, carry_bar: list, inputs_bar: list) -> list:
         """One for each leaf, in its dtype; None where none is asked for."""
         bars = [*consts_bar, *chosen(carry_bar, self.perturbed_carry), *inputs_bar]
         dtypes = chosen(self.dtypes, self.perturbed)
@@ -277,8 +277,8 @@ class Recurrence:
         gates: jax.Array | None,
         kept: tuple,
         bars: tuple[_Cotangents, _Cotangents],
-    ) -> tuple[list, Params, list]:
-        """Cotangents of the first carry, of the parameters and of the inputs.
+    ) -> tuple[Params, list, list]:
+        """Cotangents of the parameters, of the first carry and of the inputs.
 
         From `bars`, those of the last carry and of the ys. kept: what `keep` has left.
         """
@@ -296,14 +296,14 @@ class Recurrence:
 
     def back_by_segments(
         self, loops: Any, starts: tuple, steps: tuple, last_carry_bar: list
-    ) -> tuple[list, Params, list]:
-        """Cotangents of the first carry, of the parameters and of the inputs.
+    ) -> tuple[Params, list, list]:
+        """Cotangents of the parameters, of the first carry and of the inputs.
 
         Each segment is run again first, from its start. steps: inputs, cotangents of the ys, gates.
         """
         before, before_last = starts
 
-        def back(start, steps, num_steps, carry_bar, total):
+        def back(start, steps, num_steps, total, carry_bar):
             inputs, ys_bar, gates = steps
             _, _, stacks = loops.forward(start, inputs, num_steps, self.reverse)
             return loops.backward(stacks, carry_bar, ys_bar, gates, total)
@@ -314,8 +314,8 @@ class Recurrence:
             return tuple(state), inputs_bar
 
         last_steps = self.last(steps)
-        *state, last = back(before_last, last_steps, self.num_last, last_carry_bar, None)
+        *state, last = back(before_last, last_steps, self.num_last, None, last_carry_bar)
         segments = jnp.arange(self.num_whole), before
         state, pieces = lax.scan(body, tuple(state), segments, None, not self.reverse)
-        carry_bar, total = state
-        return carry_bar, total, self.joined(pieces, last)
+        total, carry_bar = state
+        return total, carry_bar, self.joined(pieces, last)

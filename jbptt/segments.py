@@ -158,7 +158,7 @@ def back_through_segment(
     sums, outputs_bar = add_losses(problem, outputs, sums)
     if cotangents is None:
         cotangents = [jnp.zeros_like(leaf) for leaf in split_inexact(after)[0]]
-    cotangents, grad = back(cotangents, outputs_bar, problem.gates, sums.grad)
+    grad, cotangents = back(cotangents, outputs_bar, problem.gates, sums.grad)
     starts = jax.tree.map(lambda a: jnp.asarray(a)[None], problem.carry)
     return BackwardPass(sums._replace(grad=grad), after, cotangents, starts)
 

@@ -213,19 +213,17 @@ def back_through_history(
     silent = problem.without_losses  # the losses in the history have been counted
 
     def body(state, inputs):
-        cotangents, grad = state
+        grad, cotangents = state
         i, at = inputs
         reached = (i >= length - phase) & at.exists
         cotangents = [jnp.where(reached, c, 0) for c in cotangents]
         pull = silent.pullback(at.carries, (at.xs, at.mask))
         grad, cotangents = pull(cotangents, [None] * len(silent.live.outputs), grad)
-        return (cotangents, grad), None
+        return (grad, cotangents), None
 
-    state, inputs = (
-        (passed.cotangents, passed.sums.grad),
-        (jnp.arange(length), jax.tree.map(lambda a: a[:-1], steps)),
-    )
-    (_, grad), _ = lax.scan(body, state, inputs, reverse=True)
+    state = passed.sums.grad, passed.cotangents
+    inputs = jnp.arange(length), jax.tree.map(lambda a: a[:-1], steps)
+    (grad, _), _ = lax.scan(body, state, inputs, reverse=True)
     return passed.sums._replace(grad=grad)
 
 

@@ -244,7 +244,7 @@ def test_the_plain_engine_is_the_equation():
     (_, outputs), back = engine.plain.segment_vjp(
         lambda w, h, x: (jnp.tanh(w @ h + x),) * 2, jnp.asarray(w), jnp.zeros(3), jnp.asarray(xs), 4, live
     )
-    (cotangents,), grad = back([jnp.asarray(last)], [jnp.asarray(bars)], jnp.asarray(gates), None)
+    grad, (cotangents,) = back([jnp.asarray(last)], [jnp.asarray(bars)], jnp.asarray(gates), None)
     carries, total, adjoint = np.concatenate([np.zeros((1, 3)), outputs[:-1]]), np.zeros((3, 3)), last
     for t in reversed(range(4)):
         inside = (adjoint + bars[t]) * (1 - np.asarray(outputs[t]) ** 2)

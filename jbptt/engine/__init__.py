@@ -11,6 +11,8 @@ and a warning says so once.
     paths, dependences, same_under_vmap, …  questions to a program, answered without running it
                                             (`dependence`, `facts`)
 
+Every way back adds to a running total of the gradient, and gives (total, cotangents of the carry).
+
 How the fast one goes back through a segment of S steps:
 
     split_step      `weight_products`   Traces the step, finds its products with weights, and runs

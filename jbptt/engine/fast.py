@@ -52,7 +52,7 @@ def segment_vjp(
     last_carry, outputs, stacks = loops.forward(carry, inputs, num_steps)
 
     def back(last_carry_bar, outputs_bar, gates, total):
-        carry_bar, total, _ = loops.backward(stacks, last_carry_bar, outputs_bar, gates, total)
-        return carry_bar, total
+        total, carry_bar, _ = loops.backward(stacks, last_carry_bar, outputs_bar, gates, total)
+        return total, carry_bar
 
     return (last_carry, outputs), back

@@ -131,12 +131,12 @@ class Loops:
         outputs_bar: list,
         gates: jax.Array | None,
         total: Params | None,
-    ) -> tuple[list, Params, list]:
-        """The cotangents of the first carry, from those of the last one and of the outputs.
+    ) -> tuple[Params, list, list]:
+        """`total` plus the gradient, from the cotangents of the last carry and of the outputs.
 
             λ_{t-1} = gates[t] · (J_tᵀ λ_t + (∂y_t/∂h_{t-1})ᵀ ȳ_t),     J_t = ∂h_t/∂h_{t-1}
 
-        Then `total` plus the gradient, and the cotangents `[S, ...]` of the inputs that were asked
+        Then the cotangents of the first carry, and those `[S, ...]` of the inputs that were asked
         for. The gate is part of what is computed here, not of the program of the step:
         differentiating the result gives the derivative of these numbers, gates included.
         """
@@ -190,7 +190,7 @@ class Loops:
             inputs_bar = [bar.reshape((num_steps, *bar.shape[2:])) for bar in inputs_bar]
         carry_bar, loop_sums = state
         sums = {**first_sums, **dict(zip(accumulators, weight_sums, strict=True))}
-        return carry_bar, self.split.gradient(sums, loop_sums), inputs_bar
+        return self.split.gradient(sums, loop_sums), carry_bar, inputs_bar
 
     def _saved(self, stacks: Stacks) -> list[Var]:
         """What the backward loop reads from the stacks."""

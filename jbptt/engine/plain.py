@@ -59,7 +59,7 @@ def segment_vjp(
     `unroll` count ∂ℓ_t/∂h_t, the loss of step t itself, in λ_t; here it comes in by ȳ_t.)
 
     The way back takes (λ after the last step, ȳ, gates or None, a running total of the gradient or
-    None) and gives λ before the first step and the total plus the gradient. λ and ȳ are lists over
+    None) and gives (the total plus the gradient, λ before the first step). λ and ȳ are lists over
     inexact leaves.
     """
 
@@ -73,20 +73,20 @@ def segment_vjp(
         steps = carries, inputs, outputs_bar, gates
 
         def body(state, at_t):
-            next_carry_bar, total = state
+            total, next_carry_bar = state
             carry_t, inputs_t, outputs_bar_t, gate_t = at_t
             _, pull = pullback(step, params, carry_t, inputs_t, live)
             total, carry_bar = pull(next_carry_bar, outputs_bar_t, total)
             if gate_t is not None:
                 carry_bar = [times_gate(c, gate_t) for c in carry_bar]
-            return (carry_bar, total), None
+            return (total, carry_bar), None
 
         if total is None:
             # Zeros, placed on the devices as what is added to them.
             first_step = jax.tree.map(lambda a: a[0], steps)
-            (_, sums), _ = jax.eval_shape(body, (last_carry_bar, None), first_step)
+            (sums, _), _ = jax.eval_shape(body, (None, last_carry_bar), first_step)
             total = jax.tree.map(lambda shape: lax.full_like(shape, 0), sums)
-        state, _ = lax.scan(body, (last_carry_bar, total), steps, num_steps, reverse=True)
+        state, _ = lax.scan(body, (total, last_carry_bar), steps, num_steps, reverse=True)
         return state
 
     return (last_carry, outputs), back
