@@ -222,21 +222,21 @@ def probe(
     A loss without weight says nothing, and leaves the means as they are. `add_up` adds over the
     shares of a batch that is divided.
     """
-    real, outputs_bar = streamed.real, streamed.outputs_bar
-    num_lags, last = len(means.weights), real.mask.shape[0] - 1
+    steps, outputs_bar = streamed.filled, streamed.outputs_bar
+    num_lags, last = len(means.weights), steps.mask.shape[0] - 1
     total, ndim = add_up(jnp.sum(weights)), weights.ndim
 
     def body(cotangents, lag):
         i = last - lag
-        at = jax.tree.map(lambda a: a[i], real)
+        at = jax.tree.map(lambda a: a[i], steps)
         own = [jnp.where(lag == 0, y[i], 0) for y in outputs_bar]
         grad, cotangents = problem.pullback(at.carries, (at.xs, at.mask))(cotangents, own, None)
         grad, total_norm = add_up(
             (grad, jnp.sum(jnp.where(weights == 0, 0, norm(cotangents, ndim))))
         )
-        return cotangents, (total_norm, norm(grad), real.exists[i])
+        return cotangents, (total_norm, norm(grad), steps.exists[i])
 
-    start = [jnp.zeros_like(leaf[last]) for leaf in split_inexact(real.carries)[0]]
+    start = [jnp.zeros_like(leaf[last]) for leaf in split_inexact(steps.carries)[0]]
     _, (cotangent_norms, grad_norms, exists) = lax.scan(body, start, jnp.arange(num_lags))
     # What is not finite must not stay in the means for ever.
     usable = exists & (total > 0) & jnp.isfinite(cotangent_norms) & jnp.isfinite(grad_norms)

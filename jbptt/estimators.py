@@ -87,7 +87,7 @@ def full_bptt(step: Step, loss: Loss, *, plan: Plan | None = None) -> Estimator:
 
     def update(params: Params, state: CarryState, batch: Batch):
         problem, start = entered_problem(step, loss, params, state.carry, batch)
-        updated = planned(plan, partial(_gated, plan.segment), problem)
+        updated = planned(plan, partial(_as_one, plan.segment), problem)
         return estimate_of(updated, start), CarryState(updated.carry)
 
     def coverage(num_steps: int, key=None) -> jax.Array:
@@ -97,8 +97,11 @@ def full_bptt(step: Step, loss: Loss, *, plan: Plan | None = None) -> Estimator:
     return Estimator(init, update, coverage)
 
 
-def _gated(segment: int | None, problem: Problem, *_: Any) -> Updated:
-    """One batch behind its gates."""
+def _as_one(
+    segment: int | None, problem: Problem, history: None, seen: None, add_up: Callable
+) -> Updated:
+    """The batch as one, behind the problem's gates where it has any; for `planned`."""
+    del history, seen, add_up
     passed = back_through(problem, segment)
     return Updated(passed.sums, passed.carry, passed.cotangents)
 
@@ -148,7 +151,7 @@ def gated_bptt(
         problem, start = entered_problem(step, loss, params, state.carry, batch)
         key, gates = draw(state.key, problem.num_steps)
         problem = problem.gated_by(gates)
-        updated = planned(plan, partial(_gated, plan.segment), problem)
+        updated = planned(plan, partial(_as_one, plan.segment), problem)
         return estimate_of(updated, start, gates=problem.gates), KeyState(updated.carry, key)
 
     def coverage(num_steps: int, key=None) -> jax.Array:

@@ -44,8 +44,10 @@ class WeakCache:
             ]
         except TypeError:
             return make(*functions)
+        # Popped and put back: the last one asked for stands last. The weak references stay with the
+        # value, since they tell of a death only while they are kept.
         value, weak = self._values.pop(key, None) or (make(*weak), weak)
-        self._values[key] = value, weak  # a weak reference tells of a death only while it is kept
+        self._values[key] = value, weak
         while len(self._values) > MOST:
             self._values.pop(next(iter(self._values)), None)
         return value

@@ -24,10 +24,13 @@ class Plan:
     """How an estimator computes the gradient of one batch.
 
     Attributes:
-      segment: steps recomputed at a time; None: all of T up to 512, then √T, 64 at least; of
-        blocks the same of a window's steps, of blocks side by side the whole window, and the window
-        or √T, whichever is more, where an update may begin within a block. Not for windows that
-        overlap, which keep a few windows.
+      segment: steps recomputed at a time. Not for windows that overlap, which keep a few windows.
+        None:
+
+        - all of T up to 512 steps, then √T, 64 at least;
+        - of blocks the same of a window's steps;
+        - of blocks side by side the whole window;
+        - where an update may begin within a block, the window or √T, whichever is more.
       num_shards: devices over which the examples are divided, the first of `jax.devices()`. Each
         takes its share of the batch through all of time, and the sums are added at the end. On CPU
         cores are devices after `jax.config.update("jax_num_cpu_devices", n)`, before the first
@@ -115,7 +118,8 @@ def planned(
         that with a tree of what `run` needs summed earlier.
       problem: the whole batch.
       history: leaves `[length, ...]`, divided like the batch.
-      seen: every device has it whole.
+      seen: what else the update reads (a phase; running means and a window). Every device has it
+        whole.
 
     Raises:
       ValueError: examples that cannot be divided.
@@ -239,17 +243,17 @@ class _Share:
             value = problem.loss(y, target)
             return after, value[0] if isinstance(value, tuple) else value
 
-        self.one, self.program = one, jax.make_jaxpr(one, return_shape=True)
+        self.one = one
 
     def fits(self, inputs: list) -> bool:
         """Whether carries and losses have the share's shapes."""
-        after, value = self.program(self.params, self.carry, inputs)[1]
+        after, value = jax.eval_shape(self.one, self.params, self.carry, inputs)
         return (jax.tree.map(jnp.shape, after), value.shape) == self.wanted
 
     def draws_for_all_at_once(self) -> bool:
         """Whether a key that is not divided gives numbers that are."""
         args = (self.carry, self.inputs), (self.whole_carry, self.whole)
-        few, many = (draws(self.program(self.params, *two)[0].jaxpr) for two in args)
+        few, many = (draws(self.one, self.params, *two) for two in args)
         return len(few) != len(many) or any(
             a[0] == b[0] and a != b for a, b in zip(few, many, strict=True)
         )

@@ -95,6 +95,7 @@ class Problem:
         """The carry after all steps; the carries that enter them and the core's outputs,
         `[T, ...]`.
         """
+        # No mask: the core holds by itself, and reads it among its inputs.
         last, (carries, outputs) = trajectory(
             self.parts.core, self.params, self.carry, self.inputs, None, self.num_steps
         )
@@ -245,8 +246,8 @@ def answer(question: Callable, problem: Problem, *settings: Any, given: tuple = 
         (problem.step, problem.loss),
         (problem.params, problem.carry, problem.batch, problem.gates),
     )
-    fixed = question, problem.batch_shape, problem.live, settings
-    return run(_answer, functions, fixed, data, given, name=question.__name__)
+    static = question, problem.batch_shape, problem.live, settings
+    return run(_answer, functions, static, data, given, name=question.__name__)
 
 
 def _answer(step, loss, question, batch_shape, live, settings, data, given) -> Any:

@@ -133,14 +133,21 @@ def held_core(step: Step) -> Step:
     return held(split_readout(step)[0])
 
 
-def states(
+def carries_of(
     step: Step, params: Params, carry: Carry, xs: PyTree, mask: jax.Array | None, num_steps: int
 ) -> Carry:
     """The carries that enter the steps, `[T, ...]`; no readout is run."""
     return trajectory(split_readout(step)[0], params, carry, xs, mask, num_steps)[1][0]
 
 
-def trajectory(step, params, carry, xs, mask=None, length=None):
+def trajectory(
+    step: Step,
+    params: Params,
+    carry: Carry,
+    xs: PyTree,
+    mask: jax.Array | None = None,
+    length: int | None = None,
+) -> tuple[Carry, tuple[Carry, PyTree]]:
     """As `scan_steps`, and beside the ys the carry that enters each step:
     `(carry, (carries, ys))`.
     """

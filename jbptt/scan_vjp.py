@@ -96,14 +96,14 @@ class Recurrence:
     segment: int
 
     @property
-    def num_whole(self) -> int:
+    def num_before_last(self) -> int:
         """Segments before the last one in time, which is whole or ragged and goes back first."""
         return (self.num_steps - 1) // self.segment
 
     @property
     def num_last(self) -> int:
         """Steps of the last segment."""
-        return self.num_steps - self.num_whole * self.segment
+        return self.num_steps - self.num_before_last * self.segment
 
     # Backwards in time the last segment lies in front of the others, in the order of the inputs.
 
@@ -114,11 +114,11 @@ class Recurrence:
 
     def last(self, tree: PyTree) -> PyTree:
         """The last segment in time."""
-        start = 0 if self.reverse else self.num_whole * self.segment
+        start = 0 if self.reverse else self.num_before_last * self.segment
         return steps_from(tree, start, self.num_last)
 
     def joined(self, pieces: PyTree, last: PyTree) -> PyTree:
-        """All steps, of the segments before the last `[num_whole, segment, ...]` and the last."""
+        """All steps, from `pieces` `[num_before_last, segment, ...]` and the last segment."""
 
         def join(pieces, last):
             pieces = pieces.reshape((-1, *pieces.shape[2:]))
@@ -131,7 +131,7 @@ class Recurrence:
     ) -> tuple[tuple[Carry, PyTree], tuple[PyTree, Carry]]:
         """`lax.scan` segment by segment; and the carries that enter the segments.
 
-        Of those before the last segment in time, `[num_whole, ...]`, and of that one.
+        Of those before the last segment in time, `[num_before_last, ...]`, and of that one.
         """
         is_ragged = self.num_last != self.segment
 
@@ -148,12 +148,12 @@ class Recurrence:
             return steps_from(inputs, i * self.segment, self.segment)
 
         if is_ragged:
-            numbers = jnp.arange(self.num_whole)
+            numbers = jnp.arange(self.num_before_last)
             before_last, (starts, pieces) = lax.scan(body, init, numbers, reverse=self.reverse)
             carry, last = scan(before_last, self.last(inputs), self.num_last)
             return (carry, self.joined(pieces, last)), (starts, before_last)
         # One scan over all segments, the last among them, so that no copy joins the ys.
-        numbers = jnp.arange(self.num_whole + 1)
+        numbers = jnp.arange(self.num_before_last + 1)
         carry, (starts, ys) = lax.scan(body, init, numbers, reverse=self.reverse)
         ys = jax.tree.map(lambda a: a.reshape((self.num_steps, *a.shape[2:])), ys)
         before, last = (slice(1, None), 0) if self.reverse else (slice(-1), -1)
@@ -173,7 +173,7 @@ class Recurrence:
             inputs_t, gate = inputs_and_gate
             return self.step(consts, gated(carry, gate, first_order_gate), inputs_t)
 
-        if self.num_whole == 0:
+        if self.num_before_last == 0:
             return lax.scan(step, init, (inputs, gates), self.num_steps, self.reverse)
         results, _ = self.by_segments(step, init, (inputs, gates), recompute=True)
         return results
@@ -263,7 +263,7 @@ class Recurrence:
 
         That is loops and stacks of a single segment; of several, the carries that enter them.
         """
-        if self.num_whole == 0:
+        if self.num_before_last == 0:
             with contextlib.suppress(Exception):  # the way back meets it again, and says so
                 loops = self.loops(of_leaves, consts, init, inputs)
                 carry, ys, stacks = loops.forward(init, inputs, self.num_steps, self.reverse)
@@ -315,7 +315,7 @@ class Recurrence:
 
         last_steps = self.last(steps)
         *state, last = back(before_last, last_steps, self.num_last, None, last_carry_bar)
-        segments = jnp.arange(self.num_whole), before
+        segments = jnp.arange(self.num_before_last), before
         state, pieces = lax.scan(body, tuple(state), segments, None, not self.reverse)
         total, carry_bar = state
         return total, carry_bar, self.joined(pieces, last)

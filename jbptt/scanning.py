@@ -87,8 +87,8 @@ def scan(
     else:
         init, step, consts = _traced(f, init, xs, length, reverse)
     if gates is not None or mask is not None:
-        problem = batch_axes.first_step(lambda _, c, x: f(c, x), None, (), init, Batch(xs))
-        validation.check_gates_and_mask(gates, mask, init, problem)
+        one = batch_axes.first_step(lambda _, c, x: f(c, x), None, (), init, Batch(xs))
+        validation.check_gates_and_mask(gates, mask, init, one)
     if any(hasattr(jax.typeof(leaf), "inner_aval") for leaf in consts):
         if not (gates is mask is segment is None):
             raise ValueError(

@@ -42,7 +42,7 @@ class Updated(NamedTuple):
       carry: after the batch.
       cotangents: of the carry that entered the update, a list over inexact leaves.
       history: the steps that a window of the next update may reach; None where none can.
-      seen: what else the next update needs.
+      seen: what else the next update reads (of adaptive windows: running means, and their weight).
     """
 
     sums: Sums
@@ -82,6 +82,7 @@ def add_losses(
     """
     parts, batch = problem.parts, problem.batch
 
+    # A readout is a step whose carry is the core's output, and which emits no carry.
     def look(params, output, _):
         return (), parts.readout(params, output)
 
@@ -163,16 +164,18 @@ def back_through_segment(
     return BackwardPass(sums._replace(grad=grad), after, cotangents, starts)
 
 
-def forward(problem: Problem, inputs_at: Callable, num_segments: int) -> tuple[Carry, Carry]:
+def forward(
+    problem: Problem, inputs_at: Callable, num_segments: int, length: int
+) -> tuple[Carry, Carry]:
     """Runs the recurrent part only; returns the carry after it and the carries at the segments'
     starts.
 
-    `inputs_at(i)`: what the core takes beside parameters and carry in segment i.
+    `inputs_at(i)`: what the core takes beside parameters and carry in segment i, `length` steps.
     """
 
     def body(carry, i):
         after, _ = lax.scan(
-            partial(core_alone, problem.parts.core, problem.params), carry, *inputs_at(i)
+            partial(core_alone, problem.parts.core, problem.params), carry, inputs_at(i), length
         )
         return after, carry
 
@@ -193,7 +196,7 @@ def back_through(
     """
     num_steps = problem.num_steps
     segment = segment or default_segment(num_steps)
-    num_whole = (
+    num_before_last = (
         num_steps - 1
     ) // segment  # the last segment, whole or ragged, opens the backward pass
     data = problem.batch, problem.gates
@@ -202,12 +205,12 @@ def back_through(
         return problem.on(carry, *steps_from(data, i * segment, segment))
 
     def last_from(carry):
-        return problem.on(carry, *jax.tree.map(lambda a: a[num_whole * segment :], data))
+        return problem.on(carry, *jax.tree.map(lambda a: a[num_before_last * segment :], data))
 
-    if num_whole == 0:
+    if num_before_last == 0:
         return back_through_segment(problem, None, sums)
     before_last, starts = forward(
-        problem, lambda i: (segment_at(None, i).inputs, segment), num_whole
+        problem, lambda i: segment_at(None, i).inputs, num_before_last, segment
     )
     passed = back_through_segment(last_from(before_last), None, sums)
 
@@ -217,6 +220,8 @@ def back_through(
         return (one.cotangents, one.sums), None
 
     state = passed.cotangents, passed.sums
-    (cotangents, sums), _ = lax.scan(body, state, (jnp.arange(num_whole), starts), reverse=True)
+    (cotangents, sums), _ = lax.scan(
+        body, state, (jnp.arange(num_before_last), starts), reverse=True
+    )
     starts = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), starts, passed.starts)
     return BackwardPass(sums, passed.carry, cotangents, starts)

@@ -106,9 +106,9 @@ def side_by_side(
     batch, num_windows = problem.batch, problem.num_steps // window
 
     def inputs_at(i):
-        return problem.on(None, steps_from(batch, i * window, window)).inputs, window
+        return problem.on(None, steps_from(batch, i * window, window)).inputs
 
-    carry, starts = forward(problem, inputs_at, num_windows)
+    carry, starts = forward(problem, inputs_at, num_windows, window)
     pieces = jax.tree.map(
         lambda a: a.reshape(num_windows, window, *a.shape[1:]).swapaxes(0, 1), batch
     )
@@ -173,7 +173,8 @@ def in_blocks(
 
 def _first(before: list, is_first: jax.Array, now: list) -> list:
     """The cotangents of the first piece."""
-    return [jnp.where(is_first, b, a) for a, b in zip(before, now, strict=True)]
+    pairs = zip(before, now, strict=True)
+    return [jnp.where(is_first, of_now, of_before) for of_before, of_now in pairs]
 
 
 def in_blocks_under_way(
@@ -208,8 +209,8 @@ def back_through_history(
     """
     length = history.mask.shape[0]
     first = jax.tree.map(lambda a: jnp.asarray(a)[None], problem.carry)
-    real = with_stand_ins(extend(history, first, batch_part(problem.batch, 0, 1)), length)
-    steps = latest(real, length + 1)
+    filled = with_stand_ins(extend(history, first, batch_part(problem.batch, 0, 1)), length)
+    steps = latest(filled, length + 1)
     silent = problem.without_losses  # the losses in the history have been counted
 
     def body(state, inputs):
@@ -236,13 +237,13 @@ class Streamed(NamedTuple):
     Attributes:
       passed: the batch's own.
       steps: the history and the batch's steps.
-      real: the same, stand-ins where there never was a step.
+      filled: the same, stand-ins where there never was a step.
       outputs_bar: `∂L` in the core's outputs of `steps`, 0 in the history.
     """
 
     passed: ForwardPass
     steps: PastSteps
-    real: PastSteps
+    filled: PastSteps
     outputs_bar: list
 
 
@@ -257,12 +258,13 @@ def go_on(problem: Problem, history: PastSteps, sums: Sums | None) -> Streamed:
 
 def chunk_ends(num_history: int, num_steps: int, stride: int, phase: Any) -> jax.Array:
     """Where the chunks of `stride` losses end, from the history's start; `phase` may be traced."""
+    # A phase that is an int is 0: the chunks are whole.
     overhang = 0 if isinstance(phase, int) else stride - 1
     num_chunks = -(-(num_steps + overhang) // stride)
     return num_history - phase + stride * jnp.arange(1, num_chunks + 1) - 1
 
 
-def carry_back(
+def adjoint_sums(
     problem: Problem, streamed: Streamed, ends: jax.Array, first: Any, window: Any, stride: int
 ) -> tuple[list, list]:
     """M: for every step, the sum over chunks of the cotangents that reach the carry it emits.
@@ -270,9 +272,9 @@ def carry_back(
     And beside it the sum of those that reach the carry which step `first` receives (0 if it is
     before all steps). `window` may be traced: the loop then takes as many rounds as it says.
     """
-    num_steps, steps = streamed.real.mask.shape[0], streamed.real
+    num_steps, steps = streamed.filled.mask.shape[0], streamed.filled
     leaves, _ = split_inexact(steps.carries)
-    real = jnp.concatenate(
+    exists = jnp.concatenate(
         [steps.exists, jnp.zeros(stride, bool)]
     )  # a chunk may end after the last step
 
@@ -280,15 +282,16 @@ def carry_back(
         return jnp.where(align_leading(keep, array.ndim), array, 0)
 
     def body(q, state):
-        cotangents, total, entering = state
+        cotangents, reaching, entering = state
         i = ends - q
-        keep = real[i]
+        keep = exists[i]
         is_first = keep & (i == first)
         i = jnp.minimum(i, num_steps - 1)
         # Until a chunk meets its first step it has nothing to carry; before the stream's start,
         # nowhere to.
         cotangents = [select(c, keep) for c in cotangents]
-        total = [m.at[i].add(c.astype(m.dtype)) for m, c in zip(total, cotangents, strict=True)]
+        pairs = zip(reaching, cotangents, strict=True)
+        reaching = [m.at[i].add(c.astype(m.dtype)) for m, c in pairs]
         at = jax.tree.map(lambda a: a[i], steps)
         own = [select(y[i], keep & (q < stride)) for y in streamed.outputs_bar]
         pull = problem.parallel_pullback(at.carries, (at.xs, at.mask), ends.shape[0])
@@ -297,12 +300,13 @@ def carry_back(
             e + jnp.sum(select(c, is_first), 0, e.dtype)
             for e, c in zip(entering, cotangents, strict=True)
         ]
-        return cotangents, total, entering
+        return cotangents, reaching, entering
 
     start = [zeros_along(leaf, ends.shape[0]) for leaf in leaves]
     zeros = [widened(jnp.zeros_like(leaf)) for leaf in leaves]
-    _, total, entering = lax.fori_loop(0, window, body, (start, zeros, [z[0] for z in zeros]))
-    return [m.astype(leaf.dtype) for m, leaf in zip(total, leaves, strict=True)], entering
+    state = start, zeros, [z[0] for z in zeros]
+    _, reaching, entering = lax.fori_loop(0, window, body, state)
+    return [m.astype(leaf.dtype) for m, leaf in zip(reaching, leaves, strict=True)], entering
 
 
 def overlapping_sums(
@@ -331,12 +335,12 @@ def overlapping_sums(
       window: the most steps that a loss sees; may be traced.
       stride: losses per backward pass.
     """
-    real, num_steps = streamed.real, streamed.real.mask.shape[0]
+    steps, num_steps = streamed.filled, streamed.filled.mask.shape[0]
     ends = chunk_ends(num_history, num_steps - num_history, stride, phase)
-    total, entering = carry_back(problem, streamed, ends, first, window, stride)
-    pull = problem.parallel_pullback(real.carries, (real.xs, real.mask), num_steps)
+    reaching, entering = adjoint_sums(problem, streamed, ends, first, window, stride)
+    pull = problem.parallel_pullback(steps.carries, (steps.xs, steps.mask), num_steps)
     sums = streamed.passed.sums
-    grad, _ = pull(total, streamed.outputs_bar, sums.grad)
+    grad, _ = pull(reaching, streamed.outputs_bar, sums.grad)
     return sums._replace(grad=grad), entering
 
 

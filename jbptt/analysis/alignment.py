@@ -141,8 +141,8 @@ def scan_angles(
     """
 
     def body(state, lag):
-        one_on, outputs_bar, before = state
-        pulled = pull_all(one_on, outputs_bar)
+        shifted, outputs_bar, before = state
+        pulled = pull_all(shifted, outputs_bar)
         vectors, alive = normalised(pulled, weights.ndim), scaled_norm(pulled, weights.ndim)[0] != 0
         weight = jnp.where(alive & counted, jnp.roll(weights, -lag, axis=0), 0)
         cosine, sine = angle(vectors, directions, weights.ndim)
@@ -157,10 +157,10 @@ def scan_angles(
         row = LagMeans(
             total(cosine, weight) / size, total(sine, weight) / size, fall, jnp.sum(followed)
         )
-        one_on, before = (
+        shifted, before = (
             [jnp.concatenate([v[1:], jnp.zeros_like(v[:1])]) for v in a] for a in (vectors, [sine])
         )
-        return (one_on, jax.tree.map(jnp.zeros_like, outputs_bar), before[0]), row
+        return (shifted, jax.tree.map(jnp.zeros_like, outputs_bar), before[0]), row
 
     start = (
         [jnp.zeros_like(d) for d in directions],
@@ -256,8 +256,8 @@ def _adjoint_alignment(problem: Problem, max_lag: int, key: jax.Array | None) ->
 
     pull = problem.parallel_pullback(carries, problem.inputs, problem.num_steps)
 
-    def pull_all(one_on, outputs_bar):
-        cotangents = pull(narrow(one_on), outputs_bar, None)[1]
+    def pull_all(shifted, outputs_bar):
+        cotangents = pull(narrow(shifted), outputs_bar, None)[1]
         return (
             cotangents
             if problem.gates is None

@@ -16,7 +16,7 @@ from jbptt.analysis.jacobians import check_system, push_tangents
 from jbptt.arrays import one_if_zero, widened
 from jbptt.executables import run
 from jbptt.norms import norm
-from jbptt.recurrence import states
+from jbptt.recurrence import carries_of
 from jbptt.starts import start_of
 from jbptt.types import Carry, Params, PyTree, Step
 
@@ -136,7 +136,7 @@ def gate_paths(params: Params, carry: Carry, xs: PyTree) -> GatePaths:
 def _gate_paths(kind, num_steps, params, carry, xs) -> GatePaths:
     step = _step_of(kind, params)
     names = (STRAIGHT[kind], *GATES[kind])
-    carries = states(step, params, carry, xs, None, num_steps)
+    carries = carries_of(step, params, carry, xs, None, num_steps)
 
     # The gates see h only as h @ w_h + bias. A nudge of the bias by (nudge of h) @ w_h, in the
     # columns of one gate, opens that gate alone; a nudge of the carry, taken back in the bias,

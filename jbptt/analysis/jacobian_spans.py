@@ -17,7 +17,7 @@ from jbptt.analysis.jacobians import check_system, flat_carry, step_jacobian
 from jbptt.analysis.linalg.scaled_svd import Graded, from_rows, log_singular_values, push
 from jbptt.arrays import widened
 from jbptt.executables import run
-from jbptt.recurrence import held_core, states
+from jbptt.recurrence import carries_of, held_core
 from jbptt.starts import start_of
 from jbptt.types import Carry, Params, PyTree, Step
 
@@ -174,7 +174,7 @@ def _jacobian_products(
 
     core = held_core(step)
     inputs, first = jax.tree.map(jnp.asarray, (xs, mask)), jnp.asarray(start).astype(int)
-    carries = states(step, params, carry, xs, mask, num_steps)
+    carries = carries_of(step, params, carry, xs, mask, num_steps)
 
     def body(state, k):
         frame, matrix, kept = state

@@ -14,7 +14,7 @@ from jbptt import slips, validation
 from jbptt.arrays import is_inexact, real_vector, split_inexact
 from jbptt.clipping.cotangents import clips_cotangents
 from jbptt.executables import run
-from jbptt.recurrence import held_core, states
+from jbptt.recurrence import carries_of, held_core
 from jbptt.starts import start_of
 from jbptt.types import Carry, Params, PyTree, Step
 
@@ -140,5 +140,5 @@ def step_jacobians(
 
 
 def _step_jacobians(step, num_steps, params, carry, xs, mask) -> jax.Array:
-    carries, core = states(step, params, carry, xs, mask, num_steps), held_core(step)
+    carries, core = carries_of(step, params, carry, xs, mask, num_steps), held_core(step)
     return jax.vmap(lambda c, x: step_jacobian(core, params, c, x))(carries, (xs, mask))

@@ -92,17 +92,17 @@ def scan_lags(linearised: Linearised, num_lags: int, read: Callable, state: Any)
     passed, gates = linearised.passed, linearised.problem.gates
 
     def body(running, lag):
-        one_on, outputs_bar, readout_grad, state = running
-        grad, cotangents = linearised.pull(one_on, outputs_bar, readout_grad)
+        shifted, outputs_bar, readout_grad, state = running
+        grad, cotangents = linearised.pull(shifted, outputs_bar, readout_grad)
         if gates is not None:
             cotangents = [times_gate(c, gates) for c in cotangents]
         state, row = read(state, lag, cotangents, grad)
-        one_on = [jnp.concatenate([c[1:], jnp.zeros_like(c[:1])]) for c in cotangents]
-        return (one_on, *jax.tree.map(jnp.zeros_like, (outputs_bar, readout_grad)), state), row
+        shifted = [jnp.concatenate([c[1:], jnp.zeros_like(c[:1])]) for c in cotangents]
+        return (shifted, *jax.tree.map(jnp.zeros_like, (outputs_bar, readout_grad)), state), row
 
     # The losses enter at lag 0 and nothing after it: one body, compiled once, serves every lag.
-    at_rest = [jnp.zeros_like(c) for c in linearised.carries]
-    start = at_rest, passed.outputs_bar, passed.sums.grad, state
+    zeros = [jnp.zeros_like(c) for c in linearised.carries]
+    start = zeros, passed.outputs_bar, passed.sums.grad, state
     return jax.lax.scan(body, start, jnp.arange(num_lags))[1]
 
 

@@ -32,15 +32,16 @@ How the fast one goes back through a segment of S steps:
 `primitives` says what is known of JAX's operations.
 
 Words. A *variable* stands for an array in a program (a jaxpr), an *atom* is a variable or a
-literal. A step receives `carry` and emits `next_carry`. `x_bar` is the cotangent of x. `live` says
-which leaves a loss reads. *Invariant* is what is the same in every step. `loop_params` are the
-parameters that the step uses outside products and lookups, such as a bias: only the loop can sum
-their gradients. *Wide* is float32 at least.
+literal. A step receives `carry` and emits `next_carry`. `x_bar` is the cotangent of x. `live`
+(`Paths`) says which leaves of a step have cotangents: those that a loss reads, now or in a later
+step. *Invariant* is what is the same in every step. `loop_params` are the parameters that the step
+uses outside products and lookups, such as a bias: only the loop can sum their gradients. *Wide* is
+float32 at least.
 """
 
 import warnings
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 import jax
@@ -98,33 +99,38 @@ def fast_or_plain(fast_way: Callable, plain_way: Callable, *arguments: Any) -> A
         return results
 
 
-def _of_either_engine(name: str) -> Callable:
-    """The function of this name that both engines have, `(…) -> (results, way back)`.
+def _by_either_engine(name: str, *arguments: Any) -> tuple[tuple, Callable]:
+    """`(results, way back)` of the function of this name that both engines have.
 
     The fast one's as long as it works: it may fail going forward, or only on the way back.
     """
     plain_function = getattr(plain, name)
+    if fast is None:
+        warn_that_the_plain_engine_runs(import_error)
+        return plain_function(*arguments)
 
-    @wraps(plain_function)
-    def run(*arguments):
-        if fast is None:
-            warn_that_the_plain_engine_runs(import_error)
-            return plain_function(*arguments)
+    def plain_back(*cotangents):
+        return plain_function(*arguments)[1](*cotangents)
 
-        def plain_back(*cotangents):
-            return plain_function(*arguments)[1](*cotangents)
+    def run_fast(*arguments):
+        results, fast_back = getattr(fast, name)(*arguments)
+        return results, partial(fast_or_plain, fast_back, plain_back)
 
-        def run_fast(*arguments):
-            results, fast_back = getattr(fast, name)(*arguments)
-            return results, partial(fast_or_plain, fast_back, plain_back)
-
-        return fast_or_plain(run_fast, plain_function, *arguments)
-
-    return run
+    return fast_or_plain(run_fast, plain_function, *arguments)
 
 
-segment_vjp = _of_either_engine("segment_vjp")
-pullback = _of_either_engine("pullback")
+def segment_vjp(
+    step: Step, params: Params, carry: Carry, inputs: PyTree, num_steps: int, live: Paths
+) -> tuple[tuple[Carry, PyTree], Callable]:
+    """The carry after all steps and their outputs, and the way back; see `plain.segment_vjp`."""
+    return _by_either_engine("segment_vjp", step, params, carry, inputs, num_steps, live)
+
+
+def pullback(
+    step: Step, params: Params, carry: Carry, inputs: PyTree, live: Paths
+) -> tuple[tuple, Callable]:
+    """A step's results `(next_carry, outputs)` and the way back; see `plain.pullback`."""
+    return _by_either_engine("pullback", step, params, carry, inputs, live)
 
 
 def parallel_pullback(

@@ -80,17 +80,17 @@ def _recompute(
     producers = {v: equation for equation in forward for v in equation.outvars}
     again, stacked = set(), list(stacked)
 
-    def is_at_hand(v):
+    def is_known(v):
         return v in free or v in stacked
 
     def is_cheap(v):
         equation = producers[v]
-        missing = [u for u in variables_of(equation.invars) if not is_at_hand(u)]
+        missing = [u for u in variables_of(equation.invars) if not is_known(u)]
         is_small = all(num_bytes(u) <= num_bytes(v) for u in missing)
         return equation.primitive.name in CHEAP and len(missing) <= 1 and is_small
 
     def visit(v):
-        if is_at_hand(v) or id(producers[v]) in again:
+        if is_known(v) or id(producers[v]) in again:
             return
         if not is_cheap(v):
             stacked.append(v)

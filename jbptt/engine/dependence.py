@@ -86,7 +86,7 @@ def _through_scan(params: dict, operands: list[Sources]) -> list[Sources]:
 
 
 class Paths(NamedTuple):
-    """Where cotangents flow in one step: a bool for each inexact leaf, and for each parameter.
+    """Which leaves of a step have cotangents, since a loss reads them: a bool for each.
 
     JAX has no cotangent of what no loss reads. An array of zeros in its place is not the same:
     where the derivative is not finite (a norm at 0), 0·inf makes NaN of a gradient that is finite.

@@ -45,16 +45,20 @@ def _is_alike_equation(equation: Any) -> bool:
     return name in ALIKE if program is None else _is_alike(getattr(program, "jaxpr", program))
 
 
-def draws(program: Any) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The shapes of key and numbers of every draw, in order, inner programs included."""
-    shapes = []
-    for equation in program.eqns:
-        if equation.primitive.name == "random_bits":
-            avals: list[Any] = [equation.invars[0].aval, equation.outvars[0].aval]
-            shapes.append((avals[0].shape, avals[1].shape))
-        for inner in inner_programs(equation):
-            shapes += draws(inner)
-    return shapes
+def draws(function: Callable, *args: Any) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The shapes of key and numbers of every draw in `function(*args)`, in order, at any depth."""
+
+    def of(program):
+        shapes = []
+        for equation in program.eqns:
+            if equation.primitive.name == "random_bits":
+                avals: list[Any] = [equation.invars[0].aval, equation.outvars[0].aval]
+                shapes.append((avals[0].shape, avals[1].shape))
+            for inner in inner_programs(equation):
+                shapes += of(inner)
+        return shapes
+
+    return of(jax.make_jaxpr(function)(*args).jaxpr)
 
 
 def calls(name: str, function: Callable, *args: Any) -> bool:

@@ -140,6 +140,9 @@ class Loops:
         for. The gate is part of what is computed here, not of the program of the step:
         differentiating the result gives the derivative of these numbers, gates included.
         """
+        # first_sums   what gradients are added to, by variable: `total`, or zeros
+        # weight_sums  of them those of the products' weights (`accumulators`): chunk after chunk
+        # loop_sums    the gradients of `loop_params`: step after step, inside the loop
         num_steps, reverse = stacks.layout.num_steps, stacks.layout.reverse
         accumulators = self.split.program.accumulators
         new_bars = self._new_bars(stacks)
@@ -265,6 +268,7 @@ class Loops:
             zeros = [v for v in variables_of(equation.invars) if v in program.zero_bars]
             if zeros and equation.primitive.name == "add_any":  # a sum of cotangents: of two
                 return [read(values, atom) for atom in equation.invars if atom not in zeros]
+            # Any other equation is evaluated as it stands, on these zeros.
             values.update({v: jnp.zeros(v.aval.shape, v.aval.dtype) for v in zeros})
             return multiply(equation, values)
 

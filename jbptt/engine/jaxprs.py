@@ -59,7 +59,8 @@ def evaluate(
 ) -> Values:
     """Adds to `values` what the equations of `jaxpr` compute.
 
-    `replace(equation, values)` gives the results of an equation in its place, or None.
+    `replace(equation, values)` gives the results of an equation in its place, or None. It may first
+    add to `values` what the equation is to read.
     """
     for equation in equations:
         results = None if replace is None else replace(equation, values)
@@ -137,6 +138,7 @@ def moved_wide(equation: JaxprEqn, values: Values, wide: Values) -> list | None:
     if not originals or originals[0] is None:
         return None
     results: list[Any] = [v.aval for v in equation.outvars]
+    # The operand of a cast is the original of its result; the cast itself is left as it is.
     if name == "convert_element_type" and is_narrower(results[0].dtype, operands[0].dtype):
         wide[equation.outvars[0]] = widened(operands[0])
     if name not in MOVES:

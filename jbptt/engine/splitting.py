@@ -88,6 +88,7 @@ class SplitProgram:
             return moved_wide(equation, values, wide)
 
         values = evaluate(self.jaxpr, self.hoisted, values, widely)
+        # In the place of what was rounded stands what is known in float32.
         return {**values, **wide}
 
 

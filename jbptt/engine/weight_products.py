@@ -118,13 +118,13 @@ class SplitStep:
         self,
         loop_params: list,
         carry: Carry,
-        inputs: tuple[PyTree, list],
+        x_and_zeros: tuple[PyTree, list],
     ) -> tuple[Carry, tuple[PyTree, list]]:
         """`next_carry, (y, operands)` of a step on `(x, zeros)`.
 
         The cotangent of `zeros[i]` is that of product i.
         """
-        x, zeros = inputs
+        x, zeros = x_and_zeros
         values, _ = self._run(loop_params, carry, x, zeros)
         results = [read(values, atom) for atom in self.program.jaxpr.outvars]
         next_carry, y = jax.tree.unflatten(self.program.result, results)
@@ -234,5 +234,6 @@ def split_step(step: Step, params: Params, carry: Carry, x: PyTree) -> SplitStep
     program = split_program(closed.jaxpr, len(leaves), jax.tree.structure(shapes))
     consts = as_arrays(closed.consts)
     values = program.run_hoisted(consts, leaves)
+    # The same tuple, each variable replaced by its array.
     invariants = jax.tree.map(values.__getitem__, program.invariants)
     return SplitStep(program, params, consts, invariants)

@@ -118,13 +118,13 @@ ANALYSES = (
         "*jax.tree.map(jnp.zeros_like, (outputs_bar, readout_grad))",
         "outputs_bar, readout_grad",
     ),
-    Mutant("profile_one_lag_off", LAGS, "scan_lags", "lag, cotangents", "lag, one_on"),
+    Mutant("profile_one_lag_off", LAGS, "scan_lags", "lag, cotangents", "lag, shifted"),
     Mutant(
         "curve_without_readout_gradient",
         LAGS,
         "scan_lags",
-        "linearised.pull(one_on, outputs_bar, readout_grad)",
-        "linearised.pull(one_on, outputs_bar, None)",
+        "linearised.pull(shifted, outputs_bar, readout_grad)",
+        "linearised.pull(shifted, outputs_bar, None)",
     ),
     Mutant(
         "profile_weighs_by_the_source",
