@@ -1,5 +1,6 @@
-"""A window that follows the model: as short as a bound on the bias allows, and data, so that
-nothing recompiles.
+"""A window that follows the model: as short as a bound on the bias allows.
+
+It is data, so that nothing recompiles.
 """
 
 from collections.abc import Callable
@@ -40,8 +41,7 @@ class RunningMeans(NamedTuple):
 
 @exported
 class AdaptiveState(NamedTuple):
-    """The live carry, the steps that a window may reach back to, the running means, and the next
-    window.
+    """The live carry, the steps a window may reach, the running means and the next window.
 
     Attributes:
       carry: the live carry.
@@ -65,8 +65,7 @@ def adaptive_bptt(
     smoothing: float = 0.9,
     plan: Plan | None = None,
 ) -> Estimator:
-    """Truncated BPTT whose sliding window keeps a bound on the relative bias (Aicher, Foti & Fox,
-    2019).
+    """Truncated BPTT whose sliding window bounds the relative bias (Aicher, Foti & Fox, 2019).
 
         K = min {k : δ(k) ≤ tolerance},   δ(k) = E(k) / (‖ĝ‖ − E(k)),   E(k) = M Σ_{j ≥ k−1} φ_j
 
@@ -180,8 +179,9 @@ def adaptive_bptt(
 
 
 def varying(tree: PyTree, given: PyTree) -> PyTree:
-    """`tree`, inside a `shard_map` marked as different on each device if something given is, as
-    loops want it.
+    """`tree`, inside a `shard_map` marked as different on each device if something given is.
+
+    A loop wants its carry so from the start.
     """
     leaves = [leaf for leaf in jax.tree.leaves(given) if not is_key(leaf)]
     count = jax.eval_shape(
@@ -216,8 +216,7 @@ def probe(
     smoothing: chex.Numeric,
     add_up: Callable,
 ) -> RunningMeans:
-    """Sends the last step's loss back as far as the means reach; `weights` `[*batch]` are that
-    loss's, |w|.
+    """Sends the last step's loss, of weights |w| `[*batch]`, back as far as the means reach.
 
     A loss without weight says nothing, and leaves the means as they are. `add_up` adds over the
     shares of a batch that is divided.
@@ -253,8 +252,7 @@ def probe(
 def choose_window(
     means: RunningMeans, kept: jax.Array, tolerance: float, enough: float
 ) -> tuple[jax.Array, jax.Array]:
-    """The shortest window whose bound keeps the tolerance (or the longest there is), and all
-    bounds, `[max_window]`.
+    """The shortest window whose bound keeps the tolerance, or the longest; the bounds of all.
 
     `kept` is the norm of the gradient, per weight; below the weight `enough` a zero is not taken
     for the end of all.

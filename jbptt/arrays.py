@@ -1,6 +1,4 @@
-"""Small things on arrays and trees: which leaves have gradients, how wide sums are held, axes,
-masks and gates.
-"""
+"""Small things on arrays and trees: inexact leaves, wide sums, axes, masks and gates."""
 
 from collections.abc import Callable
 from typing import Any
@@ -61,16 +59,12 @@ def real_vector(tree: PyTree) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]
 
 
 def align_leading(array: jax.Array, ndim: int) -> jax.Array:
-    """Appends axes of size 1, so that `array` broadcasts along leading axes, never trailing
-    ones.
-    """
+    """Appends axes of size 1: `array` broadcasts along leading axes, never trailing ones."""
     return jnp.reshape(array, jnp.shape(array) + (1,) * (ndim - jnp.ndim(array)))
 
 
 def one_if_zero(divisor: jax.Array) -> jax.Array:
-    """A divisor with 1 in the place of 0, so that `0 / one_if_zero(0)` is 0 and has a
-    derivative.
-    """
+    """A divisor, 1 in the place of 0: `0 / one_if_zero(0)` is 0 and has a derivative."""
     return jnp.where(divisor == 0, 1, divisor)
 
 
@@ -92,8 +86,9 @@ def widened(array: jax.Array) -> jax.Array:
 
 
 def times_gate(cotangent: jax.Array, gate: jax.Array) -> jax.Array:
-    """`gate · cotangent`, 0 where the gate is 0, in float32 at least: 1/π must not be rounded to
-    bfloat16.
+    """`gate · cotangent`, a hard 0 where the gate is 0, multiplied in float32 at least.
+
+    1/π must not be rounded to bfloat16.
     """
     wide = widened_dtype(cotangent.dtype, gate.dtype)
     gate = align_leading(gate, cotangent.ndim).astype(jnp.finfo(wide).dtype)
@@ -130,24 +125,19 @@ def zero_masked(mask: jax.Array | None, tree: PyTree) -> PyTree:
 
 
 def split_time(tree: PyTree, segment: int, num_whole: int) -> tuple[PyTree, PyTree]:
-    """Cuts `[T, ...]` leaves into `num_whole` segments `[num_whole, segment, ...]` and what is
-    left.
-    """
+    """Cuts `[T, ...]` leaves into segments `[num_whole, segment, ...]` and what is left."""
     whole = num_whole * segment
     main = jax.tree.map(lambda a: a[:whole].reshape((num_whole, segment, *a.shape[1:])), tree)
     return main, jax.tree.map(lambda a: a[whole:], tree)
 
 
 def steps_from(tree: PyTree, start: Any, length: int) -> PyTree:
-    """`length` steps of `[T, ...]` leaves, cut out where they are used: to slice them all up front
-    copies them.
-    """
+    """`length` steps of `[T, ...]` leaves, cut out where used: slicing all up front copies."""
     return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, length), tree)
 
 
 def zeros_along(leaf: Any, length: int) -> jax.Array:
-    """`[length, ...]` zeros for a leaf (or its shape) `[T, ...]`, so placed on the devices that the
-    two can be joined.
+    """`[length, ...]` zeros to be joined to a leaf (or its shape) `[T, ...]`: placed as it is.
 
     Placement is part of a type: the sharding in an explicit mesh, under shard_map whether devices
     differ.

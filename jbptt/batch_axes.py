@@ -1,5 +1,4 @@
-"""Which axes hold examples: told by running one step on shapes with another number of them, not by
-sizes alone.
+"""Which axes hold examples: one step is run on shapes with another number of them.
 
 An axis of examples can be resized in the carry, the inputs and the targets, and the parameters do
 not mind. An axis of features cannot: the parameters fix its size.
@@ -147,8 +146,7 @@ def doubts_about_loss(one: OneStep, batch_shape: Shape) -> str:
 
 
 def _fixed_by_params(one: OneStep, prefix: Shape, batch_shape: Shape) -> bool:
-    """Whether the last axis of `prefix` cannot be resized alone, and what stands along it depends
-    on each other.
+    """Whether `prefix`'s last axis cannot be resized alone, and its entries depend on each other.
 
     Where that cannot be tried: whether it can be resized together with all that is as long in the
     parameters.
@@ -166,8 +164,9 @@ def _fixed_by_params(one: OneStep, prefix: Shape, batch_shape: Shape) -> bool:
 
 
 def _pools_examples(one: OneStep, carries: list[Shape], batch_shape: Shape) -> bool:
-    """Whether the carry's first axis, which the loss lacks, is one of examples: free, and before
-    one of features.
+    """Whether the carry's first axis, which the loss lacks, is one of examples.
+
+    That is: free, and before one of features.
     """
     leading, xs = {shape[0] for shape in carries}, _sizes(one.x)
     if len(leading) != 1 or min(map(len, carries)) < 2 or not xs:
@@ -188,8 +187,7 @@ def _pools_examples(one: OneStep, carries: list[Shape], batch_shape: Shape) -> b
 
 
 def _independent(one: OneStep, prefix: Shape) -> bool | None:
-    """Whether what comes out at one index of the last axis of `prefix` depends on the carry at this
-    index alone.
+    """Whether what comes out at an index of `prefix`'s last axis needs the carry there alone.
 
     One step is run on random numbers, with NaN at index 0 of the carry: a small program, in
     doubtful cases alone. None if that fails, as where the step closes over traced values.
@@ -224,8 +222,9 @@ def _independent(one: OneStep, prefix: Shape) -> bool | None:
 
 
 def check_examples_come_first(one: OneStep, batch_shape: Shape, why: str) -> None:
-    """A ValueError where the carry begins with the batch shape by chance, and its examples are on
-    another axis.
+    """A ValueError where the carry begins with the batch shape only by chance.
+
+    Its examples are then on another axis.
     """
     if found := misplaced_examples(one, batch_shape):
         raise ValueError(

@@ -13,9 +13,7 @@ TAIL_LAGS = 8
 
 
 def slope_of(x: jax.Array, y: jax.Array, used: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Slope of a line through the points used, its standard error and the root mean square
-    residual.
-    """
+    """Slope of a line through the points used, its standard error, root mean square residual."""
     points = jnp.where(used, jnp.stack([jnp.ones_like(x), x, y - y[0]]), 0)
     (count, sum_x, sum_y), (_, sum_xx, sum_xy), _ = jnp.matmul(
         points, points.T, precision=lax.Precision.HIGHEST

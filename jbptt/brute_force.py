@@ -25,9 +25,7 @@ def _spread(array: Any, default: Any, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _flat_carry(carry: Carry) -> tuple[jax.Array, Callable[[jax.Array, Carry], Carry]]:
-    """The floating leaves of a carry as a real vector, and the way back into another carry's
-    remaining leaves.
-    """
+    """A carry's floating leaves as one real vector, and the way back into another carry's rest."""
     leaves, structure = jax.tree.flatten(carry)
     floating = [is_inexact(leaf) for leaf in leaves]
     flat, back = real_vector([leaf for leaf, f in zip(leaves, floating, strict=True) if f])
@@ -141,8 +139,7 @@ def brute_force_gradient(
 def frozen_loss(
     step: Step, loss: Loss, params: Params, carry: Carry, batch: Batch, *, coverage: Any
 ) -> Callable[[Params], jax.Array]:
-    """The function whose gradient a truncated gradient is: carries at the cuts stay what they are
-    at `params`.
+    """What a truncated gradient is the gradient of: carries at cuts stay as at `params`.
 
         f(w) = Σ_t w_t ℓ_t(run from step s(t) with the carry that entered it, frozen) / Σ_t w_t
 

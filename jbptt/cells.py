@@ -39,9 +39,7 @@ def glorot() -> Initializer:
 
 
 def orthogonal(scale: float = 1.0) -> Initializer:
-    """A random orthogonal matrix times `scale`: every singular value is `scale` (Saxe et al.,
-    2014).
-    """
+    """A random orthogonal matrix times `scale`, each singular value `scale` (Saxe et al., 2014)."""
     return jax.nn.initializers.orthogonal(scale)
 
 
@@ -56,9 +54,7 @@ def identity(scale: float = 1.0) -> Initializer:
 
 
 def _weights(input_size, hidden_size, num_gates, input_init, recurrent_init, dtype):
-    """`init` for the common layout; each gate's block is drawn on its own, so it can be
-    orthogonal.
-    """
+    """`init` for the common layout; each gate's block is drawn alone, so it can be orthogonal."""
     validation.check_positive_integer("input_size", input_size)
     validation.check_positive_integer("hidden_size", hidden_size)
     real = jax.dtypes.canonicalize_dtype(dtype)
@@ -146,8 +142,9 @@ def gru(
     recurrent_init: Initializer | None = None,
     dtype: Any = float,
 ) -> Cell:
-    """The gated recurrent unit (Cho et al., 2014), gates r, z, n, reset after the product
-    (PyTorch's form).
+    """The gated recurrent unit (Cho et al., 2014), gates r, z, n, in PyTorch's form.
+
+    It resets after the product.
 
         r = σ(x W_r + h U_r + b_r + b_hr)        n = tanh(x W_n + b_n + r ⊙ (h U_n + b_hn))
         z = σ(x W_z + h U_z + b_z + b_hz)        h ← (1 − z) ⊙ n + z ⊙ h
@@ -214,9 +211,7 @@ def lstm(
 
 @dataclass(frozen=True)
 class ReadoutStep:
-    """A step in two parts: `core`, which recurs, and `readout`, which only looks. Calling it runs
-    both.
-    """
+    """A step in two parts, `core`, which recurs, and `readout`, which looks; a call runs both."""
 
     core: Step
     readout: Callable[[Params, PyTree], PyTree]
@@ -236,9 +231,7 @@ def with_readout(step: Step, readout: Callable[[Params, PyTree], PyTree]) -> Ste
 
 
 def with_linear_readout(cell: Cell, output_size: int) -> Cell:
-    """`cell` followed by `y = h w_y + b_y`; adds `"w_y": [H, output]` and `"b_y": [output]` to its
-    params.
-    """
+    """`cell`, then `y = h w_y + b_y`; its params gain `w_y` `[H, output]` and `b_y` `[output]`."""
     validation.check_positive_integer("output_size", output_size)
 
     def init(key):

@@ -182,8 +182,7 @@ def randomized_bptt(
     reweight: bool = True,
     plan: Plan | None = None,
 ) -> Estimator:
-    """Randomized truncation: cuts fall at random, and what survives is weighted up (Tallec &
-    Ollivier, 2017).
+    """Randomized truncation: random cuts, survivors weighted up (Tallec & Ollivier, 2017).
 
         gates[t] = ξ_t / π_t,   ξ_t ~ Bernoulli(π_t),   so that E[C] = 1
 

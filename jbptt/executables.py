@@ -1,5 +1,4 @@
-"""Compiled programs of users' functions: one for the same functions and settings, dropped with the
-functions.
+"""Compiled programs of users' functions: one for the same settings, dropped with its functions.
 
 JAX compiles once for each function object. An analysis makes its functions anew in every call, so
 that JAX alone would compile anew in every call; here a program is found again by the identity of
@@ -22,16 +21,13 @@ MOST = 256
 
 
 class WeakCache:
-    """What is made of functions, found by their identity and by settings until one of the functions
-    dies.
-    """
+    """What is made of functions, by identity and settings, until a function dies."""
 
     def __init__(self):
         self._values: dict[Hashable, tuple] = {}
 
     def find(self, functions: tuple, settings: Hashable, make: Callable) -> Any:
-        """`make(*functions)`, made once; what it is given holds the functions weakly, and so does
-        its value.
+        """`make(*functions)`, made once; what it is given, and its value, hold functions weakly.
 
         Made in every call, of the functions themselves, where one cannot be hashed (what it
         computes may change) or referred to weakly, or where the settings cannot be hashed.
@@ -59,9 +55,7 @@ class WeakCache:
 
 
 def _identity(function: Callable) -> Hashable:
-    """What tells a function from others while it lives; methods and steps with readouts by what
-    they consist of.
-    """
+    """What tells living functions apart; methods and steps with readouts by their parts."""
     if type(function) is ReadoutStep:
         return _identity(function.core), _identity(function.readout)
     if isinstance(function, MethodType):
@@ -70,9 +64,7 @@ def _identity(function: Callable) -> Hashable:
 
 
 def _weakly(function: Callable, forget: Callable) -> Callable:
-    """A function that calls this one, which it does not keep alive; `forget` is called when this
-    one dies.
-    """
+    """A function that calls this one but does not keep it alive; `forget` is told of its death."""
     if type(function) is ReadoutStep:
         return ReadoutStep(_weakly(function.core, forget), _weakly(function.readout, forget))
     reference = (weakref.WeakMethod if isinstance(function, MethodType) else weakref.ref)(
@@ -90,9 +82,7 @@ _PROGRAMS = WeakCache()
 
 
 def compiled(body: Callable, functions: tuple, settings: Hashable = ()) -> Callable:
-    """`body(*functions, *arguments)` as one jitted program of the arguments, the same one in every
-    call.
-    """
+    """`body(*functions, *arguments)` as one jitted program, the same one in every call."""
 
     def make(*functions):
         def program(*arguments):
@@ -105,8 +95,7 @@ def compiled(body: Callable, functions: tuple, settings: Hashable = ()) -> Calla
 
 
 def run(body: Callable, functions: tuple, settings: tuple, *arguments: Any, name: str = "") -> Any:
-    """`body(*functions, *settings, *arguments)`, compiled once for the same functions, settings and
-    shapes.
+    """`body(*functions, *settings, *arguments)`, compiled once for functions, settings, shapes.
 
     As under jit, what the functions close over is read once. Not compiled where anything is traced
     already, and where a function needs the numbers themselves (for an `if`, or NumPy).
@@ -148,8 +137,9 @@ def run(body: Callable, functions: tuple, settings: tuple, *arguments: Any, name
 
 
 def is_traced(tree: Any) -> bool:
-    """Whether a leaf is traced, or all that is computed: under jit a constant is, too, and data may
-    be closed over.
+    """Whether a leaf is traced, or all that is computed.
+
+    Under jit a constant is traced, too, and data may be closed over.
     """
     return any(
         isinstance(leaf, Tracer) for leaf in (*jax.tree.leaves(tree), jax.device_put(np.zeros(())))

@@ -1,6 +1,4 @@
-"""Names that a package imports when they are first asked for, so that a program waits for what it
-uses alone.
-"""
+"""Names that a package imports when first asked for: a program waits for what it uses alone."""
 
 import importlib
 import sys

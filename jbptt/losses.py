@@ -24,9 +24,7 @@ def counted_steps(batch: Batch) -> jax.Array | None:
 
 
 def where_counted(loss: Loss) -> Callable:
-    """`(y, target, counted) -> (losses, aux)` of one step, 0 where `counted` is False; None counts
-    all.
-    """
+    """`(y, target, counted) -> (losses, aux)` of one step, 0 where not `counted`; None: all."""
 
     def counted_loss(y, target, counted):
         # Both sides of the loss are cleared: a NaN target times a zero weight is still NaN on the

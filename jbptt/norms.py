@@ -13,9 +13,7 @@ from jbptt.types import PyTree
 
 
 def unit(array: jax.Array, largest: jax.Array) -> jax.Array:
-    """`array / largest` along leading axes, at most 1 in size, in the wider dtype; `largest` 0
-    counts as 1.
-    """
+    """`array / largest` along leading axes, at most 1, in the wider dtype; 0 counts as 1."""
     array = array.astype(widened_dtype(array.dtype, largest.dtype))
     # XLA divides by multiplying with 1/m, which is flushed to 0 for the largest m: shrink both
     # first.
@@ -98,9 +96,7 @@ def leafwise(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def in_units_of(exact: PyTree, num_leading: int = 0) -> Callable[[PyTree], PyTree]:
-    """Divides trees by ‖exact‖, along leading axes; it may overflow or underflow itself. By 1 where
-    it is 0.
-    """
+    """Divides trees by ‖exact‖, which may over- or underflow, along leading axes; by 1 where 0."""
     largest, ratio = scaled_norm(exact, num_leading)
     ratio = one_if_zero(ratio)
     return lambda tree: jax.tree.map(
@@ -114,9 +110,7 @@ def normalised(tree: PyTree, num_leading: int = 0) -> PyTree:
 
 
 def inner(left: PyTree, right: PyTree, num_leading: int = 0) -> jax.Array:
-    """The inner product `Re Σ conj(left) · right` over all but the first `num_leading` axes of all
-    leaves.
-    """
+    """The inner product `Re Σ conj(left) · right` over all but `num_leading` axes of all leaves."""
 
     def of_leaf(a, b):
         product = jnp.real(jnp.conj(a) * b)
@@ -147,9 +141,7 @@ def compared_with(exact: PyTree) -> Callable[[PyTree], tuple[jax.Array, jax.Arra
 
 
 def compared_leafwise(exact: PyTree) -> Callable[[PyTree], tuple[PyTree, PyTree]]:
-    """As `compared_with`, every leaf with its own:
-    `estimate -> (tree of errors, tree of cosines)`.
-    """
+    """`compared_with`, leaf by leaf: `estimate -> (tree of errors, tree of cosines)`."""
     structure = jax.tree.structure(exact)
     compare_fns = [compared_with(leaf) for leaf in jax.tree.leaves(exact)]
 

@@ -12,9 +12,7 @@ from jbptt.types import Batch, Carry, PyTree, exported
 
 @exported
 class PastSteps(NamedTuple):
-    """The latest steps before an update, leaves `[length, ...]`; `exists` is False where there is
-    none yet.
-    """
+    """Earlier steps, leaves `[length, ...]`; `exists` is False where there is none yet."""
 
     carries: Carry
     xs: PyTree
@@ -54,9 +52,7 @@ def extend(history: PastSteps, carries: Carry, batch: Batch) -> PastSteps:
 
 
 def with_stand_ins(steps: PastSteps, first: int) -> PastSteps:
-    """Puts step `first` in the place of those that never were: the user's step meets only real
-    inputs.
-    """
+    """Puts step `first` where there never was one: the user's step meets only real inputs."""
     filled = jax.tree.map(
         lambda a: jnp.where(align_leading(steps.exists, a.ndim), a, a[first]), steps
     )

@@ -88,9 +88,7 @@ class Plan:
 
 
 def plan_of(plan: Plan | None, unused: dict[str, str]) -> Plan:
-    """The plan, or the default; a ValueError where it says what this estimator has no use for, and
-    why.
-    """
+    """The plan, or the default; a ValueError where it asks what this estimator cannot do."""
     if plan is None:
         return Plan()
     if not isinstance(plan, Plan):
@@ -173,9 +171,7 @@ def _specs(tree: PyTree, axis: int, num_examples: int) -> PyTree:
 
 
 def check_division(problem: Problem, num_shards: int) -> None:
-    """A ValueError unless each device computes of its examples what one device would; from shapes
-    alone.
-    """
+    """A ValueError unless, by shapes, each device computes what one device would."""
 
     def refuse(reason, remedy="pass num_shards=1", cause=None):
         raise ValueError(f"num_shards={num_shards}: {reason}; {remedy}") from cause

@@ -1,6 +1,4 @@
-"""What an estimator really covers: the weight of every pair, measured on a sum whose every
-derivative is 1.
-"""
+"""What an estimator really covers: every pair's weight, on a sum whose derivatives are all 1."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -91,8 +89,7 @@ def assert_coverage(
     split: Sequence[int] | None = None,
     atol: float = 1e-5,
 ) -> None:
-    """Holds the coverage that an estimator declares against `measured_coverage`; pairs i > t must
-    be 0.
+    """Holds an estimator's declared coverage against the measured; pairs i > t must be 0.
 
     Args:
       make_estimator: as in `measured_coverage`.

@@ -1,6 +1,4 @@
-"""What every estimator and analysis is asked about: a step and its loss on one batch, checked once
-at the border.
-"""
+"""What every estimator and analysis is asked about: a step and its loss on one batch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,8 +19,7 @@ from jbptt.types import Batch, Carry, Loss, Params, PyTree, Step
 
 
 class Parts(NamedTuple):
-    """A step and its loss as the engine runs them: what meets the mask stands inside what may be
-    vmapped.
+    """A step and its loss as the engine runs them, the mask inside what may be vmapped.
 
     Attributes:
       core: `(params, carry, (x, mask)) -> (carry, outputs)`, which holds the carry where the mask
@@ -92,9 +89,7 @@ class Problem:
         return replace(self, gates=jnp.asarray(gates))
 
     def trajectory(self) -> tuple[Carry, Carry, PyTree]:
-        """The carry after all steps; the carries that enter them and the core's outputs,
-        `[T, ...]`.
-        """
+        """The last carry; the carries that enter the steps, and the core's outputs, `[T, ...]`."""
         # No mask: the core holds by itself, and reads it among its inputs.
         last, (carries, outputs) = trajectory(
             self.parts.core, self.params, self.carry, self.inputs, None, self.num_steps
@@ -142,8 +137,7 @@ def check_problem(
     *,
     per_example: str = "",
 ) -> Checked:
-    """Everything that an estimator or an analysis needs to hold, from shapes alone, before anything
-    is compiled.
+    """Checks all that an estimator or an analysis needs to hold, before anything is compiled.
 
     Args:
       step, loss, params, batch, gates: the user's; arrays or shapes.
@@ -197,9 +191,7 @@ def problem_of(
 def entered_problem(
     step: Step, loss: Loss, params: Params, carry: Any, batch: Batch, *, per_example: str = ""
 ) -> tuple[Problem, Entered]:
-    """The problem, checked; beside it the carry that enters, and the way back through it to the
-    parameters.
-    """
+    """The checked problem, and the carry that enters, with its way back to the parameters."""
     checked = check_problem(step, loss, params, carry, batch, per_example=per_example)
     start = entered(carry, params)
     return trusted_problem(
@@ -233,8 +225,7 @@ def trusted_problem(
 
 
 def answer(question: Callable, problem: Problem, *settings: Any, given: tuple = ()) -> Any:
-    """`question(problem, *settings, *given)`, compiled once for the same step, loss, settings and
-    shapes.
+    """`question(problem, *settings, *given)`, compiled once for step, loss, settings and shapes.
 
     Args:
       question: a function of a module.

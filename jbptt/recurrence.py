@@ -42,17 +42,14 @@ def _first_order_gate_jvp(primals, tangents):
 
 
 def _keeps_bits(size: jax.Array) -> jax.Array:
-    """Where `c − (c − c)` is c: zeros and normal numbers. An integer compare: floats flush
-    denormals to 0.
-    """
+    """Where `c − (c − c)` is c: 0 and normal numbers, by bits, since floats flush denormals."""
     unsigned = jnp.dtype(f"uint{8 * size.dtype.itemsize}")
     zero = lax.bitcast_convert_type(size, unsigned) == 0
     return ((size >= jnp.finfo(size.dtype).tiny) & jnp.isfinite(size)) | zero
 
 
 def gate_cotangent(value: jax.Array, gate: jax.Array) -> jax.Array:
-    """The identity, bit for bit, whose derivative is `gate` (0 is a hard zero: 0·inf stays 0), in
-    every order.
+    """The identity, bit for bit; its derivative, in every order, is `gate` (0: a hard zero).
 
     Arithmetic with `stop_gradient`; where that would change the value (denormal, not finite or
     complex entries) or the gate is not finite, `first_order_gate` with its exception.
@@ -82,9 +79,7 @@ def gated(carry: Carry, gate: jax.Array | None, gate_fn: Callable) -> Carry:
 
 
 def held(step: Step) -> Step:
-    """A step on `x = (x, mask)` that holds the carry where the mask is False; the caller clears its
-    ys.
-    """
+    """A step on `(x, mask)`, its carry held where the mask is False; ys are not cleared."""
 
     def held_step(params, carry, inputs):
         x, mask = inputs
@@ -97,9 +92,7 @@ def held(step: Step) -> Step:
 
 
 def gated_step(step: Step, gate_fn: Callable = first_order_gate) -> Step:
-    """A step on `x = (x, gate, mask)`: held where the mask is False, with a gate on what flows back
-    out of it.
-    """
+    """`held`, on `(x, gate, mask)`: the gate is on what flows back out of the step."""
     step = held(step)
 
     def run(params, carry, inputs):
@@ -148,9 +141,7 @@ def trajectory(
     mask: jax.Array | None = None,
     length: int | None = None,
 ) -> tuple[Carry, tuple[Carry, PyTree]]:
-    """As `scan_steps`, and beside the ys the carry that enters each step:
-    `(carry, (carries, ys))`.
-    """
+    """`scan_steps`, with the carry that enters each step: `(carry, (carries, ys))`."""
     step = held(step)
 
     def body(carry_t, inputs_t):

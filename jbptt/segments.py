@@ -53,8 +53,7 @@ class Updated(NamedTuple):
 
 
 def estimate_of(updated: Updated, start: Entered, **info: Any) -> Estimate:
-    """What an estimator returns; aux and the cotangents of the carry that entered are turned into
-    means.
+    """What an estimator returns: aux, and the entering carry's cotangents, as means.
 
     Where that carry is a function of the parameters, its gradient is added.
     """
@@ -77,9 +76,7 @@ def estimate_of(updated: Updated, start: Entered, **info: Any) -> Estimate:
 def add_losses(
     problem: Problem, outputs: PyTree, sums: Sums | None = None
 ) -> tuple[Sums, list[jax.Array]]:
-    """Adds the losses, their weight and their gradient in the readout alone; and `∂L` in the core's
-    outputs.
-    """
+    """Adds losses, weights and the readout's gradient; also gives `∂L` in the core's outputs."""
     parts, batch = problem.parts, problem.batch
 
     # A readout is a step whose carry is the core's output, and which emits no carry.
@@ -167,8 +164,7 @@ def back_through_segment(
 def forward(
     problem: Problem, inputs_at: Callable, num_segments: int, length: int
 ) -> tuple[Carry, Carry]:
-    """Runs the recurrent part only; returns the carry after it and the carries at the segments'
-    starts.
+    """Runs the core alone: the carry after it, and the carries at the segments' starts.
 
     `inputs_at(i)`: what the core takes beside parameters and carry in segment i, `length` steps.
     """

@@ -1,6 +1,4 @@
-"""Common slips, told in words where JAX's own would come from its inside: arrays, axes, arguments,
-weights.
-"""
+"""Common slips in arrays, axes, arguments and weights, where JAX's words come from its inside."""
 
 import numbers
 import os
@@ -56,9 +54,7 @@ def check_arrays(name: str, tree: PyTree) -> None:
 
 
 def warn_user(message: str) -> None:
-    """A UserWarning at the user's own line, so that Python shows it once for each, however deep it
-    was found.
-    """
+    """A UserWarning at the user's own line: Python shows it once for each line."""
     frame, level = sys._getframe(1), 2
     while frame.f_back and frame.f_code.co_filename.startswith(OWN):
         frame, level = frame.f_back, level + 1
@@ -84,9 +80,7 @@ def warn_of_float64(trees: dict[str, Any]) -> None:
 
 
 def warn_of_cancelling_weights(weights: Any, mask: Any) -> None:
-    """A warning where a mean is divided by weights of both signs that nearly cancel; traced ones
-    are not looked at.
-    """
+    """A warning where weights of both signs nearly cancel; traced ones are not looked at."""
     if weights is None or not all(
         a is None or isinstance(a, (np.ndarray, jax.Array)) for a in (weights, mask)
     ):
@@ -110,8 +104,7 @@ def warn_of_cancelling_weights(weights: Any, mask: Any) -> None:
 
 
 def warn_of_missing_path(live: Paths, params: Params, carry: Carry, start: Any) -> None:
-    """A warning where every gradient is exactly zero, or where neither a step nor the start looks
-    at a parameter.
+    """A warning where every gradient is zero, or where nothing looks at a parameter.
 
     `carry` may be shapes; `start` is what was given for it, a function of the parameters perhaps.
     """
@@ -141,9 +134,7 @@ def warn_of_missing_path(live: Paths, params: Params, carry: Carry, start: Any) 
 
 
 def batch_first(step: Step, params: Params, carry: Carry, xs: PyTree) -> str:
-    """What is said where the step runs once the first two axes of xs are swapped; "" where it does
-    not.
-    """
+    """What is said where the step runs with the first two axes of xs swapped; else ""."""
     if min(map(np.ndim, jax.tree.leaves(xs)), default=0) < 2:
         return ""
     if not _fits(step, params, carry, jax.tree.map(lambda a: _without(a, 1), xs), 1):
@@ -188,9 +179,7 @@ def _without(leaf: Any, axis: int) -> jax.ShapeDtypeStruct:
 
 
 def _fits(step: Step, params: Params, carry: Carry, x: PyTree, num_parts: int) -> bool:
-    """Whether the step runs on these shapes and one of the first parts of its result is a carry as
-    it received it.
-    """
+    """Whether the step runs on these shapes, a carry among the first parts of its result."""
     try:
         result = jax.eval_shape(lambda carry, x: step(params, carry, x), carry, x)
     except Exception:  # whatever the user's step raises

@@ -1,6 +1,4 @@
-"""The carry that enters a first step: given as it is, or as a function of the parameters (a learned
-start).
-"""
+"""The carry that enters a first step: given, or a function of the parameters (learned)."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -27,9 +25,7 @@ class Entered(NamedTuple):
 
 
 def start_of(carry: Any, params: Params) -> Carry:
-    """The carry itself, or what a function of the parameters gives; a ValueError where that is no
-    tree of arrays.
-    """
+    """The carry, or what a function of the parameters gives, which must be a tree of arrays."""
     if not callable(carry):
         return carry
     try:
@@ -50,9 +46,7 @@ def start_shapes(carry: Any, params: Params) -> Carry:
 
 
 def kept(carry: Any) -> Any:
-    """What a state holds until its first update: arrays, or the function as a tree without
-    leaves.
-    """
+    """What a state holds before its first update: arrays, or the function as a leafless tree."""
     return Partial(carry) if callable(carry) and all_leaves([carry]) else carry
 
 

@@ -27,9 +27,7 @@ from jbptt.types import Batch, Carry, Estimator, Loss, Params, Step
 
 
 def _sizes(params: Params) -> Params:
-    """The unit of every entry: its own size, of a zero the leaf's root mean square (1 of a leaf of
-    zeros).
-    """
+    """The unit of every entry: its own size; of a zero the leaf's root mean square, or 1."""
 
     def one(leaf):
         size, mean = jnp.abs(leaf), norm(leaf) / math.sqrt(max(1, jnp.size(leaf)))
@@ -40,8 +38,9 @@ def _sizes(params: Params) -> Params:
 
 
 def _direction(key: chex.PRNGKey, params: Params) -> Params:
-    """A random direction, of unit length in the units of `_sizes`: one width of a difference serves
-    all entries.
+    """A random direction, of unit length in the units of `_sizes`.
+
+    One width of a difference then serves all entries.
     """
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(key, len(leaves))
@@ -55,9 +54,7 @@ def _direction(key: chex.PRNGKey, params: Params) -> Params:
 
 
 def _dot(gradient: Params, direction: Params) -> jax.Array:
-    """The slope along a direction: `Re Σ g·d`, without a conjugate, as JAX defines the gradient in
-    complex numbers.
-    """
+    """The slope along a direction: `Re Σ g·d`, unconjugated, as JAX defines complex gradients."""
     products = jax.tree.map(lambda g, d: jnp.sum(jnp.real(g * d)), gradient, direction)
     return sum(jax.tree.leaves(products), jnp.zeros(()))
 
@@ -138,8 +135,7 @@ def taylor_slope(
     *,
     key: chex.PRNGKey | None = None,
 ) -> float:
-    """The order at which the first Taylor remainder vanishes: 2.00 ± 0.05 for the right gradient, 1
-    for a wrong one.
+    """The order of the first Taylor remainder: 2.00 ± 0.05 if the gradient is right, 1 if wrong.
 
         |f(w + h·d) − f(w) − h·Re Σ g·d| = O(h²)
 

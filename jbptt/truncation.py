@@ -48,8 +48,7 @@ def fixed(
 def randomized(
     key: jax.Array, num_steps: int, keep_prob: jax.typing.ArrayLike, *, reweight: bool = True
 ) -> jax.Array:
-    """`ξ_t / π_t` with `ξ_t ~ Bernoulli(π_t)`, independent: the gradient is unbiased (Tallec &
-    Ollivier, 2017).
+    """`ξ_t / π_t`, `ξ_t ~ Bernoulli(π_t)` independent: unbiased (Tallec & Ollivier, 2017).
 
     Args:
       key: a PRNG key; a new one for every update.
@@ -88,8 +87,7 @@ def artbp(
     alpha: float = 4.0,
     reweight: bool = True,
 ) -> jax.Array:
-    """Anticipated reweighted truncated backpropagation: cuts grow rarer since the last one (ibid.,
-    §4).
+    """Anticipated reweighted truncated backpropagation: cuts grow rarer (ibid., §4).
 
         c = (α − 1) / ((α − 2) L₀ + δ),     gates[t] = (1 − X_t) / (1 − c),     X_t ~ Bernoulli(c)
 
@@ -118,9 +116,7 @@ def _artbp_hazard(num_steps, mean_length, alpha):
 
 
 def check_length_probs(value: Any, num_steps: int | None) -> None:
-    """A ValueError unless `value` is a distribution over 1, 2, … steps, and (num_steps given)
-    reaches that far.
-    """
+    """`value` must be a distribution over 1, 2, … steps, and reach `num_steps` if given."""
     if isinstance(value, Tracer):
         return
     try:
@@ -195,8 +191,7 @@ def _renewal_gates(key, num_steps, hazard_fn, reweight):
 
 
 def coverage(gates: jax.Array) -> jax.Array:
-    """The weight of each pair (loss step t, source step i): `C[t, i] = Π_{j=i+1..t} gates[j]`, i ≤
-    t.
+    """The weight of each pair (loss t, source i ≤ t): `C[t, i] = Π_{j=i+1..t} gates[j]`.
 
     Args:
       gates: `[T]`, or `[T, *batch]`.
@@ -220,16 +215,13 @@ def coverage(gates: jax.Array) -> jax.Array:
 
 
 def full_coverage(num_steps: int) -> jax.Array:
-    """Every pair once, `[T, T]`: ones for i ≤ t. Raises ValueError for num_steps < 1 or not an
-    integer.
-    """
+    """Every pair once, `[T, T]`: ones for i ≤ t. A ValueError unless num_steps is an int ≥ 1."""
     validation.check_positive_integer("num_steps", num_steps)
     return jnp.tri(num_steps, dtype=float)
 
 
 def window_coverage(num_steps: int, window: int, stride: int) -> jax.Array:
-    """What `truncated_bptt` covers, `[T, T]`: `C[t, i] = 1` where
-    `(t // s + 1)·s − window ≤ i ≤ t`.
+    """What `truncated_bptt` covers, `[T, T]`: 1 where `(t // s + 1)·s − window ≤ i ≤ t`.
 
     A pair's weight does not depend on where the sequence happens to end, so a ragged tail and a
     split stream agree. Raises ValueError for window or stride < 1, not an integer, or stride >
@@ -244,8 +236,7 @@ def window_coverage(num_steps: int, window: int, stride: int) -> jax.Array:
 def randomized_coverage(
     num_steps: int, keep_prob: jax.typing.ArrayLike, *, reweight: bool = True
 ) -> jax.Array:
-    """What `randomized` covers on average: every pair once, unweighted
-    `E C[t, i] = Π_{j=i+1..t} π_j`.
+    """What `randomized` covers on average: every pair once; unweighted `Π_{j=i+1..t} π_j`.
 
     Arguments, shapes and errors as there.
     """
@@ -256,8 +247,7 @@ def randomized_coverage(
 def artbp_coverage(
     num_steps: int, mean_length: jax.typing.ArrayLike, *, alpha: float = 4.0, reweight: bool = True
 ) -> jax.Array:
-    """What `artbp` covers on average, `[T, T]`: every pair once, unweighted `E C[t, i]` = P(no cut
-    between).
+    """What `artbp` covers on average, `[T, T]`: every pair once; unweighted P(no cut between).
 
     Arguments and errors as there.
     """
@@ -268,8 +258,7 @@ def artbp_coverage(
 def random_lengths_coverage(
     num_steps: int, length_probs: jax.Array, *, reweight: bool = True
 ) -> jax.Array:
-    """What `random_lengths` covers on average, `[T, T]`: every pair once, unweighted `E C[t, i]` =
-    P(no cut between).
+    """What `random_lengths` covers on average: every pair once; unweighted P(no cut between).
 
     Arguments and errors as there.
     """
@@ -278,8 +267,9 @@ def random_lengths_coverage(
 
 
 def _renewal_coverage(num_steps, hazard_fn):
-    """P(no cut in i+1 … t): a window that begins at some a ≤ i, with probability u_a, lasts beyond
-    step t.
+    """P(no cut in i+1 … t): a window that begins at some a ≤ i lasts beyond step t.
+
+    With u_a the probability that one begins at a:
 
         E C[t, i] = Σ_{a≤i} u_a S(t − a),   S(n) = Π_{δ≤n} (1 − c(δ))
 

@@ -29,9 +29,7 @@ Kind = TypeVar("Kind", bound=type)
 
 
 def exported(kind: Kind) -> Kind:
-    """Lets a NamedTuple, or a dataclass of arrays alone, be an argument or result of what
-    `jax.export` serializes.
-    """
+    """Lets `jax.export` serialize a NamedTuple, or a dataclass of arrays alone."""
     name = f"jbptt.{kind.__name__}"
     if issubclass(kind, tuple):
         export.register_namedtuple_serialization(kind, serialized_name=name)

@@ -214,9 +214,7 @@ def check_carry_batch(
     name: str = "carry",
     one: OneStep | None = None,
 ) -> None:
-    """A ValueError unless every inexact carry leaf begins with the batch shape, and not by chance
-    (with `one`).
-    """
+    """Every inexact carry leaf must begin with the batch shape, and (with `one`) not by chance."""
     for path, leaf in tree_flatten_with_path(carry)[0]:
         inexact = jnp.issubdtype(jax.dtypes.result_type(leaf), jnp.inexact)
         if inexact and np.shape(leaf)[: len(batch_shape)] != batch_shape:
@@ -230,9 +228,7 @@ def check_carry_batch(
 
 
 def check_num_leading(num_leading: Any, tree: Any) -> int:
-    """`num_leading` as an int; a ValueError unless all inexact leaves share that many leading
-    axes.
-    """
+    """`num_leading` as an int; all inexact leaves must share that many leading axes."""
     num_leading = check_positive_integer("num_leading", num_leading, smallest=0)
     for path, leaf in tree_flatten_with_path(tree)[0]:
         if is_inexact(leaf) and np.ndim(leaf) < num_leading:
@@ -249,9 +245,7 @@ def check_num_leading(num_leading: Any, tree: Any) -> int:
 
 
 def check_gates_and_mask(gates: Any, mask: Any, carry: Any, one: OneStep | None = None) -> None:
-    """Gates are bool or real, the mask is bool, and their further axes match the carry's leading
-    ones.
-    """
+    """Gates are bool or real, masks bool; further axes match the carry's leading ones."""
     if mask is not None:
         if jax.dtypes.result_type(mask) != jnp.bool_:
             raise ValueError(
@@ -283,9 +277,7 @@ def check_gates(
 
 
 def check_history(history: Any, batch: Batch, batch_shape: tuple[int, ...]) -> None:
-    """A ValueError unless the earlier steps of a stream's state have the shapes of the batch that
-    goes on.
-    """
+    """A ValueError unless a stream's earlier steps have the shapes of the next batch."""
     kept = {"xs": history.xs, "mask": history.mask}
     for name, tree in {
         "xs": batch.xs,

@@ -1,6 +1,4 @@
-"""How fast the adjoints of a network turn into one direction: the second exercise, seen in a
-trained RNN.
-"""
+"""How fast a network's adjoints turn into one direction: the second exercise, in a trained RNN."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,8 +18,7 @@ from jbptt.types import Batch, Carry, Loss, Params, Step
 
 
 class AdjointAlignment(NamedTuple):
-    """How near `∂ℓ_{s+k}/∂carries[s]` is to the direction v[s] to which all adjoints turn, by lag
-    k.
+    """How near `∂ℓ_{s+k}/∂carries[s]` is to v[s], to which all adjoints turn, by lag k.
 
     Attributes:
       cosine: weighted mean of |cos| of the angle between the two, `[max_lag]`, lags 0 … max_lag −
@@ -61,9 +58,7 @@ def check_max_lag(max_lag: Any, num_steps: int) -> int:
 
 
 def angle(vectors: list, directions: list, num_leading: int) -> tuple[jax.Array, jax.Array]:
-    """|cos| and sine of the angle between unit vectors, example by example; the sine is accurate
-    down to ε.
-    """
+    """|cos| and sine of the angle between unit vectors, by example; the sine accurate down to ε."""
     along = inner(directions, vectors, num_leading)
     across = [
         a - align_leading(along, a.ndim) * d for a, d in zip(vectors, directions, strict=True)
@@ -98,8 +93,9 @@ def far_directions(
 
 
 class LagMeans(NamedTuple):
-    """What `scan_angles` reads at each lag, `[max_lag]`: means of |cos| and sine, and Σ w·fall and
-    Σ w of pairs.
+    """What `scan_angles` reads at each lag, `[max_lag]`.
+
+    Means of |cos| and sine, and Σ w·fall and Σ w of pairs.
     """
 
     cosine: jax.Array
@@ -109,9 +105,7 @@ class LagMeans(NamedTuple):
 
 
 def smallest_sine(eps: float) -> float:
-    """Below this sine an adjoint counts as aligned: 1000 ε, of which rounding is a thousandth (half
-    precision: √ε).
-    """
+    """Below this sine an adjoint counts as aligned: 1000 times rounding; in half precision √ε."""
     return min(1000 * eps, eps**0.5)
 
 
@@ -171,8 +165,7 @@ def scan_angles(
 
 
 def fall_rate(means: LagMeans, eps: float) -> jax.Array:
-    """The mean fall of ln sine per lag, over the second half of the lags before the mean sine nears
-    rounding.
+    """The mean fall of ln sine per lag, in the second half of lags before the sine nears rounding.
 
     The first half is left to what dies out faster. −inf where fewer than two lags are above.
     """

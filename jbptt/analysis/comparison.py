@@ -26,8 +26,7 @@ MOST_STEPS = 4096
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Comparison:
-    """How estimates ĝ of a gradient g are distributed, `[E]` each, E estimators. `str()` is a
-    table.
+    """How estimates ĝ of a gradient g are distributed, `[E]`, E estimators; `str()` is a table.
 
     Everything is relative to ‖g‖; where g is 0, biases and variances are 0 if the estimates are 0
     too, else inf.
@@ -191,9 +190,7 @@ def _compare(*given) -> Comparison:
 
 
 def _undeclared(num_steps: int, key: jax.Array | None = None) -> jax.Array:
-    """The coverage of an estimator that declares none; a function, since programs are found by
-    functions.
-    """
+    """The coverage of an estimator without one; a function, as programs are found by functions."""
     del key
     return jnp.full((num_steps, num_steps), jnp.nan)
 
@@ -256,9 +253,7 @@ def _check_reference(estimators, params, reference):
 
 
 def _moments(sample, keys, exact, in_units, compare_fn):
-    """Mean estimate in units of ‖g‖; relative bias, its error, variance; mean cosine and norm ratio
-    (Welford, 1962).
-    """
+    """Mean estimate over ‖g‖, bias, its error, variance, cosine, norm ratio (Welford, 1962)."""
 
     def body(state, inputs):
         mean, squares, cosine, ratio = state

@@ -1,5 +1,4 @@
-"""Which of many numbers that are not finite, in the order of computation, breaks the first outcome
-that is broken.
+"""Which of many numbers that are not finite, in order of computation, breaks the first outcome.
 
 A run of the problem has places: one for each leaf that stands at its start, and some in every step.
 Asked for a place k, it is done again with everything up to k made finite. The culprit is at the
@@ -44,8 +43,7 @@ class Places(NamedTuple):
 
 
 class Looked(NamedTuple):
-    """What one run saw: which leaves are not finite, at the start and `[T, columns]`, and the
-    outcomes that are not.
+    """What a run saw that is not finite: leaves, at the start and `[T, columns]`, and outcomes.
 
     Outcomes are in the order of computation.
     """
@@ -77,8 +75,7 @@ class Culprit(NamedTuple):
 
 
 class State(NamedTuple):
-    """The search: k* in low … high (`top`: no place makes a difference), then the column of that
-    place.
+    """The search: k* in low … high (`top`: no place makes a difference), then the column there.
 
     Attributes:
       begun: whether the run as given, which everything is held against, is done.
@@ -106,9 +103,7 @@ class State(NamedTuple):
 def _suspects(
     places: Places, place: jax.Array, there: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The step of a place that is not at the start, its columns, and those of them that are not
-    finite.
-    """
+    """The step of a place that is not at the start, its columns, and which are not finite."""
     step, within = jnp.divmod(jnp.maximum(place - places.num_start, 0), places.width)
     step = jnp.minimum(step, places.num_steps - 1)
     columns = places.of_columns == within
@@ -116,8 +111,7 @@ def _suspects(
 
 
 def search(look: Callable, places: Places) -> Culprit:
-    """The culprit, where `look(place, spared)` runs with all up to `place` made finite but the
-    column `spared` there.
+    """The culprit; `look(place, spared)` runs with all to `place` made finite but column `spared`.
 
     Halves the places, then spares the columns of the one found, one by one. All runs are the body
     of one loop, which is compiled once; where every outcome is finite it ends with the first.

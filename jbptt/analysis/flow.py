@@ -149,9 +149,7 @@ def _gradient_flow(problem: Problem, per_leaf: bool) -> Any:
 
 
 def _adjoint_norms(one_back: Callable, inputs: Any, num_steps: int, norm_fn: Any) -> Any:
-    """‖∂ℓ_t/∂carries[s]‖ over all examples, `[s, t]`; `inputs` are what `_one_step_back` takes,
-    `[T, ...]`.
-    """
+    """‖∂ℓ_t/∂carries[s]‖ over all examples, `[s, t]`; `inputs` as `_one_step_back` takes them."""
     leaves, _ = split_inexact(inputs[0])
     if not leaves:
         return jax.tree.map(lambda a: jnp.zeros((num_steps, num_steps), a.dtype), norm_fn(leaves))
@@ -176,9 +174,7 @@ def _adjoint_norms(one_back: Callable, inputs: Any, num_steps: int, norm_fn: Any
 
 
 def _one_step_back(problem: Problem, cotangents: list, inputs: Any) -> list:
-    """Takes the cotangents of all later losses back through one step, and starts that of its own
-    loss.
-    """
+    """Takes the cotangents of all later losses back through a step, and starts its own loss's."""
     live = problem.live
     place, carry, given, gate, outputs_bar = inputs
     leaves, rebuild = split_inexact(carry)
@@ -213,8 +209,7 @@ def stage_length(num_steps: int) -> int:
 
 
 class GradientSources(NamedTuple):
-    """The gradient of the weighted mean loss split by source: `S_i = Σ_t w_t G[t, i] / Σ w`,
-    `Σ_i S_i = g`.
+    """The mean loss's gradient g by source: `S_i = Σ_t w_t G[t, i] / Σ w`, and `Σ_i S_i = g`.
 
     Attributes:
       norms: `‖S_i‖`, `[T]`.
@@ -237,8 +232,7 @@ def gradient_sources(
     *,
     gates: jax.Array | None = None,
 ) -> GradientSources:
-    """How much of the gradient comes from each step: the part that enters at step i, summed over
-    all losses.
+    """How much of the gradient enters at each step i, summed over all losses.
 
         S_i = (∂⁺(h_{i+1}, ℓ_i)/∂w)ᵀ (λ_{i+1}, w_i) / Σ w
 

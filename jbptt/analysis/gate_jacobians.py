@@ -1,6 +1,4 @@
-"""The step Jacobian of the gated cells, split by the path that the derivative takes through the
-cell.
-"""
+"""The step Jacobian of gated cells, split by the path that the derivative takes through them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -47,9 +45,7 @@ class GatePaths:
 
 
 def check_gated_cell(params: Any, carry: Any, xs: Any) -> tuple[str, Step]:
-    """`"gru"` or `"lstm"` and its step, known by the shapes of the parameters; a ValueError for
-    anything else.
-    """
+    """`"gru"` or `"lstm"` and its step, by the shapes of the parameters; else a ValueError."""
     shapes = (
         {name: np.shape(leaf) for name, leaf in params.items()}
         if isinstance(params, Mapping)
@@ -101,8 +97,7 @@ def _step_of(kind: str, params: Any) -> Step:
 
 
 def gate_paths(params: Params, carry: Carry, xs: PyTree) -> GatePaths:
-    """How much of `∂carries[t+1]/∂carries[t]` passes through each gate of a gru or an lstm, at
-    every step.
+    """How much of `∂carries[t+1]/∂carries[t]` passes through each gate of a gru or lstm, by step.
 
     The derivative is taken along one path at a time; everything else keeps its value of the forward
     pass. The straight path goes past all gates, every other one from h_{t−1} through the

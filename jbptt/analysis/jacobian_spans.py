@@ -1,6 +1,4 @@
-"""Products of step Jacobians over spans of any length: how much they stretch, in every
-direction.
-"""
+"""Products of step Jacobians over any span: how much they stretch, in every direction."""
 
 import operator
 from collections.abc import Sequence
@@ -23,8 +21,7 @@ from jbptt.types import Carry, Params, PyTree, Step
 
 
 class JacobianProducts(NamedTuple):
-    """The singular values of `J_{s+span−1} … J_s`, the derivative of `carries[s + span]` by
-    `carries[s]`.
+    """Singular values of `J_{s+span−1} … J_s`, the derivative `∂carries[s + span]/∂carries[s]`.
 
     Attributes:
       spans: number of factors, `[S]`, in steps.
@@ -42,9 +39,7 @@ class JacobianProducts(NamedTuple):
 
     @property
     def log_norms(self) -> jax.Array:
-        """Natural logarithm of the spectral norm, `[S]`: by how much the product stretches at
-        most.
-        """
+        """Natural logarithm of the spectral norm, `[S]`: the most that the product stretches."""
         return self.log_singular_values[..., 0]
 
     @property
@@ -54,9 +49,7 @@ class JacobianProducts(NamedTuple):
 
     @property
     def log_condition_numbers(self) -> jax.Array:
-        """Natural logarithm of the largest over the smallest singular value, `[S]`; inf if
-        singular.
-        """
+        """Natural logarithm of largest over smallest singular value, `[S]`; inf if singular."""
         smallest = self.log_singular_values[..., -1]
         singular = jnp.isneginf(smallest)
         return jnp.where(singular, jnp.inf, self.log_norms - jnp.where(singular, 0, smallest))
@@ -68,9 +61,7 @@ class JacobianProducts(NamedTuple):
 
 
 def check_spans(spans: Any, start: Any, num_steps: int) -> np.ndarray:
-    """The spans as integers `[S]`; a ValueError unless they are ≥ 1 and, from a static start, end
-    by T.
-    """
+    """The spans as integers `[S]`, which must be ≥ 1 and, from a static start, end by T."""
     if (
         isinstance(spans, Tracer)
         or not isinstance(spans, (Sequence, np.ndarray, jax.Array))
@@ -111,8 +102,7 @@ def jacobian_products(
     length: int | None = None,
     mask: jax.Array | None = None,
 ) -> JacobianProducts:
-    """Singular values, norm and condition number of products of step Jacobians, for many spans in
-    one pass.
+    """Singular values, norm and condition number of products of step Jacobians, many spans at once.
 
         P_span = J_{start+span−1} … J_{start+1} J_start = ∂carries[start + span] / ∂carries[start]
 

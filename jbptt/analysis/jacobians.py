@@ -1,6 +1,4 @@
-"""The Jacobian of every step, `J_t = ∂carries[t+1]/∂carries[t]`, as a matrix over the flattened
-carry.
-"""
+"""The Jacobian of every step, `J_t = ∂carries[t+1]/∂carries[t]`, of the flattened carry."""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,9 +27,7 @@ def check_differentiable(carry: Any) -> None:
 
 
 def check_system(step: Any, params: Any, carry: Any, xs: Any, mask: Any, length: Any) -> int:
-    """T of an unbatched system whose Jacobians exist; the checks of `unroll`, and a carry to
-    differentiate.
-    """
+    """T of an unbatched system whose Jacobians exist; `unroll`'s checks, and an inexact carry."""
     num_steps = validation.count_steps({"xs": xs, "mask": mask}, length)
     check_differentiable(carry)
     if mask is not None and np.ndim(mask) != 1:
@@ -46,8 +42,7 @@ def check_system(step: Any, params: Any, carry: Any, xs: Any, mask: Any, length:
 
 
 def flat_carry(carry: Carry) -> tuple[jax.Array, Callable[[jax.Array], Carry]]:
-    """The inexact leaves in tree order as one real vector `[n]`, and the way back to the whole
-    carry.
+    """The inexact leaves in tree order as one real vector `[n]`, and the way back to the carry.
 
     A complex leaf counts as two real ones, first its real parts, then its imaginary parts.
     """
@@ -57,8 +52,7 @@ def flat_carry(carry: Carry) -> tuple[jax.Array, Callable[[jax.Array], Carry]]:
 
 
 def push_tangents(run: Callable, flat: jax.Array, tangents: jax.Array) -> tuple[jax.Array, Any]:
-    """`J tangents`, `[m, k]`, and aux, with `run(flat) = new [m], aux` and `J = ∂new/∂flat`,
-    `[m, n]`.
+    """`J tangents`, `[m, k]`, and aux, of `run(flat) = new [m], aux`; `J = ∂new/∂flat`, `[m, n]`.
 
     NaN where `new` is not finite, which its derivative need not show: a ReLU's at NaN is 0.
     """
@@ -84,9 +78,7 @@ def push_tangents(run: Callable, flat: jax.Array, tangents: jax.Array) -> tuple[
 
 
 def step_jacobian(step: Step, params: Params, carry: Carry, x: PyTree) -> jax.Array:
-    """`[n, n]`, the derivative of one step's new carry (row) by the carry that it received
-    (column).
-    """
+    """`[n, n]`, the derivative of a step's new carry (row) by the one it received (column)."""
     flat, whole = flat_carry(carry)
 
     def run(flat):
@@ -104,8 +96,7 @@ def step_jacobians(
     length: int | None = None,
     mask: jax.Array | None = None,
 ) -> jax.Array:
-    """The Jacobian of every step, `J_t[i, j] = ∂carries[t+1][i] / ∂carries[t][j]`, all steps side
-    by side.
+    """The Jacobians `J_t[i, j] = ∂carries[t+1][i] / ∂carries[t][j]`, all steps side by side.
 
     The carry counts as one system of n numbers: its inexact leaves, flattened in tree order (a
     complex leaf as its real and then its imaginary parts); integer and key leaves pass untouched.

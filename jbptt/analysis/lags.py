@@ -86,9 +86,7 @@ def linearise(problem: Problem) -> Linearised:
 
 
 def scan_lags(linearised: Linearised, num_lags: int, read: Callable, state: Any):
-    """Goes back lag by lag: `read(state, lag, V, D) -> (state, row)`; returns the rows of all
-    lags.
-    """
+    """Goes back lag by lag, `read(state, lag, V, D) -> (state, row)`; returns all rows."""
     passed, gates = linearised.passed, linearised.problem.gates
 
     def body(running, lag):
@@ -154,9 +152,7 @@ def _lag_profile(problem: Problem, max_lag: int, per_leaf: bool) -> LagProfile:
 
 
 def profile_reader(weights: jax.Array, per_leaf: bool = False, signed: bool = True) -> Callable:
-    """Reads one lag of a `LagProfile`, for `scan_lags`; not `signed`: the mean over pairs weighs
-    them by |w|.
-    """
+    """For `scan_lags`: one lag of a `LagProfile`; not `signed` weighs pairs by |w|."""
     total = jnp.abs(jnp.sum(weights))
     norm_fn = leafwise(norm) if per_leaf else norm
 

@@ -1,5 +1,4 @@
-"""What first makes a loss or a gradient not finite: what was given, the way forward, or the way
-back.
+"""What first makes a loss or a gradient not finite: what was given, the way forward or back.
 
 Some infinities are intended: log 0 in transitions, a mask of −inf, a maximum that starts at −inf.
 So a leaf that is not finite is named only if it makes a loss, an adjoint or a gradient not finite.
@@ -42,8 +41,7 @@ NAN, LARGE = 0.5, 40.0
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class NonFinite:
-    """What first makes a loss, an adjoint or a gradient not finite, as data: arrays under jit and
-    vmap, words outside.
+    """What first makes a loss, adjoint or gradient not finite; under jit and vmap as arrays.
 
     Attributes:
       found: whether a loss, an adjoint or a gradient is not finite.
@@ -65,9 +63,7 @@ class NonFinite:
 
     @property
     def phase(self) -> str:
-        """`given`, `forward` or `backward`; empty if nothing is found. Only outside of jit and
-        vmap.
-        """
+        """`given`, `forward` or `backward`; empty if nothing is found. Outside of jit and vmap."""
         return PHASES[int(self.phase_index)] if self.found else ""
 
     @property
@@ -122,8 +118,7 @@ def find_nonfinite(
     *,
     gates: jax.Array | None = None,
 ) -> NonFinite:
-    """Which step, which leaf, forward or backward: what first makes a loss or a gradient not
-    finite.
+    """Which step, which leaf, forward or backward, first makes a loss or gradient not finite.
 
     In the order of computation: parameters and initial carry; then step by step inputs, gates, the
     new carry and the output, the target, the weight, the loss; then back step by step the adjoint
@@ -206,9 +201,7 @@ def _catalogue(problem: Problem) -> _Catalogue:
 
 
 def _made_finite(tree: PyTree, flags: list[Any]) -> PyTree:
-    """Stand-ins for what is not finite in the inexact leaves; along leading axes where `flags` say
-    so of a leaf.
-    """
+    """Stand-ins for what is not finite in inexact leaves; by leading axes where `flags` say so."""
     leaves, rebuild = split_inexact(tree)
     pairs = zip(map(jnp.asarray, leaves), map(jnp.asarray, flags), strict=True)
 
@@ -280,9 +273,7 @@ def _look(problem: Problem, catalogue: _Catalogue, place: jax.Array, spared: jax
 
 
 def _step_back(problem: Problem, total: jax.Array, inputs: Any) -> jax.Array:
-    """Which leaves of the carry's adjoint and of the gradient one step's derivative makes
-    non-finite.
-    """
+    """Which leaves of the carry's adjoint and of the gradient one step's derivative breaks."""
     carry, cotangents, batch, gate = inputs
     leaves, rebuild = split_inexact(carry)
 
@@ -300,9 +291,7 @@ def _step_back(problem: Problem, total: jax.Array, inputs: Any) -> jax.Array:
 
 
 def _result(found: Culprit, catalogue: _Catalogue) -> NonFinite:
-    """A place on the way forward; else an adjoint or gradient; else, where their mean is not
-    finite, the last loss.
-    """
+    """A forward place; else an adjoint or gradient; else, of a mean not finite, the last loss."""
     num_start, num_steps, places = catalogue.places
     num_there, num_back = len(catalogue.names), max(1, len(catalogue.back))
     is_any, at_start = jnp.any(found.given.broken), found.is_place & (found.place < num_start)

@@ -1,6 +1,4 @@
-"""The fastest plan on this machine: measured when asked for, and remembered while step and loss
-live.
-"""
+"""The fastest plan on this machine: measured when asked for, kept while step and loss live."""
 
 import contextlib
 from collections.abc import Sequence
@@ -27,8 +25,7 @@ _CHOICES = WeakCache()
 def candidate_plans(
     step: Step, loss: Loss, params: Params, carry: Carry, batch: Batch
 ) -> tuple[Plan, ...]:
-    """The default segment, the whole sequence and those of `SEGMENTS` that are shorter, on one
-    device and on all.
+    """The default segment, all of T, and shorter `SEGMENTS`, on one device and on all.
 
     All devices only where the examples can be divided over them.
     """

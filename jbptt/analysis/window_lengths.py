@@ -33,8 +33,7 @@ is never kept.
 
 @dataclass(frozen=True)
 class Schedule:
-    """Windows of random length, and the variance that they are predicted to have. `str()` says it
-    in words.
+    """Windows of random length, and the variance predicted for them; str() says it in words.
 
     Variances are of the mean gradient, in the units of `LagProfile.grad_norms` squared.
 
@@ -71,8 +70,7 @@ class Schedule:
 
 
 def optimize_schedule(profile: LagProfile, mean_length: float) -> Schedule:
-    """The lengths of randomized truncation's windows of least predicted variance, at a given mean
-    length.
+    """Random windows' lengths of least predicted variance, at a given mean length.
 
     A constant keep probability and ARTBP fix the lengths by a formula; here they are fitted to how
     the model's gradient falls with the lag: lags that carry much gradient are rarely cut, lags that
@@ -132,9 +130,7 @@ def optimize_schedule(profile: LagProfile, mean_length: float) -> Schedule:
 def _optimize(
     squares: jax.Array, mean_length: jax.Array
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Log survival and variance of the best schedule and of constant π; both constant if there is
-    no gradient.
-    """
+    """Log survival and variance of the best schedule and of constant π (twice without gradient)."""
     constant = jnp.zeros(len(squares) - 1)
     rates = _descend(partial(_objective, squares, mean_length), constant)
     rates = jnp.where(jnp.any(squares > 0), rates, constant)
@@ -143,9 +139,7 @@ def _optimize(
 
 
 def log_survival(rates: jax.Array, floor: float, mean_length: ArrayLike) -> jax.Array:
-    """`ln P(length > j)`, j = 0 … T − 1, from T − 1 logits of the hazard, scaled to the mean
-    length.
-    """
+    """`ln P(length > j)`, j = 0 … T − 1, from T − 1 hazard logits, scaled to the mean length."""
     total = jnp.concatenate([jnp.zeros(1), jnp.cumsum(jax.nn.softplus(rates))])
 
     def survival(log_scale):

@@ -1,5 +1,4 @@
-"""Clipping that neither overflows nor hides what it did: of gradients, as optax transformations,
-and of adjoints.
+"""Clipping that neither overflows nor hides what it did: of gradients (optax), of adjoints.
 
 Every state of a transformation is a NamedTuple whose name selects it in any optimizer's state:
 `optax.tree.get(opt_state, "LeafNormState").norm`. A field alone,

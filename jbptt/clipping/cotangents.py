@@ -1,6 +1,4 @@
-"""Clipping inside the backward pass: what crosses from step to step, rather than the gradient that
-comes of it.
-"""
+"""Clipping inside the backward pass: of what crosses from step to step."""
 
 from collections.abc import Callable
 from functools import partial
@@ -49,8 +47,7 @@ _clipped_on_the_way_back.defvjp(_forward, _backward)
 def clip_cotangent(
     tree: PyTree, max_norm: Any = None, *, max_value: Any = None, num_leading: int = 0
 ) -> PyTree:
-    """The identity; on the way back it clips the cotangent λ that crosses:
-    `λ · min(1, max_norm / ‖λ‖)`.
+    """The identity, which clips the cotangent λ on its way back: `λ · min(1, max_norm / ‖λ‖)`.
 
     Meant for the carry, first thing in a step, `carry = clip_cotangent(carry, 1.0)`, so that the
     adjoint is clipped at every step of the backward pass instead of the gradient at its end:

@@ -120,9 +120,7 @@ def _whole(tree: Any) -> bool:
 def _clipping(
     state_type: Any, name: str, policy: Any, clip: Callable, is_leaf: Callable | None = _whole
 ):
-    """A clipper made of `clip(part) -> (part, telemetry)`; the parts of an update are its leaves
-    under `is_leaf`.
-    """
+    """A clipper made of `clip(part) -> (part, telemetry)`; parts are leaves under `is_leaf`."""
     if policy not in POLICIES:
         raise ValueError(
             f"nonfinite must be one of {', '.join(POLICIES)}, got {policy!r}; pass one of these"
@@ -163,8 +161,7 @@ def _clipping(
 def clip_by_global_norm(
     max_norm: float, *, nonfinite: Policy = "propagate"
 ) -> optax.GradientTransformation:
-    """Scales updates by `min(1, max_norm / ‖g‖)`, ‖g‖ over all leaves (Pascanu, Mikolov & Bengio,
-    2013).
+    """Scales updates by `min(1, max_norm / ‖g‖)`, g all leaves (Pascanu, Mikolov & Bengio, 2013).
 
     Finite gradients whose squared entries overflow are clipped correctly, in float16 and bfloat16
     too (the arithmetic is float32 at least). Entries that are denormal in the arithmetic's dtype
@@ -195,8 +192,7 @@ def clip_by_global_norm(
 def clip_by_leaf_norm(
     max_norm: float, *, nonfinite: Policy = "propagate"
 ) -> optax.GradientTransformation:
-    """Scales every leaf by `min(1, max_norm / ‖g_leaf‖)`, its own norm: no leaf shrinks because
-    another is large.
+    """Scales every leaf by `min(1, max_norm / ‖g_leaf‖)`, whatever the others are.
 
     The whole gradient turns, unless all leaves are clipped alike; its norm is at most
     `max_norm · √leaves`. Overflow, dtypes and cost as in `clip_by_global_norm`. Telemetry:
@@ -238,8 +234,7 @@ def _to_norm(max_norm: Any) -> Callable:
 def clip_by_value(
     max_value: float, *, nonfinite: Policy = "propagate"
 ) -> optax.GradientTransformation:
-    """Clips every entry to `[-max_value, max_value]` (Mikolov, 2012); complex entries keep their
-    phase.
+    """Clips entries to `[-max_value, max_value]` (Mikolov, 2012); complex ones keep their phase.
 
     A complex entry z becomes `z · min(1, max_value / |z|)`. The direction of the gradient changes.
     Unlike `optax.clip`, which makes ±inf an inconspicuous ±max_value, entries that are not finite
@@ -276,8 +271,7 @@ def clip_by_value(
 
 
 def gradient_stats() -> optax.GradientTransformation:
-    """Changes nothing, bit for bit, and keeps what it saw: norms, largest entry, cosine to the
-    update before.
+    """Changes nothing, bit for bit; keeps norms, largest entry, cosine to the update before.
 
     `cosine = ⟨g_n, g_{n−1}⟩ / (‖g_n‖ ‖g_{n−1}‖)`, near −1 where steps are too long, near 0 where
     noise rules. An update that is not finite has no direction: its cosine is NaN, and the next is

@@ -1,6 +1,4 @@
-"""Runs models: tasks, training, and the remedies for vanishing and exploding gradients side by
-side.
-"""
+"""Runs models: tasks, training, and the remedies for vanishing and exploding gradients."""
 
 from typing import TYPE_CHECKING
 

@@ -1,6 +1,4 @@
-"""What is measured of one run before and after training: loss, adjoints, leading exponent, gradient
-error.
-"""
+"""What is measured of a run before and after training: loss, adjoints, exponent, gradient error."""
 
 import jax
 import jax.numpy as jnp
@@ -64,9 +62,7 @@ def examine(
 def adjoint_ratio(
     cell: cells.Cell, treatment: Treatment, params: Params, batch: Batch
 ) -> jax.Array:
-    """`log10(‖∂L/∂carries[0]‖ / ‖∂L/∂carries[T−1]‖)`, norms averaged over examples, through the
-    mean gates.
-    """
+    """`log10(‖∂L/∂carries[0]‖ / ‖∂L/∂carries[T−1]‖)`, mean norms over examples, mean gates."""
     num_steps, batch_size, _ = batch.xs.shape
     gates = truncation.fixed(num_steps, treatment.window)
     carry = cell.initial_carry((batch_size,))
@@ -78,9 +74,7 @@ def adjoint_ratio(
 
 
 def exponent(cell: cells.Cell, params: Params, batch: Batch) -> jax.Array:
-    """The leading Lyapunov exponent, mean over examples; its tangent settles over the first fifth
-    of the steps.
-    """
+    """The leading Lyapunov exponent, mean over examples; the first fifth settles its tangent."""
 
     def of_one(xs):
         found = lyapunov_spectrum(
@@ -94,9 +88,7 @@ def exponent(cell: cells.Cell, params: Params, batch: Batch) -> jax.Array:
 def gradient_error(
     cell: cells.Cell, treatment: Treatment, params: Params, batch: Batch, keys: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Relative error, root mean square over draws, and mean cosine of the gated and clipped
-    gradient.
-    """
+    """Of the gated, clipped gradient: relative error (rms over draws) and mean cosine."""
     num_steps, batch_size, _ = batch.xs.shape
 
     def gradient(gates):

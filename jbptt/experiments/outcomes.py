@@ -49,8 +49,7 @@ class Measures(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Remedies:
-    """What each remedy does to each patient. `str()` is a table, and a list of where remedies fail
-    or harm.
+    """What each remedy does to each patient; `str()` is a table, and where remedies fail or harm.
 
     Attributes:
       before: `Measures` before training, leaves `[patient, remedy, seed]`.
@@ -81,9 +80,7 @@ class Remedies:
 
 
 class Case(NamedTuple):
-    """A remedy on a patient beside no remedy on it: leaves `[seed]`; NaN after training where a run
-    diverged.
-    """
+    """A remedy on a patient beside none: leaves `[seed]`; NaN after training that diverged."""
 
     before: Measures
     after: Measures
@@ -115,8 +112,7 @@ def case_of(remedies: Remedies, patient: int, remedy: int) -> Case:
 
 
 def excess(values: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
-    """Mean and standard deviation over seeds of `values − reference`, of the seeds where both are
-    finite.
+    """Mean and standard deviation of `values − reference` over seeds where both are finite.
 
     NaN where there is none; a single seed has no spread, 0.
     """
@@ -138,8 +134,7 @@ def _plus_minus(mean: float, spread: float) -> str:
 
 
 def verdict(case: Case) -> str:
-    """The loss after training against that with no remedy: better, worse, same, or how many runs
-    diverged.
+    """The loss after training against that with no remedy: better, worse, same, or diverged.
 
     Fewer diverged runs than with no remedy are better, more are worse, whatever the others lost.
     Else a difference counts if its mean over the seeds exceeds their spread, and 1 % of the loss

@@ -33,8 +33,9 @@ from jbptt.types import Batch, Params
 
 
 class Sizes(NamedTuple):
-    """What shapes the programs; static. `num_exponents` None: no penalties; `num_draws` 0: exact
-    gradients.
+    """What shapes the programs; static.
+
+    `num_exponents` None: no penalties; `num_draws` 0: exact gradients.
     """
 
     num_steps: int
@@ -63,9 +64,7 @@ class Run(NamedTuple):
 
 
 class Data(NamedTuple):
-    """What every run of a seed reads: `batches` `[seed, num_updates, T, …]` and `heldout`
-    `[seed, T, …]`.
-    """
+    """What a seed's runs read: `batches` `[seed, num_updates, T, …]`, `heldout` `[seed, T, …]`."""
 
     batches: Batch
     heldout: Batch
@@ -231,9 +230,7 @@ def draw(sizes: Sizes, key: jax.Array) -> Data:
 
 
 def cross(radii: jax.Array, table: Treatment, keys: jax.Array) -> Run:
-    """Every patient with every treatment and seed, leaves `[patient · remedy · seed]`, the last
-    runs fastest.
-    """
+    """Every patient, treatment and seed, leaves `[patient · remedy · seed]`, the last fastest."""
     patient, remedy, seed = (
         i.ravel() for i in np.indices((len(radii), len(table.start), len(keys)))
     )
@@ -247,9 +244,7 @@ def cross(radii: jax.Array, table: Treatment, keys: jax.Array) -> Run:
 
 @partial(jax.jit, static_argnums=0)
 def gather(num_seeds: int, families: tuple[Measures, ...]) -> Measures:
-    """Measures of all families, leaves `[patient, remedy, seed]`, from leaves
-    `[patient · remedy · seed]`.
-    """
+    """All families' measures, leaves `[patient, remedy, seed]` from `[patient · remedy · seed]`."""
     shape = len(PATIENTS), -1, num_seeds
     return jax.tree.map(
         lambda *leaves: jnp.concatenate([a.reshape(shape) for a in leaves], axis=1), *families

@@ -110,8 +110,7 @@ def text(text: str, *, num_steps: int, batch_size: int, heldout_fraction: float 
 
 
 def count_symbols(text: str) -> dict[str, int]:
-    """What becomes of a text's characters: how many there are and differ, how many symbols stand
-    for them.
+    """A text's characters: how many there are and differ, how many symbols stand for them.
 
     Returns:
       `characters`; `distinct_characters`; `vocabulary`, symbols that a model tells apart;
@@ -146,8 +145,7 @@ def _streams(tokens: np.ndarray, num_steps: int, batch_size: int) -> Batch:
 def copy(
     key: jax.Array, *, length: int, delay: int, batch_size: int, num_symbols: int = 8
 ) -> Batch:
-    """Copy memory (Hochreiter & Schmidhuber, 1997): repeat `length` symbols after `delay` blank
-    steps.
+    """Copy memory (Hochreiter & Schmidhuber, 1997): repeat `length` symbols after `delay` blanks.
 
     T = 2·length + delay. `xs`: one-hot `[T, B, num_symbols + 2]` (blank and go are the last two);
     targets int32 `[T, B]`; weights 1 on the last `length` steps, else 0. Raises ValueError: sizes <
@@ -173,8 +171,7 @@ def copy(
 
 
 def adding(key: jax.Array, *, num_steps: int, batch_size: int) -> Batch:
-    """The adding problem (ibid.): the sum of two marked numbers, one in each half, after the last
-    step.
+    """The adding problem (ibid.): after the last step, the sum of two marked numbers, one per half.
 
     `xs` `[T, B, 2]` (number in [0, 1), marker); targets `[T, B, 1]`; weights 1 on the last step,
     else 0. Raises ValueError: num_steps < 2 or batch_size < 1.
@@ -197,9 +194,7 @@ def adding(key: jax.Array, *, num_steps: int, batch_size: int) -> Batch:
 
 
 def cross_entropy(logits: jax.Array, target: jax.Array) -> jax.Array:
-    """`−ln p(target)` in nats, logits `[*batch, classes]`, integer targets `[*batch]`; NaN for one
-    out of range.
-    """
+    """`−ln p(target)` in nats, logits `[*batch, classes]`, integer targets; NaN if out of range."""
     loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, target)
     return jnp.where((target >= 0) & (target < logits.shape[-1]), loss, jnp.nan)
 
@@ -210,8 +205,7 @@ def squared_error(y: jax.Array, target: jax.Array) -> jax.Array:
 
 
 def on_tokens(cell: Cell, vocabulary_size: int) -> Cell:
-    """A cell of input size `vocabulary_size` that reads integer tokens `[*batch]` (as one-hot
-    vectors).
+    """A cell of input size `vocabulary_size` that reads integer tokens `[*batch]` as one-hot.
 
     A token out of range becomes NaN, which shows in the loss; a vector of zeros would not.
     """

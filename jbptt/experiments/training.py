@@ -90,9 +90,7 @@ def train(
 
 
 def mean_loss(step: Step, loss: Loss, params: Params, carry: Carry, batches: Batch) -> jax.Array:
-    """The weighted mean loss over batches `[N, T, ...]` read as one stream, the carry kept between
-    them.
-    """
+    """The weighted mean loss over batches `[N, T, ...]`, read as one stream with one carry."""
 
     def body(carry, batch):
         carry, ys = scan_steps(step, params, carry, batch.xs, None, batch.mask)

@@ -123,9 +123,7 @@ class Treatment(NamedTuple):
 def cuts(
     key: Any, num_steps: int, window: jax.typing.ArrayLike, keep_prob: jax.typing.ArrayLike
 ) -> jax.Array:
-    """Gates `[num_steps]` of blocks and random cuts at once; window num_steps and keep_prob 1 cut
-    nothing.
-    """
+    """Gates `[num_steps]` of blocks and random cuts at once; window T and keep_prob 1: none."""
     return truncation.fixed(num_steps, window) * truncation.randomized(key, num_steps, keep_prob)
 
 
@@ -220,9 +218,7 @@ def cell_of(
 
 
 def spectral_penalty(params: Params) -> jax.Array:
-    """`½ σ₁(w_h)²`; the singular vectors are held, so that equal singular values give a
-    subgradient.
-    """
+    """`½ σ₁(w_h)²`, its singular vectors held: equal singular values give a subgradient."""
     u, _, vh = jnp.linalg.svd(lax.stop_gradient(params["w_h"]))
     return jnp.square(u[:, 0] @ params["w_h"] @ vh[0]) / 2
 
@@ -230,9 +226,7 @@ def spectral_penalty(params: Params) -> jax.Array:
 def lyapunov_penalty(
     step: Step, params: Params, carry: Carry, xs: jax.Array, num_exponents: int
 ) -> jax.Array:
-    """The mean of `λ_i²` over the leading exponents of one example; what is −∞ has no gradient and
-    counts as 0.
-    """
+    """The mean of `λ_i²` over an example's leading exponents; −∞ has no gradient, counts as 0."""
     exponents = lyapunov_spectrum(step, params, carry, xs, num_exponents=num_exponents).exponents
     return jnp.mean(jnp.square(jnp.where(jnp.isfinite(exponents), exponents, 0)))
 
@@ -243,8 +237,7 @@ def treated_estimator(
     num_exponents: int | None,
     gates_fn: Callable | None = None,
 ) -> Estimator:
-    """The gradient that a treated run uses: gated, with its penalty, every batch from a carry of
-    zeros.
+    """The gradient of a treated run: gated, with its penalty, each batch from a carry of zeros.
 
     Args:
       cell: with its readout.

@@ -1,5 +1,4 @@
-"""Models of Flax (nnx and linen), Haiku and Equinox as what jbptt takes:
-`(step, params, initial_carry)`.
+"""Models of Flax, Haiku and Equinox as what jbptt takes: `(step, params, initial_carry)`.
 
 `step(params, carry, x) -> (carry, y)` is pure. `params` is the library's own tree of what is
 trained, so gradients have its structure and go where the library's optimizers want them.

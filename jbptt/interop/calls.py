@@ -53,9 +53,7 @@ def refuse(module: Any, reason: str) -> NoReturn:
 
 @contextmanager
 def missing_key(module: Any, kind: type[Exception], word: str = "") -> Iterator[None]:
-    """Turns a library's error about a missing random key into a ValueError that says what to
-    pass.
-    """
+    """Turns a library's error on a missing random key into a ValueError that says what to pass."""
     try:
         yield
     except kind as error:
@@ -74,8 +72,7 @@ def check_call(
     own: tuple[str, ...] = ("carry", "x"),
     key: Any = None,
 ) -> None:
-    """`call(module, carry, x)`, or the module on its `own` arguments, must be possible; with `key=`
-    if there is one.
+    """`call(module, carry, x)`, or on `own` arguments, must be possible; with `key=` if it has one.
 
     The library's `chain` of layers would take the arguments and mean something else by them.
     """
@@ -108,8 +105,7 @@ def check_call(
 
 
 def frozen_state(apply: Callable[..., tuple[Any, PyTree]], state: PyTree, *args: Any) -> list[str]:
-    """The names of the state that a module would both read and write in one step if all of it were
-    mutable.
+    """The names of what a module would both read and write in a step, were all state mutable.
 
     `apply(state, *args) -> (result, state)` is traced twice: the first run may create state that is
     not there yet. State that is only written (`sow`) does not count. Empty for a module that cannot
@@ -162,9 +158,7 @@ def no_start(owner: Any, method: str) -> str:
 def call_step(
     module: Any, function: Callable[..., Any], *args: Any, **options: Any
 ) -> tuple[Any, Any]:
-    """`function(*args)`: adds to its errors which module failed, and refuses a result that is no
-    pair.
-    """
+    """`function(*args)`: its errors say which module failed; a result must be a pair."""
     try:
         result = function(*args, **options)
     except Exception as error:
@@ -184,9 +178,7 @@ def call_step(
 
 
 def input_shapes(input_size: Any) -> PyTree:
-    """An int is the width of a vector x; any other tree holds the shapes and dtypes of one
-    example's x.
-    """
+    """An int is the width of a vector x; any other tree holds an example's shapes and dtypes."""
     if isinstance(input_size, int) and not isinstance(input_size, bool) and input_size > 0:
         return jax.ShapeDtypeStruct((input_size,), jnp.result_type(float))
     leaves = jax.tree.leaves(input_size)
@@ -222,9 +214,7 @@ def carry_fn(initial_carry: Any) -> InitialCarry:
 def unlearned(
     module: Any, initial: Callable[[Params, tuple[int, ...]], Carry], params: Params
 ) -> InitialCarry:
-    """`initial(params, batch_shape)` as a function of the batch shape; refused if its values depend
-    on `params`.
-    """
+    """`initial(params, batch_shape)` as a function of batch_shape; refused if params change it."""
     if any(dependences(lambda params: initial(params, (1,)), params)):
         refuse(module, LEARNED_START)
     return lambda batch_shape=(): initial(params, batch_shape)
@@ -236,9 +226,7 @@ def holds_keys(thing: Any) -> bool:
 
 
 def typed_key(key: Any) -> jax.Array:
-    """Makes a raw key, uint32 `[2]`, a typed one: a mask would take the two numbers of a raw key
-    for two examples.
-    """
+    """Makes a raw key, uint32 `[2]`, a typed one: a mask would take its numbers for examples."""
     if holds_keys(key):
         return key
     if getattr(key, "dtype", None) != jnp.uint32:
@@ -251,9 +239,7 @@ def typed_key(key: Any) -> jax.Array:
 def split_keys(
     name: str, carry: Any, fits: Callable[[Any], bool] = holds_keys
 ) -> tuple[Carry, PyTree]:
-    """Splits the carry of a module that draws random numbers into the module's own carry and the
-    keys.
-    """
+    """Splits the carry of a module that draws into the module's own carry and the keys."""
     if isinstance(carry, tuple) and len(carry) == 2 and fits(carry[1]):
         return carry
     raise ValueError(
@@ -266,9 +252,7 @@ def split_keys(
 def with_keys(
     start: InitialCarry, keys: Callable[[tuple[int, ...], jax.Array | None], PyTree] | None
 ) -> InitialCarry:
-    """`initial_carry(batch_shape=(), key=None)`: the module's carry and, if it draws random
-    numbers, its keys.
-    """
+    """`initial_carry(batch_shape=(), key=None)`: the module's carry, with its keys if it draws."""
 
     def initial_carry(batch_shape=(), key=None):
         if not isinstance(batch_shape, tuple):
@@ -283,9 +267,7 @@ def with_keys(
 
 
 def only_cell(module: Any, cells: Iterable[Any]) -> Any:
-    """The only recurrent cell of a module; its carry is the module's. A ValueError if there are
-    none or several.
-    """
+    """A module's only recurrent cell, whose carry is the module's; a ValueError if not just one."""
     cells = list(cells)
     if len(cells) != 1:
         raise ValueError(

@@ -17,8 +17,7 @@ def from_equinox(
     call: Callable[..., Any] | None = None,
     key: jax.Array | None = None,
 ) -> calls.StepModel:
-    """An Equinox module as `(step, params, initial_carry)`: written for one example, vmapped over
-    the batch.
+    """An Equinox module of one example as `(step, params, initial_carry)`, vmapped over the batch.
 
     Args:
       module: a cell (`eqx.nn.GRUCell`, `LSTMCell`; y = h), or any module called as

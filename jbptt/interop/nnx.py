@@ -110,9 +110,7 @@ def from_nnx(
 
 
 def _apply_free(graph: Any, run: Callable[..., Any]) -> Callable[..., Any]:
-    """One step as `frozen_state` runs it: linen modules within (`nnx.bridge.ToNNX`) may write all
-    but parameters.
-    """
+    """One step as `frozen_state` runs it: linen modules within may write all but parameters."""
     from flax import linen, nnx
     from flax.core import DenyList
 
@@ -174,9 +172,7 @@ def _initial_carry(module: Any, input_size: Any) -> Callable[[Any, tuple[int, ..
 
 
 def _check_unchanged(module: Any, before: PyTree, after: PyTree) -> None:
-    """Compares arrays by identity: whoever assigns to a variable puts another array there, even of
-    the same value.
-    """
+    """Compares arrays by identity: an assignment puts another array there, even of equal value."""
     (graph, *old), (graph_t, *new) = before, after
     old, new = (
         {
@@ -196,8 +192,7 @@ def _check_unchanged(module: Any, before: PyTree, after: PyTree) -> None:
 
 
 def to_nnx(module: Any, params: Params) -> Any:
-    """A copy of the nnx module with `params` in it; everything else, rng streams included, as in
-    `module`.
+    """A copy of the nnx module with `params` in it; all else, rng streams too, as in `module`.
 
     An `nnx.RNN` gets the parameters of its cell. (`nnx.update(module, params)` changes the module
     itself.)

@@ -1,5 +1,4 @@
-"""Which eigenvectors of a matrix decide where its powers turn a vector, as far as rounding lets one
-tell.
+"""Which eigenvectors decide where a matrix's powers turn a vector, as far as rounding tells.
 
 With M v_i = λ_i v_i, |λ_1| ≥ |λ_2| ≥ …, left eigenvectors w_iᵀ M = λ_i w_iᵀ and w_iᵀ v_i = 1.
 """
@@ -18,9 +17,7 @@ CASES = ("aligns", "tie", "complex pair", "orthogonal start", "defective")
 
 
 class Spectrum(NamedTuple):
-    """λ_i in descending size, v_i of norm 1 (columns), w_i (rows), and `1 / ‖w_i‖`: how sharp λ_i
-    is (1: best).
-    """
+    """λ_i by descending size, v_i of norm 1 (columns), w_i (rows); `1 / ‖w_i‖`: λ_i's sharpness."""
 
     values: jax.Array
     right: jax.Array
@@ -39,9 +36,7 @@ def decompose(matrix: jax.Array, symmetric: bool) -> Spectrum:
 
 
 class Lead(NamedTuple):
-    """Which eigenvalues decide, `[n]`, whether they are defective, and how far each one's nearest
-    is, `[n]`.
-    """
+    """Which eigenvalues decide, whether they are defective, and how near the nearest is, `[n]`."""
 
     leaders: jax.Array
     defective: jax.Array
@@ -49,17 +44,14 @@ class Lead(NamedTuple):
 
 
 def doubts_of(matrix: jax.Array, spectrum: Spectrum, rounding: float) -> jax.Array:
-    """How far rounding may have moved each eigenvalue, to first order, `[n]`:
-    `rounding · |w_i|ᵀ |M| |v_i|`.
-    """
+    """How far rounding may move each eigenvalue, to first order: `rounding · |w_i|ᵀ |M| |v_i|`."""
     reached = jnp.abs(matrix) @ jnp.abs(spectrum.right)
     doubts = rounding * jnp.sum(jnp.abs(spectrum.left).T * reached, axis=0)
     return jnp.where(jnp.isnan(doubts), jnp.inf, doubts)
 
 
 def lead(spectrum: Spectrum, doubts: jax.Array, rounding: float, cap: jax.Array) -> Lead:
-    """The dominant eigenvalues; if some of them are defective, those alone, which outgrow the
-    others like j.
+    """The dominant eigenvalues; of these the defective alone, if any, which outgrow the others.
 
     A defective eigenvalue splits by as much as it is in doubt, into near-parallel eigenvectors, so
     that its sharpness is small; an eigenvalue with as many eigenvectors as it needs is sharp.

@@ -97,8 +97,7 @@ def _eigenvalues(matrix: jax.Array, k: int, symmetric: bool) -> jax.Array:
 
 
 def alignment(matrix: Any, x: Any, k: int, *, symmetric: bool | None = None) -> Alignment:
-    """How M^j x, j = 0 … k, turns to the dominant eigenvector v₁, and whether and how fast it
-    should.
+    """How M^j x, j = 0 … k, turns to the dominant eigenvector v₁; how fast it should, if at all.
 
         sin ∠(M^j x, v₁) ∝ |λ₂/λ₁|^j
 
@@ -225,9 +224,7 @@ def _ratio(values: jax.Array) -> jax.Array:
 
 
 def _angle(y: jax.Array, direction: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """|cos| and sine of the angle between two unit vectors; the sine has no cancellation in it. NaN
-    if y is 0.
-    """
+    """|cos| and sine of the angle between unit vectors, without cancellation; NaN if y is 0."""
     along = jnp.vdot(direction, y)
     sine = norm(y - direction * along)
     gone = jnp.all(y == 0)
@@ -235,8 +232,7 @@ def _angle(y: jax.Array, direction: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _slope(sine: jax.Array, floor: jax.Array) -> jax.Array:
-    """Least-squares slope of ln sine per step, of the steps before the sine is down to the floor,
-    less the first 2/5.
+    """Least-squares slope of ln sine per step, of the steps above the floor, less the first 2/5.
 
     Those still hold eigenvectors that die out faster than the second. The weights fall off to both
     ends, which averages out the turning of a complex λ₂, down to a percent or so in fifty steps.

@@ -34,9 +34,7 @@ def power_of_two(exponent: jax.Array, dtype) -> jax.Array:
 
 
 def times_power(array: jax.Array, exponent: jax.Array) -> jax.Array:
-    """`array · 2^exponent` in two steps: the power itself may be out of range where the product is
-    not.
-    """
+    """`array · 2^exponent` in two steps: the power alone may be out of range."""
     half = exponent // 2
     return array * power_of_two(half, array.dtype) * power_of_two(exponent - half, array.dtype)
 
@@ -50,9 +48,7 @@ def from_rows(rows: jax.Array, exponents: jax.Array) -> Graded:
 
 
 def rounding(size: int, dtype) -> float:
-    """How large the rounding error of a sum of `size` terms may be, relative to the terms:
-    4·sqrt(size)·ε.
-    """
+    """How large the rounding of a sum of `size` terms may be, relative to them: 4·sqrt(size)·ε."""
     return 4 * math.sqrt(size) * float(jnp.finfo(dtype).eps)
 
 
@@ -70,8 +66,7 @@ def multiply(left: jax.Array, matrix: Graded) -> Graded:
 
 
 def row_sorted_qr(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`matrix = Q R` by Householder's reflections, accurate row by row; what is only rounding in R
-    becomes 0.
+    """`matrix = Q R` by Householder's reflections, accurate by row; R's mere rounding becomes 0.
 
     That needs the large rows first (Cox & Higham, 1998); R is triangular, Q's rows are in the order
     given.
@@ -86,9 +81,7 @@ def row_sorted_qr(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def pivots(matrix: jax.Array) -> jax.Array:
-    """The order of the columns in which each is the one with the longest remainder beside those
-    before it.
-    """
+    """The order of columns in which each has the longest remainder beside those before it."""
 
     def body(state, _):
         rest, free = state
@@ -129,9 +122,7 @@ def push(jacobian: jax.Array, frame: jax.Array, matrix: Graded) -> tuple[jax.Arr
 
 
 def round_robin(num_rows: int) -> np.ndarray:
-    """All pairs of an even number of rows in `num_rows − 1` rounds of disjoint pairs,
-    `[rounds, 2, pairs]`.
-    """
+    """All pairs of an even number of rows, in rounds of disjoint pairs: `[rounds, 2, pairs]`."""
     ring = np.arange(num_rows - 1)
     rounds = []
     for turn in ring:
@@ -176,8 +167,7 @@ def rotate(matrix: Graded, pairs: jax.Array) -> tuple[Graded, jax.Array]:
 
 
 def log_singular_values(matrix: Graded) -> jax.Array:
-    """Natural logarithms `[n]`, descending, −inf for 0: Hestenes' (1958) one-sided Jacobi method on
-    the rows.
+    """Natural logarithms `[n]`, descending, −inf for 0: one-sided Jacobi (Hestenes, 1958).
 
     As accurate for the smallest as for the largest singular value: the relative error depends on
     how near the scaled `rows` are to dependence, not on the exponents (Demmel & Veselić, 1992).
