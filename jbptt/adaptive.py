@@ -119,9 +119,8 @@ def adaptive_bptt(
         batch_shape = check_problem(step, loss, params, carry, batch, per_example=why).batch_shape
         start = start_of(carry, params)
         history = empty_history(max_window - 1, start, batch, batch_shape)
-        means = RunningMeans(
-            *(jnp.zeros(max_window) for _ in RunningMeans._fields)
-        )  # a buffer each, to be donated
+        # A buffer each, to be donated.
+        means = RunningMeans(*(jnp.zeros(max_window) for _ in RunningMeans._fields))
         seen = varying((means, jnp.array(max_window, int)), (params, start, batch))
         return AdaptiveState(kept(carry), history, *seen)
 
@@ -158,9 +157,8 @@ def adaptive_bptt(
         validation.check_history(state.history, batch, problem.batch_shape)
         updated = planned(plan, run, problem, state.history, (state.means, state.window))
         means, total = updated.seen
-        size = norm(updated.sums.grad) / one_if_zero(
-            total
-        )  # weights of both signs: per |w|, as the probes
+        # With weights of both signs per |w|, as the probes.
+        size = norm(updated.sums.grad) / one_if_zero(total)
         window, bounds = choose_window(means, size, tolerance, 1 - smoothing**3)
         info = {
             "window": state.window,

@@ -275,8 +275,7 @@ def with_reset(step: Step, initial_carry: Any) -> Step:
         start = jax.tree.map(
             lambda s, c: jnp.broadcast_to(s, jnp.shape(c)).astype(jnp.result_type(c)), start, carry
         )
-        return step(
-            params, select_leading(~reset, carry, start), x
-        )  # a shared leaf goes on while one example does
+        # A shared leaf goes on while one example does.
+        return step(params, select_leading(~reset, carry, start), x)
 
     return reset_step

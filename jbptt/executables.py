@@ -130,9 +130,8 @@ def run(body: Callable, functions: tuple, settings: tuple, *arguments: Any, name
         _PROGRAMS.forget(program)
         return body(*functions, *settings, *arguments)
     if is_traced(result):
-        _PROGRAMS.forget(
-            program
-        )  # a function closes over what is traced, which lives no longer than this call
+        # A function closes over what is traced, which lives no longer than this call.
+        _PROGRAMS.forget(program)
     return result
 
 

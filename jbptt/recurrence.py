@@ -59,9 +59,8 @@ def gate_cotangent(value: jax.Array, gate: jax.Array) -> jax.Array:
     constant, gate = lax.stop_gradient(value), lax.stop_gradient(gate)
     shape = align_leading(gate, value.ndim)
     finite = jnp.isfinite(gate)
-    difference = jnp.where(
-        shape > 0, constant - value, value - constant
-    )  # +0.0, with the sign of the gate
+    # +0.0, with the sign of the gate.
+    difference = jnp.where(shape > 0, constant - value, value - constant)
     gated = constant - times_gate(difference, jnp.where(finite, jnp.abs(gate), 1))
     plain = _keeps_bits(jnp.abs(constant)) & align_leading(finite, value.ndim)
     gated = jnp.where(plain, gated, first_order_gate(value, gate))

@@ -192,9 +192,8 @@ def back_through(
     """
     num_steps = problem.num_steps
     segment = segment or default_segment(num_steps)
-    num_before_last = (
-        num_steps - 1
-    ) // segment  # the last segment, whole or ragged, opens the backward pass
+    # The last segment, whole or ragged, opens the backward pass.
+    num_before_last = (num_steps - 1) // segment
     data = problem.batch, problem.gates
 
     def segment_at(carry, i):

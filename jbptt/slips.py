@@ -16,9 +16,8 @@ from jbptt.arrays import is_inexact
 from jbptt.engine import Paths, dependences
 from jbptt.types import Carry, Params, PyTree, Step
 
-OWN = tuple(
-    f"{Path(module).parent}{os.sep}" for module in (__file__, jax.__file__)
-)  # files whose lines tell the user nothing
+# Files whose lines tell the user nothing.
+OWN = tuple(f"{Path(module).parent}{os.sep}" for module in (__file__, jax.__file__))
 # A sum of weights below this share of the sum of their sizes is a difference of two noisy numbers.
 SMALL = 0.05
 

@@ -230,9 +230,8 @@ def assert_unbiased(
     deviations = np.asarray(lax.map(deviation, jax.random.split(key, num_samples), batch_size=64))
     mean, spread = deviations.mean(0), deviations.std(0, ddof=1) / np.sqrt(num_samples)
     size = float(np.max(np.abs(exact_flat), initial=0))
-    rounding = (
-        32 * float(jnp.finfo(exact_flat.dtype).eps) * size
-    )  # where nothing varies, rounding is left
+    # Where nothing varies, rounding is left.
+    rounding = 32 * float(jnp.finfo(exact_flat.dtype).eps) * size
     z = np.abs(mean) / np.maximum(np.hypot(spread, rounding), np.finfo(float).tiny)
     threshold = -float(stats.norm.ppf(false_alarm / (2 * max(1, mean.size))))
     if not np.all(z <= threshold):

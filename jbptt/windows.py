@@ -191,9 +191,8 @@ def in_blocks_under_way(
     segment = segment or max(window, math.isqrt(num_steps))
     passed = back_through(replace(problem, gates=gates), segment)
     sums = back_through_history(problem, history, phase, passed)
-    first = (
-        max(0, num_steps - (window - 1)) // segment
-    )  # the segment with the first of the last window − 1 steps
+    # The segment with the first of the last window − 1 steps.
+    first = max(0, num_steps - (window - 1)) // segment
     start = jax.tree.map(lambda a: a[first], passed.starts)
     later = problem.on(start, batch_part(problem.batch, first * segment, num_steps))
     history = latest(extend(history, later.trajectory()[1], later.batch), window - 1)
@@ -274,9 +273,8 @@ def adjoint_sums(
     """
     num_steps, steps = streamed.filled.mask.shape[0], streamed.filled
     leaves, _ = split_inexact(steps.carries)
-    exists = jnp.concatenate(
-        [steps.exists, jnp.zeros(stride, bool)]
-    )  # a chunk may end after the last step
+    # A chunk may end after the last step.
+    exists = jnp.concatenate([steps.exists, jnp.zeros(stride, bool)])
 
     def select(array, keep):
         return jnp.where(align_leading(keep, array.ndim), array, 0)

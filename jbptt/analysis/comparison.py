@@ -148,10 +148,8 @@ def compare(
         function for e in used for function in (e.init, e.update, e.coverage or _undeclared)
     )
     if callable(carry):
-        functions, carry = (
-            (*functions, carry),
-            None,
-        )  # a program may keep arrays, but no function, alive
+        # A program may keep arrays alive, but no function.
+        functions, carry = (*functions, carry), None
     return run(
         _compare, functions, (tuple(estimators), num_samples), params, carry, batch, gradient, key
     )

@@ -159,9 +159,8 @@ def _adjoint_norms(one_back: Callable, inputs: Any, num_steps: int, norm_fn: Any
         return cotangents, norm_fn(cotangents, 1)
 
     cotangents, rows, last = [leaf[:0] for leaf in leaves], [], num_steps
-    for first in reversed(
-        range(0, num_steps, stage_length(num_steps))
-    ):  # with the cotangents of losses first … T − 1
+    # Each stage takes the cotangents of losses first … T − 1 back.
+    for first in reversed(range(0, num_steps, stage_length(num_steps))):
         new = [zeros_along(leaf, last - first) for leaf in leaves]
         cotangents = [jnp.concatenate(pair) for pair in zip(new, cotangents, strict=True)]
         steps = jax.tree.map(lambda a, first=first, last=last: a[first:last], inputs)

@@ -137,9 +137,8 @@ def _gate_paths(kind, num_steps, params, carry, xs) -> GatePaths:
     # columns of one gate, opens that gate alone; a nudge of the carry, taken back in the bias,
     # opens what is left.
     hidden = params["w_h"].shape[0]
-    bias = (
-        "b_h" if kind == "gru" else "b"
-    )  # the gru's b_h stands inside the product with the reset gate
+    # The gru's b_h stands inside the product with the reset gate.
+    bias = "b_h" if kind == "gru" else "b"
     open_carry = jnp.arange(len(names)) == 0
     into_bias = jnp.concatenate([-jnp.ones((1, len(names) - 1)), jnp.eye(len(names) - 1)])
     jacobians = jax.vmap(

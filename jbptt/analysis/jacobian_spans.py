@@ -145,9 +145,8 @@ def jacobian_products(
     carry = start_of(carry, params)
     num_steps = check_system(step, params, carry, xs, mask, length)
     numbers = tuple(check_spans(spans, start, num_steps).tolist())
-    first = (
-        np.asarray(start) if isinstance(start, Integral) else start
-    )  # data, so that all starts share a program
+    # Data, so that all starts share a program.
+    first = np.asarray(start) if isinstance(start, Integral) else start
     return run(_jacobian_products, (step,), (num_steps, numbers), params, carry, xs, mask, first)
 
 
@@ -157,9 +156,8 @@ def _jacobian_products(
     """What `jacobian_products` compiles: its arguments, checked, functions and settings first."""
     numbers = np.array(numbers)
     unique, inverse = np.unique(numbers, return_inverse=True)
-    slots = np.full(
-        unique[-1], len(unique)
-    )  # where the product after each step is kept; out of range: nowhere
+    # Where the product after each step is kept; out of range: nowhere.
+    slots = np.full(unique[-1], len(unique))
     slots[unique - 1] = np.arange(len(unique))
 
     core = held_core(step)

@@ -63,7 +63,7 @@ class NonFinite:
 
     @property
     def phase(self) -> str:
-        """`given`, `forward` or `backward`; empty if nothing is found. Outside of jit and vmap."""
+        """`given`, `forward` or `backward`; empty if none. Only outside of jit and vmap."""
         return PHASES[int(self.phase_index)] if self.found else ""
 
     @property
@@ -251,9 +251,8 @@ def _look(problem: Problem, catalogue: _Catalogue, place: jax.Array, spared: jax
     xs, ys = (tree if batch.mask is None else per_step(batch.mask, tree) for tree in (xs, ys))
     counted = counted_steps(batch)
     targets = targets if counted is None else per_step(counted, targets)
-    if (
-        batch.mask is not None and weights is not None
-    ):  # what is masked has no weight, whatever stands there
+    # What is masked has no weight, whatever stands there.
+    if batch.mask is not None and weights is not None:
         ndim = max(batch.mask.ndim, weights.ndim)
         weights = jnp.where(align_leading(batch.mask, ndim), align_leading(weights, ndim), 0)
     forward = xs, gates, after, ys, targets, weights, losses

@@ -257,9 +257,8 @@ def clip_by_value(
 
     def clip(part):
         leaves, structure = jax.tree.flatten(part)
-        triples = [
-            clip_to_norm(leaf, max_value, leaf.ndim) for leaf in leaves
-        ]  # an entry is a vector of its own
+        # An entry is a vector of its own.
+        triples = [clip_to_norm(leaf, max_value, leaf.ndim) for leaf in leaves]
         clipped = [jnp.isfinite(size) & (size > max_value) for _, size, _ in triples]
         share = jnp.asarray(sum(map(jnp.count_nonzero, clipped))) / max(
             1, sum(one.size for one in clipped)

@@ -192,9 +192,8 @@ def _of_gradient(case: Case):
         error, cosine = _mean(measures.gradient_error), _mean(measures.gradient_cosine)
         if error > MEANINGFUL_ERROR:
             sizes.append(f"{_format_error(error)} {when}")
-            rescaled = (
-                rescaled and np.sqrt(2 * max(0.0, 1 - cosine)) < error / 10
-            )  # the angle, in radians
+            # The angle, in radians.
+            rescaled = rescaled and np.sqrt(2 * max(0.0, 1 - cosine)) < error / 10
     if sizes:
         what = "rescaled, its direction kept" if rescaled else "off"
         yield f"gradient {what}: error {' and '.join(sizes)} training"

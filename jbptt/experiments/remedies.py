@@ -254,9 +254,8 @@ def gather(num_seeds: int, families: tuple[Measures, ...]) -> Measures:
 def run_family(family: str, sizes: Sizes, runs: Run, data: Data) -> tuple[Measures, Measures]:
     """What the runs of one kind of cell look like before and after training, leaves `[runs]`."""
     if family != "rnn":
-        sizes = sizes._replace(
-            num_exponents=None, num_draws=0
-        )  # nothing is done to it but the cell
+        # Nothing is done to it but the cell.
+        sizes = sizes._replace(num_exponents=None, num_draws=0)
     start = begin(family, sizes, runs)
     trained = train_runs(family, sizes, runs, start, data.batches)
     return examine_runs(family, sizes, runs, start, data.heldout), examine_runs(

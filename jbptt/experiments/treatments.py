@@ -204,9 +204,8 @@ def cell_of(
 
     def activation(a):
         slope = treatment.negative_slope
-        leaky = jax.nn.relu(a) - jnp.where(
-            slope == 0, 0, slope * jax.nn.relu(-a)
-        )  # at −∞ a ReLU is 0
+        # At −∞ a ReLU is 0.
+        leaky = jax.nn.relu(a) - jnp.where(slope == 0, 0, slope * jax.nn.relu(-a))
         return jnp.where(treatment.rectified, leaky, jnp.tanh(a))
 
     build = {"gru": cells.gru, "lstm": cells.lstm}

@@ -79,9 +79,8 @@ def classify(
     # A real defective eigenvalue may split into complex ones, which are then as far from each
     # other.
     real = jnp.abs(values.imag) <= jnp.minimum(doubts, jnp.maximum(2 * nearest, cap))
-    reach = jnp.minimum(
-        doubts, 2 * scale * rounding ** (1 / size)
-    )  # none moves further (Elsner, 1985)
+    # None moves further (Elsner, 1985).
+    reach = jnp.minimum(doubts, 2 * scale * rounding ** (1 / size))
     distinct = jnp.abs(values - values[:, None]) > reach + reach[:, None]
     several = jnp.any(distinct & leaders & leaders[:, None])
 

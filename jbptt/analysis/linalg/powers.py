@@ -90,9 +90,8 @@ def _eigenvalues(matrix: jax.Array, k: int, symmetric: bool) -> jax.Array:
         return lax.integer_pow(values, k)
     size = jnp.abs(values)
     turned, size = lax.integer_pow(values / one_if_zero(size), k), lax.integer_pow(size, k)
-    parts = (
-        jnp.where(part == 0, 0, size * part) for part in (turned.real, turned.imag)
-    )  # 0·inf is not to be NaN
+    # 0·inf is not to be NaN.
+    parts = (jnp.where(part == 0, 0, size * part) for part in (turned.real, turned.imag))
     return lax.complex(*parts)
 
 
