@@ -46,7 +46,8 @@ def _chunk_length(num_steps: int, bytes_per_step: int) -> int:
 def _transposed_once(equations: list[JaxprEqn], invariant: dict[Var, Any]) -> Callable:
     """A replacement (see `evaluate`) for products `a · Wᵀ` with a matrix W that is invariant.
 
-    Wᵀ is formed once, before the loop.
+    Wᵀ is formed once, before the loop: a product that contracts the second axis of W took up to
+    half as long again on CPU, in every step.
     """
     transposed = {}
     for equation in equations:
