@@ -129,8 +129,8 @@ def find_nonfinite(
     replaced by finite numbers, and bisects for that place. Padding and losses of weight 0 do not
     count.
 
-    Two forward passes and one backward, and every step's derivative once more, one after another;
-    that about log₂(T · leaves) times where a loss or a gradient is not finite. Memory O(T) carries.
+    Three forward passes and one backward, and every step's derivative once more, one by one; that
+    about log₂(T · leaves) times where a loss or a gradient is not finite. Memory O(T) carries.
     Works under jit and vmap (all fields are data but the names).
 
     Args:
