@@ -183,14 +183,11 @@ def test_public_functions_explain_themselves(name):
     assert ast.get_docstring(ast.parse(MODULES[name].read_text())), f"{name} has no docstring"
 
 
-REASONS_TO_COME = {"_with_cost", "_lyapunov_spectrum"}
-
-
 def test_many_parameters_have_a_reason():
     """Of more than six the docstring lists them under `Args:`, or says a word on its arguments; not in the report."""
     for name in MODULES:
         for node in ast.walk(ast.parse(MODULES[name].read_text())) if FLOORS[floor(name)] != "report" else ():
-            if isinstance(node, ast.FunctionDef) and node.name not in REASONS_TO_COME:
+            if isinstance(node, ast.FunctionDef):
                 given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
                 reason = re.search(r"Args:|arguments", ast.get_docstring(node) or "")
                 assert len(given) <= 6 or reason, f"{name}.{node.name} has {len(given)} parameters, and no reason"

@@ -270,6 +270,7 @@ def _flat(sums: Sums) -> Sums:
 
 
 def _with_cost(found: Diagnosis, step, loss, params, carry, batch, num_repeats) -> Diagnosis:
+    """With the costs of full BPTT and of the windows recommended; the arguments of `diagnose`."""
     windows = tuple(
         tuple(sorted({w for w in np.asarray(of).tolist() if w > 0}))
         for of in (found.block_window, found.sliding_window)

@@ -140,6 +140,7 @@ def _lyapunov_spectrum(
     xs,
     key,
 ) -> LyapunovSpectrum:
+    """`lyapunov_spectrum` of checked arguments: settings first, then arrays, as `run` has it."""
     key = jax.random.key(0) if key is None else key
     frame = safe_qr(jax.random.normal(key, (size, num_exponents), dtype))[0]
     xs, num_kept = jax.tree.map(jnp.asarray, xs), num_steps - num_discarded
