@@ -82,7 +82,8 @@ def decide(found):
     if 0 < block < found.num_steps:
         error = float(found.block_error[0])
         return f"truncated_bptt(window={block}): blocks of {block} samples leave {error:.1%} of gradient error here"
-    return f"full_bptt: no block shorter than {found.num_steps} samples keeps 10 %, sliding windows of {sliding} do"
+    words = f"full_bptt: no block shorter than {found.num_steps} samples keeps 10 %"
+    return words + (f", sliding windows of {sliding} do" if sliding else "")
 
 
 def main(out="equinox_series.svg", *, hidden_size=32, num_updates=150):

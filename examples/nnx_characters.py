@@ -82,7 +82,9 @@ def main(out="nnx_characters.svg", *, hidden_size=64, num_updates=400, num_diagn
 
     print(f"reach (at least 1 % of the gradient): {before.reach} characters before training, {after.reach} after")
     window, error = int(after.block_window[0]), float(after.block_error[0])
-    used = float(after.curve.block_relative_error[NUM_STEPS - 1])
+    trained, carry = nnx.state(model, nnx.Param), initial_carry((BATCH_SIZE,))
+    curve = jbptt.truncation_curve(step, tasks.cross_entropy, trained, carry, batch, max_window=NUM_STEPS)
+    used = float(curve.block_relative_error[NUM_STEPS - 1])
     advice = "keep them" if used < 0.1 else "make them longer"
     print(f"blocks of {window} leave {error:.1%} of gradient error on this text")
     print(f"decision: those of {NUM_STEPS} leave {used:.1%}, averaged over where they are cut: {advice}")

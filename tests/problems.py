@@ -105,13 +105,15 @@ def one_update(estimator, params, carry, batch, key=None):
 
 
 def assert_close(actual, desired, rtol=1e-12):
-    """Leaf by leaf: max |difference| ≤ rtol · max |desired|; infinities where they are desired and nowhere else."""
+    """Leaf by leaf: max |difference| ≤ rtol · max |desired|; infinities and NaN where desired, nowhere else."""
     assert jax.tree.structure(actual) == jax.tree.structure(desired)
     for (path, a), d in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(desired), strict=True):
         a, d = np.asarray(a), np.asarray(d)
         assert a.shape == d.shape, (jax.tree_util.keystr(path), a.shape, d.shape)
         finite = np.isfinite(d)
-        assert np.array_equal(a[~finite], d[~finite]), f"{jax.tree_util.keystr(path)}: {a[~finite]} for {d[~finite]}"
+        assert np.array_equal(a[~finite], d[~finite], equal_nan=True), (
+            f"{jax.tree_util.keystr(path)}: {a[~finite]} for {d[~finite]}"
+        )
         error, size = np.max(np.abs(a[finite] - d[finite]), initial=0), np.max(np.abs(d[finite]), initial=0)
         assert error <= rtol * size, f"{jax.tree_util.keystr(path)}: {error:.3g} off, at a size of {size:.3g}"
 

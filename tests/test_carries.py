@@ -42,9 +42,14 @@ def test_every_precision_is_diagnosed_and_a_window_of_all_steps_is_exact(dtype):
 
 
 def test_rounding_leaves_no_error_to_a_window_of_all_steps():
-    errors = jnp.array([0.5, 0.05, 0.02])
-    assert first_windows(errors, (0.1, 0.01), 3).tolist() == [2, 3]
-    assert first_windows(errors, (0.1, 0.01), 4).tolist() == [2, 0]
+    errors, windows = jnp.array([0.5, 0.05, 0.02]), np.arange(1, 4)
+    assert first_windows(errors, windows, (0.1, 0.01), 3).tolist() == [2, 3]
+    assert first_windows(errors, windows, (0.1, 0.01), 4).tolist() == [2, 0]
+
+
+def test_a_window_counts_from_where_the_error_stays():
+    errors, windows = jnp.array([0.05, 0.5, 0.02, jnp.nan]), np.array([1, 2, 4, 8])
+    assert first_windows(errors, windows, (0.1, 0.01), 100).tolist() == [4, 8]
 
 
 def counting(params, carry, x):

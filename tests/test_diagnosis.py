@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 from problems import one_update
 
 from jbptt import Batch, cells, diagnose, full_bptt, gated_bptt, measure_cost, truncated_bptt, truncation, unroll
-from jbptt.analysis import diagnosis, evidence
+from jbptt.analysis import diagnosis
 
 NUM_STEPS = 12
 TOLERANCES = (0.1, 0.01)
@@ -50,14 +50,15 @@ def test_verdict_and_half_life(scale, verdict):
     found = unmeasured(*linear_problem(scale))
     assert found.verdict == verdict
     assert verdict in str(found)
-    np.testing.assert_allclose(found.profile.cotangent_norms, scale ** np.arange(1, NUM_STEPS + 1), rtol=1e-12)
+    lags = np.arange(int(found.num_lags))
+    assert len(lags) >= min(NUM_STEPS, np.log(0.01) / -abs(np.log(scale) or 1e-9))
+    np.testing.assert_allclose(found.profile.cotangent_norms[: len(lags)], scale ** (lags + 1), rtol=1e-12)
+    np.testing.assert_allclose(found.flow.arrives[: len(lags)], scale**lags, rtol=1e-12)
+    assert np.all(np.isnan(found.flow.arrives[len(lags) :]))
     np.testing.assert_allclose(found.rate, np.log(scale), rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose([found.exponent, found.exponent_spread], [np.log(scale), 0], rtol=1e-9, atol=1e-12)
-    assert float(found.rate_error) < 1e-9 and float(found.residual) < 1e-9
+    assert float(found.decay.rate_error) < 1e-9 and float(found.residual) < 1e-9
     assert (int(found.zero_lag), bool(found.underflow), bool(found.nonfinite.found)) == (-1, False, False)
-    assert (
-        (found.bound_window.tolist() == [0, 0]) == ("none: the later lags do not decay" in str(found)) == (scale >= 1)
-    )
     if scale < 1:
         np.testing.assert_allclose(found.half_life, np.log(2) / -np.log(scale), rtol=1e-9)
         assert f"half-life {np.log(2) / -np.log(scale):.3g} steps" in str(found)
@@ -135,7 +136,7 @@ def test_vmap_is_a_loop():
         assert together.norm_quantiles[i].shape == found.norm_quantiles.shape == (3,)
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(together), strict=True):
             np.testing.assert_allclose(b[i], a, rtol=1e-9, atol=1e-12)
-    assert str(together).startswith("Diagnosis(verdict_index=Array([0, 1, 3]")  # many have no page
+    assert str(together).startswith("Diagnosis(decay=Decay(verdict_index=Array([0, 1, 3]")  # many have no page
 
 
 @pytest.mark.more("test_verdict_and_half_life")
@@ -146,12 +147,11 @@ def test_loss_and_gradient_are_the_exact_ones_and_max_window_limits_the_lags():
     found = unmeasured(step, loss, params, carry, batch, max_window=1)
     np.testing.assert_allclose(found.loss, exact.loss, rtol=1e-12)
     np.testing.assert_allclose(found.gradient_norm, jnp.linalg.norm(ravel_pytree(exact.grads)[0]), rtol=1e-12)
-    assert len(found.profile.grad_norms) == len(found.curve.windows) == len(found.bias_bound) == 1
+    assert len(found.profile.grad_norms) == len(found.curve.windows) == 1
     assert found.sliding_window.tolist() == [0, 0]
     page = str(found)
     assert "> 1" in page and "half-life not measured (one lag)" in page
     assert page.startswith("Gradient over 12 steps: not measured (one lag)\n") and "stable" not in page
-    assert "(Aicher et al., 2019): not measured (one lag)" in page
     whole = jax.eval_shape(functools.partial(unmeasured, step, loss, max_window=50), params, carry, batch)
     assert whole.curve.windows.shape == (NUM_STEPS,)
 
@@ -169,7 +169,7 @@ def promised_problem(name, num_steps=40):
 
 
 @pytest.mark.parametrize("name", problems.usual(["gru"], ["tanh", "gru", "lstm"], full=("tanh", "lstm")))
-def test_recommended_windows_keep_their_promise_and_half_of_them_do_not(name):
+def test_recommended_windows_keep_their_promise(name):
     step, loss, params, carry, batch = promised_problem(name)
     num_steps = len(batch.xs)
     found = unmeasured(step, loss, params, carry, batch)
@@ -192,13 +192,11 @@ def test_recommended_windows_keep_their_promise_and_half_of_them_do_not(name):
     def blocks(window):
         return error(gated(window))
 
-    assert np.all(np.asarray(found.bias_bound) >= found.curve.relative_error)
     checks = [(blocks, found.block_window), (sliding, found.sliding_window)]
     for error_at, windows in checks[: 2 if name == "tanh" else 1]:  # every window of a stride is a program of its own
         for tolerance, window in zip(TOLERANCES, windows.tolist(), strict=True):
-            assert 2 <= window < num_steps or tolerance == 0.01  # 1 % may need blocks of all T steps
-            assert error_at(window) <= tolerance
-            assert error_at(window // 2) > tolerance
+            assert 2 <= window <= num_steps and error_at(window) <= tolerance
+    np.testing.assert_allclose(found.block_error, [blocks(w) for w in found.block_window.tolist()], atol=1e-12)
 
 
 @pytest.mark.more("test_docs::test_python_blocks_run")
@@ -207,7 +205,7 @@ def test_the_printed_page():
     found = diagnose(step, loss, params, carry, batch, num_repeats=2)
     page = str(found)
     lines = page.splitlines()
-    assert lines[0] == f"Gradient over 16 steps: {found.verdict}"
+    assert lines[0] == f"Gradient over 16 steps, {int(found.num_lags)} lags measured: {found.verdict}"
     assert f"half-life {float(found.half_life):.3g} steps" in page and "reach" in page
     rows = {line[:16].strip(): line for line in lines}
     wanted = {f"{t:.0%} {kind}": w for kind in ("sliding", "block")
@@ -283,7 +281,7 @@ def test_gates_are_diagnosed():
     """A cut before every step leaves lag 0 alone: a window of 1 is exact. A cut is no underflow."""
     found = unmeasured(*linear_problem(0.5), gates=jnp.eye(NUM_STEPS)[0])
     assert found.sliding_window.tolist() == found.block_window.tolist() == [1, 1]
-    np.testing.assert_array_equal(found.profile.grad_norms[1:], 0)
+    np.testing.assert_array_equal(found.profile.grad_norms[1:2], 0)
     assert (found.verdict, int(found.zero_lag), bool(found.underflow)) == ("vanishing", 1, False)
     assert "half-life under one step" in str(found) and "exactly zero from lag 1 on: a cut" in str(found)
 
@@ -298,13 +296,16 @@ def at_rest(scale):
 
 
 def test_underflow_is_not_a_healthy_gradient():
-    found = unmeasured(*at_rest(0.1))
-    norms = np.asarray(found.profile.cotangent_norms)
+    """In half precision, with losses that count little, adjoints are 0 after a few steps."""
+    step, loss, *data = at_rest(0.5)
+    params, carry, batch = jax.tree.map(lambda a: jnp.asarray(a, jnp.float16), data)
+    found = unmeasured(step, loss, params, carry, batch._replace(weights=np.full(60, 1e-6, np.float32)))
+    norms = np.asarray(found.flow.arrives)
     lag = int(found.zero_lag)
-    assert lag == np.argmax(norms == 0) and norms[lag - 1] < 1e-34
-    assert 34 < lag < 46 and bool(found.underflow) and found.verdict == "vanishing"
+    assert lag == np.argmax(norms == 0) and norms[lag - 1] > 0
+    assert 2 < lag < 8 and bool(found.underflow) and found.verdict == "vanishing"
     assert f"vanished below precision: exactly zero from lag {lag} on" in str(found)
-    np.testing.assert_allclose(found.exponent, np.log(0.1), rtol=1e-5)  # goes on beyond precision
+    np.testing.assert_allclose(found.exponent, np.log(0.5), rtol=2e-2)  # goes on beyond precision
 
 
 def test_overflow_in_the_backward_pass_only():
@@ -346,33 +347,15 @@ def test_without_a_path_nothing_is_said_to_decay(where):
 
 
 def test_losses_that_end_early():
-    """Lags without a pair of a loss and a carry are not measured. Norms of parts: gradients of one-hot weights."""
+    """Lags without a pair of a loss and a carry are not measured."""
     step, loss, params, carry, batch = linear_problem(1.0)
     weights = np.where(np.arange(NUM_STEPS) < 6, np.linspace(1, 2, NUM_STEPS), 0)
     found = unmeasured(step, loss, params, carry, batch._replace(weights=weights))
     assert found.verdict == "stable" and int(found.zero_lag) == -1
-    np.testing.assert_allclose(found.profile.cotangent_norms, np.arange(NUM_STEPS) < 6, atol=1e-12)
+    np.testing.assert_allclose(found.profile.cotangent_norms, np.where(np.arange(NUM_STEPS) < 6, 1, np.nan), atol=1e-12)
     page = str(found)
     assert page.startswith("Gradient over 12 steps, 6 lags measured: stable\n") and int(found.num_lags) == 6
     assert "norm 1 at lag 0, 1 at lag 5" in page and "all 6 steps measured" in page
-    assert "(Aicher et al., 2019): not measured (fewer than 8 lags)" in page
-
-    part_of, num_parts = evidence.split_batch(NUM_STEPS, (2,))
-    assert num_parts == 16 and len(np.unique(part_of)) == 16
-
-    @jax.jit
-    def part_norm(part):
-        w = jnp.where(part_of == part, weights[:, None], 0)
-
-        def mean(params):
-            return jnp.sum(w * loss(unroll(step, params, carry, batch.xs)[1], batch.targets)) / jnp.sum(w)
-
-        return jnp.linalg.norm(ravel_pytree(jax.grad(mean)(params))[0])
-
-    np.testing.assert_allclose(found.part_norms, [part_norm(i) for i in range(num_parts)], rtol=1e-12)
-    used = np.asarray(found.part_norms)[np.isfinite(found.part_norms)]
-    assert 0 < len(used) < 16
-    np.testing.assert_allclose(found.norm_quantiles, np.quantile(used, [0.5, 0.9, 1]), rtol=1e-12)
 
 
 def test_a_sign_of_the_weights_changes_no_size():
@@ -386,7 +369,6 @@ def test_a_sign_of_the_weights_changes_no_size():
     np.testing.assert_allclose(mixed.profile.cotangent_norms, 0.75 ** np.arange(1, NUM_STEPS + 1), rtol=1e-12)
     assert float(mixed.gradient_norm) > 0 and np.all(np.asarray(mixed.profile.grad_norms) > 0)
     assert mixed.verdict == "vanishing" and int(mixed.zero_lag) == -1 and np.all(mixed.norm_quantiles > 0)
-    assert np.all(np.asarray(mixed.bias_bound) >= mixed.curve.relative_error)
 
 
 def test_a_perfect_fit_is_no_missing_path():
@@ -414,11 +396,11 @@ def test_a_jump_is_told_from_decay():
     def jumping(params, carry, x):
         h, before = carry
         h = step(params, h, x)[0]
-        return (h, jnp.concatenate([x, x], -1)), h + 300 * before
+        return (h, x @ params["w_x"]), h + 300 * before
 
     found = unmeasured(jumping, loss, params, (carry, jnp.zeros((2, 4))), batch)
     page = str(found)
-    assert (found.verdict, int(found.first_lag), int(found.reach)) == ("stable", 1, 1)
+    assert (found.verdict, int(found.decay.first_lag), int(found.reach)) == ("stable", 1, 1)
     assert (
         f"jump      to {float(found.profile.cotangent_norms[1]):.3g} at lag 1" in page and "reach     1 step (" in page
     )

@@ -11,10 +11,11 @@ import pytest
 from problems import usual
 
 from jbptt import Batch, bias_bound
-from jbptt.analysis import diagnosis, evidence, stuck
-from jbptt.analysis.blocks import candidate_windows, choose_blocks
+from jbptt.analysis import evidence, lags, stuck
 from jbptt.analysis.lags import linearise
 from jbptt.analysis.lyapunov import lyapunov_spectrum
+from jbptt.analysis.remainders import candidate_windows, measured_windows
+from jbptt.norms import norm
 from jbptt.problem import problem_of, trusted_problem
 from jbptt.segments import back_through
 
@@ -80,16 +81,6 @@ def test_uncertainty_of_the_fit():
     np.testing.assert_allclose(two.half_life, 1, rtol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("num_steps", "batch_shape", "sizes"),
-    [(10, (5,), 15), (3, (), 3), (40, (2, 4), 16), (7, (40,), 16), (1, (3,), 3)],
-)
-def test_parts_of_a_batch(num_steps, batch_shape, sizes):
-    part_of, num_parts = evidence.split_batch(num_steps, batch_shape)
-    counts = np.bincount(np.ravel(np.broadcast_to(part_of, (num_steps, *batch_shape))))
-    assert len(counts) == num_parts == sizes and counts.min() > 0 and counts.max() <= 4 * counts.min()
-
-
 def exponent_of(step, params, carry, batch, batch_shape):
     """The exponent along a forward pass of the step; the loss does not matter."""
     loss = lambda y, target: jnp.zeros(batch_shape)
@@ -98,6 +89,7 @@ def exponent_of(step, params, carry, batch, batch_shape):
 
 
 def test_leading_exponent_against_a_product_of_jacobians():
+    """Two vectors, twice through all real steps; example by example."""
     step, _, params, carry, batch = problems.make("gru", 9)
     mask = np.random.default_rng(2).random((9, 3)) < 0.7
 
@@ -106,24 +98,27 @@ def test_leading_exponent_against_a_product_of_jacobians():
         held = lambda h, inputs: (jnp.where(inputs[1][:, None], step(params, h, inputs[0])[0], h), h)
         carries = jax.lax.scan(held, carry, (batch.xs, mask))[1]
         one = jax.vmap(jax.jacrev(lambda h, x: step(params, h, x)[0]))
-        return (
-            carries,
-            jax.vmap(one)(carries, batch.xs),
-            exponent_of(step, params, carry, batch._replace(mask=mask), (3,)),
-        )
+        found = exponent_of(step, params, carry, batch._replace(mask=mask), (3,))
+        return jax.vmap(one)(carries, batch.xs), found
 
-    _, jacobians, (mean, spread) = look(jnp.asarray(mask))
-    exponents = []
-    for b in range(3):
-        v = np.random.default_rng(0).normal(size=3)
-        steps = [t for t in range(9) if mask[t, b]]
-        growths = []
-        for t in reversed(steps):
-            longer = np.asarray(jacobians[t, b]).T @ v
-            growths.append(np.log(np.linalg.norm(longer) / np.linalg.norm(v)))
-            v = longer
-        exponents.append(np.mean(growths[len(steps) // 4 :]))
-    np.testing.assert_allclose([mean, spread], [np.mean(exponents), np.std(exponents)], rtol=1e-10)
+    jacobians, found = look(jnp.asarray(mask))
+    both = []
+    for seed in (0, 1):
+        exponents = []
+        for b in range(3):
+            v = np.random.default_rng(seed).normal(size=3)
+            steps = [t for t in range(9) if mask[t, b]]
+            for _ in range(2):
+                growths = []
+                for t in reversed(steps):
+                    longer = np.asarray(jacobians[t, b]).T @ v
+                    growths.append(np.log(np.linalg.norm(longer) / np.linalg.norm(v)))
+                    v = longer
+            exponents.append(np.mean(growths))
+        both.append(exponents)
+    wanted = np.mean(both), np.mean(np.std(both, axis=1))
+    np.testing.assert_allclose([found.exponent, found.spread], wanted, rtol=1e-10)
+    assert found.error >= abs(np.mean(both[0]) - np.mean(both[1])) - 1e-12 and found.num_wiped == 0
 
 
 def test_leading_exponent_is_the_first_of_the_spectrum():
@@ -133,22 +128,23 @@ def test_leading_exponent_is_the_first_of_the_spectrum():
     start = jnp.zeros((), int), carry
     run = lambda start: exponent_of(counting, params, start, batch, (1,))
     spectrum = lambda: lyapunov_spectrum(counting, params, start, batch.xs, num_exponents=1, num_discarded=400)
-    (exponent, spread), wanted = jax.jit(lambda: (run(start), spectrum()))()
-    assert float(spread) == 0
-    np.testing.assert_allclose(exponent, wanted.exponents[0], atol=3 * wanted.standard_errors[0] + 1e-3)
+    found, wanted = jax.jit(lambda: (run(start), spectrum()))()
+    assert float(found.spread) == 0
+    np.testing.assert_allclose(found.exponent, wanted.exponents[0], atol=3 * wanted.standard_errors[0] + 1e-3)
+    np.testing.assert_allclose(found.exponent, wanted.exponents[0], atol=3 * found.error + 1e-3)
 
 
 @pytest.mark.parametrize(
-    ("factors", "wanted"),
+    ("factors", "exponent", "spread", "wiped"),
     [
-        ([0.0, 0.0], (-np.inf, 0)),
-        ([0.5, 0.0], (-np.inf, np.inf)),
-        ([0.5, 2.0], (0, np.log(2))),
-        ([0.5, np.nan], (-np.log(2), 0)),
-        ([np.nan, np.nan], (np.nan, np.nan)),
+        ([0.0, 0.0], -np.inf, 0, 12),
+        ([0.5, 0.0], -np.log(2), 0, 6),
+        ([0.5, 2.0], 0, np.log(2), 0),
+        ([0.5, np.nan], -np.log(2), 0, 0),
+        ([np.nan, np.nan], np.nan, np.nan, 0),
     ],
 )
-def test_exponents_of_minus_infinity_and_nan(factors, wanted):
+def test_exponents_of_resets_and_nan(factors, exponent, spread, wiped):
     product = lambda params, h, x: (h * x, None)
 
     @jax.jit
@@ -156,7 +152,9 @@ def test_exponents_of_minus_infinity_and_nan(factors, wanted):
         batch = Batch(jnp.broadcast_to(factors, (6, 2)))
         return exponent_of(product, (), jnp.ones(2), batch, (2,))
 
-    np.testing.assert_allclose(run(jnp.array(factors)), wanted, atol=1e-12)
+    found = run(jnp.array(factors))
+    np.testing.assert_allclose([found.exponent, found.spread], [exponent, spread], atol=1e-12)
+    assert int(found.num_wiped) == wiped
 
 
 def test_the_rate_of_the_tail():
@@ -239,11 +237,21 @@ def test_the_bound_holds_beyond_what_was_measured(number):
 
     @jax.jit
     def look(params, carry, batch):
+        """The profile, the error of each window and the norm of what it keeps."""
         problem = problem_of(step, loss, params, carry, batch)
-        return diagnosis._lags(linearise(problem), 64, diagnosis._flat(back_through(problem).sums))
+        linearised, sums = linearise(problem), back_through(problem).sums
+        read_profile = lags.profile_reader(linearised.weights)
+        read_curve = lags.curve_reader(sums.grad)
 
-    profile, curve, kept = look(params, carry, batch)
-    error = np.asarray(curve.relative_error)
+        def read(state, lag, cotangents, grad):
+            state, curve = read_curve(state, lag, cotangents, grad)
+            kept = norm(state[0]) / jnp.sum(linearised.weights)
+            return state, (read_profile(None, lag, cotangents, grad)[1], curve[0], kept)
+
+        return lags.scan_lags(linearised, 64, read, lags.curve_start(sums.grad))
+
+    profile, error, kept = look(params, carry, batch)
+    error = np.asarray(error)
     run = jax.jit(bias_bound.bound_bias, static_argnames="tolerances")
     for n in (2, 4, 8, 12, 16, 32):
         found = run(*(a[:n] for a in profile), kept[:n], num_lags=n, tolerances=(0.1, 0.01))
@@ -297,39 +305,14 @@ def test_what_is_zero_by_its_data_is_not_dead(activation, bias, dead):
 
 @pytest.mark.parametrize("num_steps", [*range(1, 200), 1000, 4096])
 def test_windows_tried(num_steps):
-    """They are close together, few, and one of them keeps what its half does not."""
-    windows, tried = candidate_windows(num_steps)
-    assert {1, num_steps} <= set(windows) <= set(tried) and windows[-1] == tried[-1] == num_steps
-    assert {w // 2 for w in windows} - {0} <= set(tried)
-    assert all(b <= max(1.5 * a + 1, 2 * a * (b == num_steps)) for a, b in itertools.pairwise(windows))
-    assert len(tried) <= 5 * np.log2(num_steps) + 1
-
-
-@pytest.mark.parametrize("num_steps", [1, 2, 5, 100])
-def test_the_choice_among_them(num_steps):
-    """Of those that keep the tolerance, while half of them do not, the one with the smallest error; T is the last."""
-    windows, tried = candidate_windows(num_steps)
-    errors = np.random.default_rng(num_steps).random((20, len(tried)))
-    errors[:, -1] = 0
-    errors[-1] = np.nan
-    levels = (0.5, 0.1)
-    chosen, their = jax.jit(jax.vmap(lambda e: choose_blocks(e, tried, windows, levels)))(errors)
-    for row, found, of_found in zip(errors[:-1], chosen.tolist(), their, strict=False):
-        error = {0: np.inf, **dict(zip(tried, row, strict=True))}
-        for level, window in zip(levels, found, strict=True):
-            shorter = [w for w in windows[:-1] if error[w] <= level < error[w // 2]]
-            assert window == min(shorter, key=error.get, default=num_steps)
-        np.testing.assert_array_equal(of_found, [error[window] for window in found])
-    assert chosen[-1].tolist() == [num_steps] * 2 and np.all(np.isnan(their[-1]) | (num_steps == 1))
-
-
-def test_full_bptt_is_no_window_while_a_shorter_one_will_do():
-    """Half of T misses 1 % by a hair; 16 steps keep it."""
-    windows, tried = candidate_windows(64)
-    errors = {w: 0.0 for w in tried} | {1: 0.4, 2: 0.3, 3: 0.3, 4: 0.2, 5: 0.2, 6: 0.2, 8: 0.03, 11: 0.02, 16: 0.008}
-    errors |= {22: 0.006, 32: 0.0102, 64: 0.0}
-    chosen, error = choose_blocks(jnp.array([errors[w] for w in tried]), tried, windows, (0.1, 0.01))
-    assert chosen.tolist() == [11, 22] and error.tolist() == [0.02, 0.006]
+    """They are close together and few."""
+    windows = candidate_windows(num_steps)
+    assert windows[0] == 1 and windows[-1] == num_steps and windows == sorted(set(windows))
+    assert all(b <= 1.5 * a + 1 for a, b in itertools.pairwise(windows))
+    assert len(windows) <= 2 * np.log2(num_steps) + 2
+    measured = measured_windows(num_steps)
+    assert measured[-1] == num_steps and np.all(np.diff(measured) > 0)
+    assert all(b - a <= max(1, a / 8) or b == num_steps for a, b in itertools.pairwise(measured.tolist()))
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e200, 1e-200])

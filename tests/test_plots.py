@@ -108,13 +108,18 @@ def test_a_diagnosis_has_rings_at_its_windows():
     curve = jbptt.TruncationCurve(jnp.arange(1, 5), *(jnp.array([0.5, 0.09, 0.02, 0.005]) for _ in range(4)))
     windows = {"sliding_window": np.array([2, 0]), "block_window": np.array([3, 9])}
     found = SimpleNamespace(
-        curve=curve, block_error=np.array([0.07, 0.002]), verdict="vanishing", num_steps=9, num_lags=4, **windows
+        curve=curve,
+        block_error=np.array([0.07, 0.002]),
+        verdict="vanishing",
+        num_steps=9,
+        flow=SimpleNamespace(num_lags=4),
+        **windows,
     )
     ax = plots.plot_diagnosis(found)
     rings = [(line.get_xdata()[0], line.get_ydata()[0]) for line in ax.get_lines() if line.get_marker() == "o"]
     assert rings == [(2, pytest.approx(0.09)), (3, 0.07), (9, 0.002)]  # of blocks: the error of those very blocks
     assert "vanishing over 9 steps" in ax.get_title()
-    found.num_lags = 1
+    found.flow.num_lags = 1
     assert "not measured (one lag) over 9 steps" in plots.plot_diagnosis(found).get_title()
 
 

@@ -10,7 +10,7 @@ CHANGE = (
 WASTED = 0.25  # full BPTT wastes where a window of this part of T leaves 1 % of error
 SHORT = 0.25  # a half-life of less than this part of T is short
 HEAVY = 10.0  # a largest norm of this many medians makes single updates decide
-UNEVEN = 2.0  # and of this many where the gradient explodes
+UNEVEN = 1.5  # and of this many where the gradient explodes
 # An exponent that scatters over examples by less than this part of it is that of one matrix.
 EVEN = 0.1
 STUCK = 0.25  # this share of dead or saturated units is too much
@@ -77,7 +77,7 @@ def _window(found: Any) -> Advice | None:
     """Full BPTT goes back further than the gradient."""
     window = int(found.block_window[-1])
     share = window / _num_steps(found)
-    if share > WASTED:
+    if not 0 < share <= WASTED:
         return None
     return Advice(
         "window", "1% block window / steps", share, "≤", WASTED, f"truncated_bptt(window={window})"
@@ -114,7 +114,7 @@ def _gated_cell(found: Any) -> Advice | None:
     if found.verdict != "vanishing" or share >= SHORT or not found.profile.cotangent_norms[0] > 0:
         return None
     shrinks = -math.inf < found.exponent * _num_steps(found) <= -math.log(CHANGE)
-    if not shrinks or (found.zero_lag >= 0 and not found.underflow):
+    if not shrinks or (found.decay.zero_lag >= 0 and not found.decay.underflow):
         return None
     remedy = "gru, or lstm with a larger forget_bias"
     return Advice("gated cell", "half-life / steps", share, "<", SHORT, remedy)
@@ -122,7 +122,7 @@ def _gated_cell(found: Any) -> Advice | None:
 
 def _activation(found: Any) -> Advice | None:
     """Units that pass no gradient: dead (exactly zero) or saturated (at ±1)."""
-    dead, saturated = float(found.dead), float(found.saturated)
+    dead, saturated = float(found.units.dead), float(found.units.saturated)
     if max(dead, saturated) <= STUCK:
         return None
     if dead >= saturated:
@@ -150,9 +150,9 @@ def _recurrent_initialisation(found: Any) -> Advice | None:
     value = abs(exponent) * _num_steps(found)
     if not (math.log(CHANGE) < value < math.inf) or found.num_carry_leaves != 1:
         return None
-    if max(
-        float(found.dead), float(found.saturated)
-    ) > STUCK or not found.exponent_spread <= EVEN * abs(exponent):
+    if max(float(found.units.dead), float(found.units.saturated)) > STUCK or not (
+        max(float(found.dynamics.spread), float(found.dynamics.error)) <= EVEN * abs(exponent)
+    ):
         return None
     remedy = f"near-linear rnn: orthogonal(), or w_h × {math.exp(-exponent):.3g}"
     return Advice("recurrent initialisation", "|λ₁| · steps", value, ">", math.log(CHANGE), remedy)
@@ -177,10 +177,10 @@ def _rate(found: Any) -> Advice | None:
     """A step of gradient descent overshoots the minimum along the gradient by more than it
     gains.
     """
-    if found.learning_rate is None:
+    if found.dynamics.learning_rate is None:
         return None
-    curvature = float(found.curvature)
-    value = float(found.learning_rate) * curvature
+    curvature = float(found.dynamics.curvature)
+    value = float(found.dynamics.learning_rate) * curvature
     if not value > STABLE_CURVATURE:
         return None
     remedy = f"learning rate of {1 / curvature:.3g}, {STABLE_CURVATURE / curvature:.3g} at most"

@@ -12,37 +12,29 @@ from jax import lax
 from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 
-from jbptt import truncation, validation
+from jbptt import engine, validation
 from jbptt.analysis.advice import TOLERANCES
-from jbptt.analysis.blocks import candidate_windows, choose_blocks, gradients_in_turn
+from jbptt.analysis.batch_parts import divide
 from jbptt.analysis.costs import measure_cost
 from jbptt.analysis.evidence import (
+    Decay,
     curvature_along,
     fit_decay,
     leading_exponent,
-    split_batch,
     starts_below_precision,
 )
-from jbptt.analysis.findings import Diagnosis
-from jbptt.analysis.lags import (
-    LagProfile,
-    Linearised,
-    TruncationCurve,
-    curve_reader,
-    curve_start,
-    linearise,
-    profile_reader,
-    scan_lags,
-)
+from jbptt.analysis.findings import Diagnosis, Dynamics, Flow, Units, Windows
+from jbptt.analysis.lags import LagProfile, Linearised, TruncationCurve, linearise
 from jbptt.analysis.nonfinite import nonfinite_of
+from jbptt.analysis.redrawn import can_tell, products, total
+from jbptt.analysis.remainders import LEFT, Lags, find_blocks, look_back, measured_windows
 from jbptt.analysis.stuck import share_stuck, stays_zero
-from jbptt.arrays import align_leading, weighted_mean
-from jbptt.bias_bound import bound_bias
+from jbptt.arrays import align_leading, is_inexact, one_if_zero, weighted_mean
 from jbptt.estimators import full_bptt, truncated_bptt
 from jbptt.executables import WeakCache, is_traced
 from jbptt.norms import norm
 from jbptt.problem import Problem, answer, problem_of
-from jbptt.segments import Sums, back_through
+from jbptt.segments import back_through
 from jbptt.types import Batch, Carry, Estimator, Loss, Params, Step
 
 MEASURES_ARRAYS = (
@@ -50,14 +42,19 @@ MEASURES_ARRAYS = (
 )
 
 
-def first_windows(errors: jax.Array, tolerances: tuple[float, ...], num_steps: int) -> jax.Array:
-    """For each tolerance the smallest window whose error is within it; 0 if there is none.
+def first_windows(
+    errors: jax.Array, windows: np.ndarray, tolerances: tuple[float, ...], num_steps: int
+) -> jax.Array:
+    """For each tolerance the window from which on no error measured exceeds it; 0 if there is none.
 
     A window of T is exact, whatever rounding to half precision makes of the sum over its lags.
+    NaN, a window that was not measured since nothing was left to measure, exceeds nothing.
     """
-    exact = jnp.arange(1, len(errors) + 1) >= num_steps
-    good = exact | (errors <= jnp.array(tolerances)[:, None])
-    return jnp.where(jnp.any(good, axis=1), jnp.argmax(good, axis=1) + 1, 0)
+    levels = jnp.array(tolerances)[:, None]
+    bad = (errors > levels) & (windows < num_steps)
+    number = jnp.arange(len(windows))
+    first = jnp.max(jnp.where(bad, number, -1), axis=1) + 1
+    return jnp.where(first < len(windows), jnp.array([*windows, 0])[first], 0)
 
 
 def diagnose(
@@ -76,13 +73,17 @@ def diagnose(
     """How far the gradient reaches, which window leaves 10 % and 1 % of error, what each costs,
     what to change.
 
-    The verdict rests on the change that the rate, fitted to the lags before 1 %, makes over the
-    lags measured: a tenth or less is vanishing, ten times or more exploding; a gradient that
-    becomes exactly zero is never stable, and one lag gives no verdict (the page says so).
-    Costs some 25 gradients at T = 16, 35 at 100 and 45 at 4096 (the exact one, one for each of up
-    to 16 parts of the batch, one for each window of blocks tried), and max_window rounds of T step
-    derivatives side by side; with `measure`, timed updates of up to five estimators more; where
-    something is not finite, `find_nonfinite`.
+    The verdict rests on how much of the losses' adjoints arrives at each lag, as measured: at most
+    a tenth over the last quarter of the lags is vanishing, ten times or more, with a trend that
+    says so, exploding. Lags are measured until less than 10⁻⁴ of the gradient is left and less than
+    1 % of the adjoints arrives. The windows recommended keep their error on batches like this one:
+    on 95 % of those drawn with replacement from its parts, which are groups of examples, and
+    stretches of time where there are fewer than 16 examples. Windows of 0: this batch cannot tell.
+
+    Costs a third to a half of a gradient for each lag measured, half of one for each of the windows
+    measured, one for each of some 8 windows of blocks tried, and six for the rest; memory O(T)
+    carries and twice the gradients of up to 16 parts. With `measure`, timed updates of up to five
+    estimators more; where something is not finite, `find_nonfinite`.
 
     Args:
       step: `(params, carry, x) -> (carry, y)`; every inexact carry leaf begins with the batch
@@ -139,134 +140,115 @@ def diagnose(
 
 def _read(problem: Problem, largest: int, learning_rate: float | jax.Array | None) -> Diagnosis:
     """Everything but the search for what is not finite and the costs, as one program."""
-    sums, sizes, (blocks, block_error) = _blocks(problem)
     linearised = linearise(problem)
-    profile, curve, kept = _lags(linearised, largest, sums)
-    weights, carries, num_steps = linearised.weights, linearised.carries, problem.num_steps
+    passed, weights, carries = linearised.passed, linearised.weights, linearised.carries
+    parts = divide(problem, passed.carries, passed.outputs, passed.outputs_bar)
+    blocks = find_blocks(linearised, parts, TOLERANCES)
+    lags = look_back(linearised, parts, blocks, largest, _reached(problem))
 
-    num_lags, num_used_steps = _used_steps(weights, problem.batch.mask, largest)
-    smallest = max((float(jnp.finfo(c.dtype).tiny) for c in carries), default=0.0)
-    heaviest = jnp.max(jnp.abs(weights))  # the adjoints carry their loss's weight
-    decay = fit_decay(
-        profile.cotangent_norms, num_lags, smallest / jnp.where(heaviest > 0, heaviest, 1)
-    )
-    decay = decay._replace(underflow=decay.underflow | starts_below_precision(linearised))
-    broken = ~jnp.isfinite(sizes[0]) | ~jnp.isfinite(sums.loss) | (decay.verdict_index == 3)
-    verdict = jnp.where(broken, 3, decay.verdict_index)
-    bound = bound_bias(*profile, kept, num_lags=num_lags, tolerances=TOLERANCES)
-    exponent, exponent_spread = leading_exponent(linearised)
-    immovable = stays_zero(problem.step, problem.params, linearised.passed.carries, problem.batch)
-    saturated, dead = share_stuck(carries, immovable, problem.batch.mask, problem.batch_shape)
+    windows = measured_windows(largest)
+    loss_sum, weight_sum = passed.sums.loss, passed.sums.weight
+    gradient_norm = norm(total(blocks.exact)) * blocks.scale
+    by_group = [parts.layout.by_group(leaf) for leaf in blocks.exact]
+    part_norms = norm(by_group, 1) * blocks.scale
+    part_weights = parts.layout.by_group(parts.layout.divide(jnp.abs(weights), fill_zero=True))
+    part_weights = jnp.sum(part_weights, axis=tuple(range(1, part_weights.ndim)))
+    decay = _decay(linearised, lags)
+    broken = ~jnp.isfinite(gradient_norm) | ~jnp.isfinite(loss_sum) | (decay.verdict_index == 3)
+    rounding = 100 * max((float(jnp.finfo(leaf.dtype).eps) for leaf in carries), default=0.0)
+    told = can_tell(products(blocks.exact), rounding)
+    inexact = (lags.upper_error > LEFT) & (windows < problem.num_steps)
+    told = told | ~jnp.any(inexact)  # every window is as good as exact
+    sliding = first_windows(lags.upper_error, windows, TOLERANCES, problem.num_steps)
     curvature = None
     if learning_rate is not None:
         learning_rate = jnp.asarray(learning_rate)
-        flat, unflatten = ravel_pytree(problem.params)
-
-        def mean_gradient(flat):
-            there = replace(problem, params=unflatten(flat), gates=None)
-            there = _flat(back_through(there).sums)
-            return weighted_mean(there.grad, there.weight)
-
-        curvature = curvature_along(sums.grad, mean_gradient, flat)
+        curvature = _curvature(problem)
+    immovable = stays_zero(problem.step, problem.params, passed.carries, problem.batch)
+    saturated, dead = share_stuck(carries, immovable, problem.batch.mask, problem.batch_shape)
     nonfinite = jax.eval_shape(partial(nonfinite_of, problem))
+    block_error = jnp.where(broken, jnp.nan, blocks.errors.here)
+    curve = TruncationCurve(
+        jnp.array(windows),
+        lags.relative_error,
+        lags.cosine,
+        lags.block_relative_error,
+        lags.block_cosine,
+    )
     return Diagnosis(
-        **decay._replace(verdict_index=verdict)._asdict(),
-        sliding_window=jnp.where(
-            broken, 0, first_windows(curve.relative_error, TOLERANCES, num_steps)
+        decay=decay._replace(verdict_index=jnp.where(broken, 3, decay.verdict_index)),
+        flow=Flow(lags.num_measured, lags.arrives, lags.leaf_arrives, lags.alive, lags.by_example),
+        windows=Windows(
+            jnp.where(broken | ~told, 0, sliding),
+            jnp.where(broken | ~told, 0, blocks.window),
+            block_error,
+            lags.upper_error,
+            told,
         ),
-        num_lags=num_lags,
-        block_window=jnp.where(broken, 0, blocks),
-        block_error=jnp.where(broken, jnp.nan, block_error),
-        bias_bound=bound.bias_bound,
-        bound_window=jnp.where(broken, 0, bound.bound_window),
-        loss=weighted_mean(sums.loss, sums.weight),
-        gradient_norm=sizes[0],
-        part_norms=sizes[1:],
-        exponent=exponent,
-        exponent_spread=exponent_spread,
-        saturated=saturated,
-        dead=dead,
+        dynamics=Dynamics(*leading_exponent(linearised), curvature, learning_rate),
+        units=Units(saturated, dead),
+        loss=weighted_mean(loss_sum, weight_sum),
+        gradient_norm=weighted_mean(gradient_norm, jnp.abs(weight_sum)),
+        part_norms=jnp.where(part_weights > 0, part_norms / one_if_zero(part_weights), jnp.nan),
         nonfinite=jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), nonfinite),
-        profile=profile,
+        profile=LagProfile(lags.cotangent_norms, lags.grad_norms),
         curve=curve,
-        num_used_steps=num_used_steps,
-        num_steps=num_steps,
+        num_used_steps=_used_steps(weights, problem.batch.mask),
+        num_steps=problem.num_steps,
         num_carry_leaves=len(carries),
         unread=problem.live.unread,
-        learning_rate=learning_rate,
-        curvature=curvature,
     )
 
 
-def _used_steps(weights, mask, largest) -> tuple[jax.Array, jax.Array]:
-    """How many lags have pairs of a loss and a carry, and how many steps of an example lead to a
-    loss.
-    """
+def _reached(problem: Problem) -> list[bool]:
+    """For each inexact leaf of the carry, whether any parameter has an influence on it."""
+    arguments = problem.params, problem.carry, jax.tree.map(lambda a: a[0], problem.inputs)
+    num_params = len(jax.tree.leaves(problem.params))
+    emitted = engine.dependences(lambda *args: problem.parts.core(*args)[0], *arguments)
+    reached = [False] * len(emitted)
+    for _ in emitted:  # each round follows the influence one leaf further
+        reached = [
+            any(
+                i < num_params or reached[i - num_params]
+                for i in of
+                if i < num_params + len(emitted)
+            )
+            for of in emitted
+        ]
+    leaves = jax.tree.leaves(problem.carry)
+    return [r for r, leaf in zip(reached, leaves, strict=True) if is_inexact(leaf)]
+
+
+def _decay(linearised: Linearised, lags: Lags) -> Decay:
+    """The decay of what arrives at each lag."""
+    weights, carries = linearised.weights, linearised.carries
+    measured = jnp.arange(len(lags.arrives)) < lags.num_measured
+    arrives = jnp.where(measured, lags.arrives, 0)
+    smallest = max((float(jnp.finfo(c.dtype).tiny) for c in carries), default=0.0)
+    heaviest = one_if_zero(jnp.max(jnp.abs(weights)) * lags.cotangent_norms[0])
+    fit = fit_decay(arrives, lags.num_measured, smallest / heaviest)
+    return fit._replace(underflow=fit.underflow | starts_below_precision(linearised))
+
+
+def _curvature(problem: Problem) -> jax.Array:
+    """The second derivative of the mean loss along its gradient."""
+    flat, unflatten = ravel_pytree(problem.params)
+
+    def mean_gradient(flat):
+        sums = back_through(replace(problem, params=unflatten(flat), gates=None)).sums
+        return weighted_mean(ravel_pytree(sums.grad)[0], sums.weight)
+
+    return curvature_along(mean_gradient(flat), mean_gradient, flat)
+
+
+def _used_steps(weights: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """The largest number of real steps of an example up to its last loss that counts."""
     num_steps = len(weights)
-    steps = jnp.arange(1, num_steps + 1)
-    last = jnp.max(
-        jnp.where(weights != 0, align_leading(steps, weights.ndim), 0), axis=0
-    )  # the loss that counts last
+    steps = align_leading(jnp.arange(1, num_steps + 1), weights.ndim)
+    last = jnp.max(jnp.where(weights != 0, steps, 0), axis=0)
     real = jnp.ones(num_steps, bool) if mask is None else mask
-    leads = align_leading(real, weights.ndim) & (align_leading(steps, weights.ndim) <= last)
-    return jnp.minimum(jnp.max(last), largest), jnp.max(jnp.sum(leads, axis=0))
-
-
-def _blocks(problem: Problem) -> tuple[Sums, jax.Array, tuple]:
-    """The exact sums, the norm of the mean gradient of the whole and of each part, windows of
-    blocks and errors.
-    """
-    num_steps, batch, gates, batch_shape = (
-        problem.num_steps,
-        problem.batch,
-        problem.gates,
-        problem.batch_shape,
-    )
-    windows, tried = candidate_windows(num_steps)
-    part_of, num_parts = split_batch(num_steps, batch_shape)
-
-    def gradient(window, part):
-        cuts = align_leading(
-            truncation.fixed(num_steps, window), 1 if gates is None else jnp.ndim(gates)
-        )
-        gated = cuts if gates is None else jnp.where(cuts == 0, 0, gates)
-        weights = (
-            jnp.ones(num_steps, jnp.float32)
-            if batch.weights is None
-            else jnp.asarray(batch.weights)
-        )
-        chosen = jnp.where((part < 0) | (part_of == part), align_leading(weights, part_of.ndim), 0)
-        cut = problem.on(problem.carry, batch._replace(weights=chosen), gated)
-        return _flat(back_through(cut).sums)
-
-    sums, sizes, errors = gradients_in_turn(gradient, tried, num_parts)
-    return sums, sizes, choose_blocks(errors, tried, windows, TOLERANCES)
-
-
-def _lags(
-    linearised: Linearised, largest: int, sums: Sums
-) -> tuple[LagProfile, TruncationCurve, jax.Array]:
-    """Profile, curve and the norm of what each sliding window leaves: one pass over the lags serves
-    all.
-    """
-    read_profile, read_curve = (
-        profile_reader(linearised.weights, signed=False),
-        curve_reader(sums.grad),
-    )
-
-    def read(state, lag, cotangents, grad):
-        grad = ravel_pytree(grad)[0]
-        _, profile = read_profile(None, lag, cotangents, grad)
-        state, curve = read_curve(state, lag, cotangents, grad)
-        return state, (profile, curve, weighted_mean(norm(state[0]), jnp.abs(sums.weight)))
-
-    profile, curve, kept = scan_lags(linearised, largest, read, curve_start(sums.grad))
-    return LagProfile(*profile), TruncationCurve(jnp.arange(1, largest + 1), *curve), kept
-
-
-def _flat(sums: Sums) -> Sums:
-    """Sums with the gradient as one vector, in which a program of many norms compiles faster."""
-    return sums._replace(grad=ravel_pytree(sums.grad)[0])
+    leads = align_leading(real, weights.ndim) & (steps <= last)
+    return jnp.max(jnp.sum(leads, axis=0))
 
 
 def _with_cost(found: Diagnosis, step, loss, params, carry, batch, num_repeats) -> Diagnosis:

@@ -12,12 +12,12 @@ from jax import lax
 
 from jbptt.analysis.advice import CHANGE
 from jbptt.analysis.lags import Linearised
-from jbptt.arrays import align_leading, split_inexact
+from jbptt.arrays import align_leading, one_if_zero, split_inexact
 from jbptt.bias_bound import slope_of
-from jbptt.norms import inner, norm, normalised, unit
+from jbptt.norms import inner, max_or_nan, norm, normalised, unit
 from jbptt.segments import add_losses
 
-NUM_PARTS = 16
+SLACK = 1e-6  # of rounding, beside the factors that verdicts rest on
 
 
 class Decay(NamedTuple):
@@ -38,13 +38,18 @@ class Decay(NamedTuple):
 
 
 def fit_decay(norms: jax.Array, num_lags: Any = None, smallest: Any = None) -> Decay:
-    """Reads a profile's `cotangent_norms`.
+    """Reads how the norms of adjoints change with the lag, from what was measured.
+
+    The verdict: vanishing where no norm of the last quarter of the lags is above a tenth of the
+    first one; exploding where one of them is above ten times the first one and the trend over all
+    lags says so too, so that a swing is no growth. The half-life is the lag from which on less than
+    half is left, between lags by their logarithms; where half is never lost, that of the trend.
 
     The rate is the least-squares slope of `ln norms` against the lag, over the lags before 1 % of
     the first is reached: two lags at least, however fast it falls. Where lag 1 is below that
-    already the fit begins there: such a fall is a jump of the readout, no decay. Its standard error
-    is that of a slope with independent residuals, `√(Σ r² / (n − 2) / Σ (k − k̄)²)`: how well one
-    exponential describes these norms, not how they vary between batches. An exact zero is an
+    already all is counted from there: such a fall is a jump of the readout, no decay. Its standard
+    error is that of a slope with independent residuals, `√(Σ r² / (n − 2) / Σ (k − k̄)²)`: how well
+    one exponential describes these norms, not how they vary between batches. An exact zero is an
     underflow if the norms before it, continued at their last pace, would have come within a factor
     of 2¹⁰ of the smallest normal number.
 
@@ -60,6 +65,7 @@ def fit_decay(norms: jax.Array, num_lags: Any = None, smallest: Any = None) -> D
     lag = jnp.arange(len(norms), dtype=norms.dtype)
     measured = jnp.arange(len(norms)) < num_lags
     one_on = norms[min(1, len(norms) - 1)]
+    num_lags = jnp.asarray(num_lags)
     first = jnp.where((one_on > 0) & (one_on < 1e-2 * norms[0]) & (num_lags > 2), 1, 0)
     faded = jnp.min(jnp.where((lag > first) & (norms < 1e-2 * norms[first]), lag, jnp.inf))
     used = (lag >= first) & (lag < jnp.maximum(faded, first + 2)) & measured
@@ -71,20 +77,40 @@ def fit_decay(norms: jax.Array, num_lags: Any = None, smallest: Any = None) -> D
     next_one = before * jnp.minimum(1, before / jnp.where(earlier > 0, earlier, 1))
     underflow = vanished & (zero_lag > 0) & (next_one <= 2.0**10 * smallest)
 
-    span = (jnp.sum(measured) - 1 - first).astype(norms.dtype)
-    change = jnp.where(norms[0] > 0, rate * span, -jnp.inf)  # no gradient at all has vanished
-    limit = math.log(CHANGE)
-    verdict = jnp.where(change >= limit, 2, jnp.where((change <= -limit) | vanished, 0, 1))
-    rates = jnp.stack([rate, rate - 2 * error, rate + 2 * error])
-    half_lives = jnp.where(rates < 0, math.log(2) / jnp.where(rates < 0, -rates, 1), jnp.inf)
-    half_lives = jnp.where(norms[0] == 0, 0.0, half_lives)
+    start = norms[first]
+    start = jnp.where(start > 0, start, 1)
+    flows = measured & (norms > 0) & (lag >= first)
+    trend, trend_error, _ = slope_of(lag, jnp.log(jnp.maximum(norms, tiny)), flows)
+    span = (num_lags - 1 - first).astype(norms.dtype)
+    quarter = jnp.maximum((num_lags - first) // 4, 1)
+    late = measured & (lag >= jnp.maximum(num_lags - quarter, first))
+    top = max_or_nan(jnp.where(late, norms, 0)) / start
+    grows = (top >= CHANGE * (1 - SLACK)) & (trend * span >= math.log(CHANGE) / 2)
+    falls = (norms[0] == 0) | (top <= 1 / CHANGE * (1 + SLACK))
+    ends = norms[jnp.maximum(num_lags - 1, 0)] == 0
+    verdict = jnp.where(grows, 2, jnp.where(falls | ends, 0, 1))
+
+    half = start / 2
+    last = max_or_nan(jnp.where(measured & (norms > half) & (lag >= first), lag, first))
+    here, after = norms[last.astype(int)], norms[jnp.minimum(last.astype(int) + 1, len(norms) - 1)]
+    pace = jnp.log(jnp.where(here > 0, here, 1) / jnp.where(after > 0, after, 1))
+    between = jnp.where(after > 0, jnp.log(here / half) / jnp.where(pace > 0, pace, 1), 1)
+    crossed = last + 1 < num_lags
+    # Where half is never lost, only a trend over all lags tells when it would be.
+    trend_error = jnp.where(jnp.isfinite(trend_error), trend_error, 0)
+    slope = jnp.where(crossed, rate, jnp.where(trend < -2 * trend_error, trend, 0))
+    slopes = slope + jnp.array([0, -2, 2]) * jnp.where(crossed, error, trend_error)
+    slopes = jnp.where(jnp.isnan(slopes), 0, slopes)
+    half_lives = jnp.where(slopes < 0, math.log(2) / jnp.where(slopes < 0, -slopes, 1), jnp.inf)
+    half_life = jnp.where(crossed, last - first + between, half_lives[0])
+    half_life = jnp.where(norms[0] == 0, 0.0, half_life)
     return Decay(
         verdict_index=jnp.where(jnp.all(jnp.isfinite(norms)), verdict, 3),
         rate=rate,
         first_lag=first,
         rate_error=error,
         residual=residual,
-        half_life=half_lives[0],
+        half_life=half_life,
         half_life_interval=half_lives[1:],
         reach=jnp.max(jnp.where((norms > 0) & (norms >= 0.01 * norms[0]), lag + 1, 0)).astype(int),
         zero_lag=jnp.where(vanished, zero_lag, -1),
@@ -92,59 +118,121 @@ def fit_decay(norms: jax.Array, num_lags: Any = None, smallest: Any = None) -> D
     )
 
 
-def leading_exponent(linearised: Linearised) -> tuple[jax.Array, jax.Array]:
-    """The mean and the spread over examples of the leading Lyapunov exponent, in nats per step.
+class Exponent(NamedTuple):
+    """The leading Lyapunov exponent of a batch, in nats per step; scalars.
 
-        v ← J_tᵀ v / ‖J_tᵀ v‖ for t = T−1 … 0,   λ₁ = mean over t of ln ‖J_tᵀ v‖
-
-    from one random v on. One vector per example goes back alone, normalised at every step, so it
-    neither overflows nor underflows, and a step needs no derivative but the one its gradient needs.
-    Masked steps do not count, nor does the first quarter of the others, on which v turns. An
-    exponent is −∞ where the state is wiped out on the way (a reset, dead units), NaN where no
-    example's derivatives are finite; the spread is the standard deviation over examples. One
-    backward pass.
+    Attributes:
+      exponent: the mean over examples; −∞ where no step of any example lets the state through, NaN
+        where no example's derivatives are finite.
+      spread: the standard deviation over examples.
+      error: how uncertain the mean is: the largest of the standard error from up to 8 stretches of
+        time, half of what the two halves of the time differ by, and what two starts differ by.
+      num_wiped: steps of an example across which nothing of the state is left (a reset); they do
+        not count.
     """
-    problem, path = linearised.problem, linearised.passed.carries
-    batch, carry, batch_shape, num_steps = (
-        problem.batch,
-        problem.carry,
-        problem.batch_shape,
-        problem.num_steps,
-    )
-    ndim = len(batch_shape)
-    random = np.random.default_rng(0)
 
-    def back(cotangents, inputs):
-        carry_t, inputs_t = inputs
+    exponent: jax.Array
+    spread: jax.Array
+    error: jax.Array
+    num_wiped: jax.Array
+
+
+def leading_exponent(linearised: Linearised) -> Exponent:
+    """How fast an adjoint grows on the way back, whatever the loss.
+
+        v ← J_tᵀ v / ‖J_tᵀ v‖ for t = T−1 … 0, twice;   λ₁ = mean over t of ln ‖J_tᵀ v‖
+
+    Two random vectors go back per example. The first time they turn into the leading direction,
+    the second time, from where they then are, they are measured: over all steps that count, so that
+    λ₁ times their number is a change over the whole sequence. A vector is normalised at every step,
+    so it neither overflows nor underflows. Masked steps do not count. Where a step wipes the state
+    out, a random vector starts anew. Two backward passes of two vectors, without weight gradients.
+    """
+    problem = linearised.problem
+    inputs = linearised.passed.carries, problem.inputs
+    ndim, num_steps = len(problem.batch_shape), problem.num_steps
+    leaves = split_inexact(problem.carry)[0]
+    fresh = [
+        jnp.stack(pair)
+        for pair in zip(*(_random_unit(leaves, ndim, i) for i in (0, 1)), strict=True)
+    ]
+
+    def back(vectors, at_t):
+        carry_t, inputs_t = at_t
         leaves, rebuild = split_inexact(carry_t)
 
         def run(leaves):
-            return split_inexact(problem.parts.core(problem.params, rebuild(leaves), inputs_t)[0])[
-                0
-            ]
+            after = problem.parts.core(problem.params, rebuild(leaves), inputs_t)[0]
+            return split_inexact(after)[0]
 
         pull = jax.vjp(run, leaves)[1]
-        (cotangents,) = pull(cotangents)
-        growth = norm(cotangents, ndim)
-        return [unit(c, growth).astype(c.dtype) for c in cotangents], growth
+        (pulled,) = jax.vmap(pull)(vectors)
+        growth = norm(pulled, 1 + ndim)
+        wiped = growth == 0
+        pulled = [
+            jnp.where(align_leading(wiped, v.ndim), new, unit(v, growth)).astype(v.dtype)
+            for v, new in zip(pulled, fresh, strict=True)
+        ]
+        return pulled, growth
 
-    drawn = [random.normal(size=c.shape[ndim:]) for c in split_inexact(carry)[0]]
+    def once(vectors, _):
+        return lax.scan(back, vectors, inputs, reverse=True)
+
+    growths = lax.scan(once, fresh, length=2)[1][1]  # [T, 2, *batch], of the second time
+    growths = jnp.moveaxis(growths, 1, 0)
+    mask = jnp.ones(num_steps, bool) if problem.batch.mask is None else problem.batch.mask
+    real = jnp.broadcast_to(align_leading(jnp.asarray(mask), 1 + ndim), growths.shape[1:])
+    return _read_exponent(growths, real)
+
+
+def _random_unit(leaves: list, ndim: int, seed: int) -> list:
+    """A random vector of norm 1, the same for each example; leaves like these."""
+    random = np.random.default_rng(seed)
+    drawn = [random.normal(size=leaf.shape[ndim:]) for leaf in leaves]
     length = math.sqrt(sum(float(np.sum(d**2)) for d in drawn)) or 1.0
-    start = [
-        jnp.zeros_like(c) + (d / length).astype(c.dtype)
-        for d, c in zip(drawn, split_inexact(carry)[0], strict=True)
+    return [
+        jnp.zeros_like(leaf) + (d / length).astype(leaf.dtype)
+        for d, leaf in zip(drawn, leaves, strict=True)
     ]
-    growths = lax.scan(back, start, (path, problem.inputs), reverse=True)[1]
-    mask = jnp.ones(num_steps, bool) if batch.mask is None else jnp.asarray(batch.mask)
-    number = jnp.cumsum(mask, axis=0)
-    counted = mask & (number <= number[-1] - number[-1] // 4)
-    counted = jnp.broadcast_to(align_leading(counted, 1 + ndim), (num_steps, *batch_shape))
-    logs = jnp.sum(jnp.where(counted, jnp.log(align_leading(growths, 1 + ndim)), 0), axis=0)
-    exponents = logs / jnp.sum(counted, axis=0, dtype=logs.dtype)
-    valid = ~jnp.isnan(exponents)
-    mean = jnp.mean(exponents, where=valid)
-    deviations = jnp.where(exponents == mean, 0, exponents - mean)  # −∞ everywhere is no spread
-    return mean, jnp.sqrt(jnp.mean(deviations**2, where=valid))
+
+
+def _read_exponent(growths: jax.Array, real: jax.Array) -> Exponent:
+    """From the growth of two vectors at each step, `[2, T, *batch]`, of which `real` ones count."""
+    num_steps = growths.shape[1]
+    wiped = real & (growths == 0)
+    counted = real & (growths != 0)
+    logs = jnp.where(counted, jnp.log(jnp.where(counted, growths, 1)), 0)
+    number = counted.astype(logs.dtype)
+
+    def mean_of(logs, number):
+        """The mean over examples of those over time."""
+        by_example = jnp.sum(logs, 0) / one_if_zero(jnp.sum(number, 0))
+        valid = (jnp.sum(number, 0) > 0) & ~jnp.isnan(by_example)
+        mean = jnp.mean(by_example, where=valid)
+        return mean, jnp.sqrt(jnp.mean((by_example - mean) ** 2, where=valid))
+
+    both, spreads = jax.vmap(mean_of)(logs, number)
+    nothing_left = jnp.any(wiped) & ~jnp.any(counted)
+    mean = jnp.where(nothing_left, -jnp.inf, jnp.mean(both))
+    spread = jnp.where(nothing_left, 0, jnp.mean(spreads))
+
+    def error_of(num_batches):
+        """The standard error of the mean, from as many stretches of time (Schmeiser, 1982)."""
+        of = jnp.arange(num_steps) * num_batches // num_steps
+        finite = jnp.where(jnp.isnan(logs), 0, logs)
+        sums, numbers = (
+            jax.ops.segment_sum(jnp.sum(a, (0, *range(2, a.ndim))), of, num_batches)
+            for a in (finite, number)
+        )
+        total = one_if_zero(jnp.sum(numbers))
+        deviations = (sums - numbers * jnp.sum(sums) / total) / total
+        return norm(deviations) * math.sqrt(num_batches / max(num_batches - 1, 1))
+
+    errors = jnp.stack(
+        [error_of(min(8, num_steps)), error_of(min(2, num_steps)), jnp.abs(both[0] - both[1])]
+    )
+    error = jnp.where(nothing_left, 0, max_or_nan(errors))
+    return Exponent(mean, spread, error, jnp.sum(wiped[0]))
 
 
 def starts_below_precision(linearised: Linearised) -> jax.Array:
@@ -167,29 +255,16 @@ def starts_below_precision(linearised: Linearised) -> jax.Array:
     return zero & ~still_zero
 
 
-def split_batch(num_steps: int, batch_shape: tuple) -> tuple[jax.Array, int]:
-    """Up to 16 parts of a batch's losses: `[T, *batch]`, the part of each, and their number.
-
-    Groups of examples, and where there are fewer than 16 examples, each group cut into equal times
-    too.
-    """
-    num_examples = math.prod(batch_shape)
-    groups = min(num_examples, NUM_PARTS)
-    times = min(num_steps, NUM_PARTS // groups)
-    group = (jnp.arange(num_examples) * groups // num_examples).reshape(batch_shape)
-    time = jnp.arange(num_steps) * times // num_steps
-    return align_leading(time, 1 + len(batch_shape)) * groups + group, times * groups
-
-
 def curvature_along(
-    direction: jax.Array, gradient_fn: Callable[[jax.Array], jax.Array], params: jax.Array
+    gradient: jax.Array, gradient_fn: Callable[[jax.Array], jax.Array], params: jax.Array
 ) -> jax.Array:
-    """The second derivative `vᵀ H v` along the unit vector v of `direction`; 0 where `direction`
-    is.
+    """The second derivative of the loss along the way down its gradient; 0 where that is 0.
 
+    `vᵀ H v` for the unit vector v along which the loss falls fastest: that of the gradient, and for
+    complex parameters its conjugate, since `df = Re Σ g dw`. The largest curvature may be larger.
     Forward over reverse: one derivative of `gradient_fn`, about three gradients. All are flat
     vectors.
     """
-    along = normalised(direction)
+    along = jnp.conj(normalised(gradient))
     change = jax.jvp(gradient_fn, (params,), (along.astype(params.dtype),))[1]
-    return inner(along, change)
+    return inner(jnp.conj(along), change)

@@ -1,12 +1,14 @@
 """What a diagnosis found, as data."""
 
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jbptt.analysis.advice import Advice, advise
 from jbptt.analysis.costs import Cost
+from jbptt.analysis.evidence import Decay
 from jbptt.analysis.lags import LagProfile, TruncationCurve
 from jbptt.analysis.nonfinite import NonFinite
 from jbptt.analysis.page import write_page
@@ -14,80 +16,125 @@ from jbptt.analysis.page import write_page
 VERDICTS = ("vanishing", "stable", "exploding", "non-finite")
 
 
+class Flow(NamedTuple):
+    """How much of each loss's adjoint arrives at a carry so many steps back.
+
+    `arrives[k]` is the mean of `‖∂ℓ_t/∂carries[t−k]‖` over the mean of `‖∂ℓ_t/∂carries[t]‖` of the
+    same losses, weighted as they count. So losses of different size, or at different steps, do not
+    pass for growth or decay. Pairs whose step is masked do not count; nor do leaves of the carry on
+    which no parameter has an influence, where there are others.
+
+    Attributes:
+      num_lags: lags measured; the entries beyond are NaN.
+      arrives: `[K]`; `arrives[0]` is 1 without gates.
+      leaf_arrives: `[K, leaves]`, the same of each inexact leaf of the carry alone.
+      alive: `[K]`, the share of the losses whose adjoint is not exactly zero at that lag.
+      by_example: `[K, *batch]`, `arrives` of each example.
+    """
+
+    num_lags: jax.Array
+    arrives: jax.Array
+    leaf_arrives: jax.Array
+    alive: jax.Array
+    by_example: jax.Array
+
+
+class Windows(NamedTuple):
+    """Windows that keep a gradient error of 10 % and of 1 %, `[2]` each.
+
+    The errors that they rest on are those that 95 % of the batches have that are drawn from the
+    parts of this one, with replacement: groups of examples, and stretches of time where there are
+    fewer than 16 examples.
+
+    Attributes:
+      sliding: from this window on, of those measured, the error is kept; 0: none, or no telling.
+      block: the shortest window tried that keeps it, T where none does; 0: no telling.
+      block_error: the error of those blocks on this batch.
+      upper_error: `[W]`, of the sliding windows in `curve.windows`: 95 % of the batches are below.
+      told: whether this batch can tell: False where one part carries nearly all of the gradient,
+        and where its parts cancel to rounding.
+    """
+
+    sliding: jax.Array
+    block: jax.Array
+    block_error: jax.Array
+    upper_error: jax.Array
+    told: jax.Array
+
+
+class Dynamics(NamedTuple):
+    """The leading Lyapunov exponent (`Exponent`) and the loss's curvature; scalars.
+
+    Attributes:
+      exponent, spread, error, num_wiped: as in `Exponent`, in nats per step.
+      curvature: of the loss along its gradient, `gᵀHg / gᵀg`; None without a learning rate.
+      learning_rate: as given, or None.
+    """
+
+    exponent: jax.Array
+    spread: jax.Array
+    error: jax.Array
+    num_wiped: jax.Array
+    curvature: jax.Array | None
+    learning_rate: jax.Array | None
+
+
+class Units(NamedTuple):
+    """Shares of the carry's entries.
+
+    Attributes:
+      saturated: at ±1 at nearly every step and example.
+      dead: exactly zero at every one, and so they stay when the step is nudged.
+    """
+
+    saturated: jax.Array
+    dead: jax.Array
+
+
+def _part(part: str, name: str) -> Any:
+    """A property that reads one number of a part."""
+    return property(lambda found: getattr(getattr(found, part), name), doc=f"`{part}.{name}`.")
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `diagnose` found; `print` it. Arrays but for `cost`, so that it passes through jit and
-    vmap.
+    """What `diagnose` found; `print` it. Arrays but for `cost`: it passes through jit and vmap.
+
+    In parts; what is read most has short names too (`half_life` is `decay.half_life`).
 
     Attributes:
-      verdict_index: into `VERDICTS`; `.verdict` is the word.
-      rate: fitted change of the log gradient norm per step back (nats per step), over the lags
-        before 1 %.
-      first_lag: where that fit begins: 1 where lag 1 is under 1 % of lag 0 already, else 0.
-      rate_error: its standard error, from the fit's residuals; inf for a fit to two lags.
-      residual: root mean square of the fit's residuals, in ln norm.
-      half_life: `ln 2 / −rate` in steps; inf where the gradient does not shrink.
-      half_life_interval: `[2]`, the half-lives of rate ∓ 2 standard errors.
-      reach: number of lags up to the last whose norm is at least 1 % of lag 0's.
-      num_lags: lags measured at which there are pairs of a loss and a carry.
-      zero_lag: the first lag at which the gradient is exactly zero; −1: at none of those measured.
-      underflow: whether it is zero there because it became smaller than its dtype can hold.
-      sliding_window: `[2]`, the smallest window with at most 10 % and 1 % relative error; 0: none
-        of those measured, or something is not finite.
-      block_window: `[2]`, for blocks cut at multiples of the window: it keeps the error, its half
-        does not, and of the windows tried below T of which that is true its error is the smallest;
-        T where there is none; 0 where something is not finite.
-      block_error: `[2]`, their relative errors; NaN where the window is 0.
-      bias_bound: `[max_window]`, Aicher, Foti & Fox's bound on the error of sliding windows 1, 2, …
-      bound_window: `[2]`, the windows it asks for, which may exceed T; 0: none, the later lags do
-        not decay, or they are too few.
+      decay: what is read off `flow`: verdict, half-life, reach (`Decay`).
+      flow: how much of the losses' adjoints arrives at each lag.
+      windows: the windows recommended, and what they rest on.
+      dynamics: exponent and curvature.
+      units: shares of stuck units.
       loss: weighted mean loss of the batch.
       gradient_norm: of its exact gradient.
-      part_norms: `[≤ 16]`, the norm of the exact gradient of each part of the batch; NaN without
-        weight.
-      exponent: leading Lyapunov exponent (nats per step), mean over examples; −∞ where the carry is
-        wiped out.
-      exponent_spread: its standard deviation over examples.
-      saturated: share of the carry's entries that are at ±1 at nearly every step and example.
-      dead: share of those that are exactly zero at every one, and stay so when the step is nudged.
+      part_norms: `[≤ 16]`, the norm of the mean exact gradient of each group of examples, of each
+        stretch of time where they cannot be divided; NaN without weight.
       nonfinite: the first number that is not finite, as `find_nonfinite` says.
-      profile: the gradient by lag; its mean over pairs weighs them by |w|, which changes nothing
-        where w ≥ 0.
-      curve: the error by window.
+      profile: the gradient by lag, `[K]`; NaN beyond the lags measured. `grad_norms` for lags below
+        16. Its mean over pairs weighs them by |w|, which changes nothing where w ≥ 0.
+      curve: the error by window on this batch: every window up to 16, then eight to an octave;
+        NaN beyond the lags measured, where less than 10⁻⁴ of the gradient is left. Blocks (averaged
+        over their phase) up to 16.
       num_used_steps: the largest number of unmasked steps of an example up to its last loss that
         counts.
       num_steps: T.
       num_carry_leaves: inexact leaves of the carry.
       unread: names of the parameters that no step looks at; a learned start of the carry is one.
-      learning_rate: as given, or None.
-      curvature: of the loss along its gradient, `gᵀHg / gᵀg`; None without a learning rate.
       cost: time and memory of full BPTT and of each recommended window; None if not measured.
     """
 
-    verdict_index: jax.Array
-    rate: jax.Array
-    first_lag: jax.Array
-    rate_error: jax.Array
-    residual: jax.Array
-    half_life: jax.Array
-    half_life_interval: jax.Array
-    reach: jax.Array
-    num_lags: jax.Array
-    zero_lag: jax.Array
-    underflow: jax.Array
-    sliding_window: jax.Array
-    block_window: jax.Array
-    block_error: jax.Array
-    bias_bound: jax.Array
-    bound_window: jax.Array
+    decay: Decay
+    flow: Flow
+    windows: Windows
+    dynamics: Dynamics
+    units: Units
     loss: jax.Array
     gradient_norm: jax.Array
     part_norms: jax.Array
-    exponent: jax.Array
-    exponent_spread: jax.Array
-    saturated: jax.Array
-    dead: jax.Array
     nonfinite: NonFinite
     profile: LagProfile
     curve: TruncationCurve
@@ -95,14 +142,32 @@ class Diagnosis:
     num_steps: int = field(metadata={"static": True})
     num_carry_leaves: int = field(metadata={"static": True})
     unread: tuple[str, ...] = field(default=(), metadata={"static": True})
-    learning_rate: jax.Array | None = None
-    curvature: jax.Array | None = None
     cost: Cost | None = field(default=None, metadata={"static": True})
 
     @property
     def verdict(self) -> str:
         """One of `VERDICTS`; only outside of jit and vmap."""
-        return VERDICTS[int(self.verdict_index)]
+        return VERDICTS[int(self.decay.verdict_index)]
+
+    # What scripts read most, by short names.
+    verdict_index = _part("decay", "verdict_index")
+    rate = _part("decay", "rate")
+    residual = _part("decay", "residual")
+    half_life = _part("decay", "half_life")
+    half_life_interval = _part("decay", "half_life_interval")
+    reach = _part("decay", "reach")
+    zero_lag = _part("decay", "zero_lag")
+    underflow = _part("decay", "underflow")
+    num_lags = _part("flow", "num_lags")
+    sliding_window = _part("windows", "sliding")
+    block_window = _part("windows", "block")
+    block_error = _part("windows", "block_error")
+    exponent = _part("dynamics", "exponent")
+    exponent_spread = _part("dynamics", "spread")
+    curvature = _part("dynamics", "curvature")
+    learning_rate = _part("dynamics", "learning_rate")
+    saturated = _part("units", "saturated")
+    dead = _part("units", "dead")
 
     @property
     def norm_quantiles(self) -> np.ndarray:
@@ -121,4 +186,4 @@ class Diagnosis:
         return advise(self)
 
     def __str__(self) -> str:
-        return write_page(self) if np.ndim(self.verdict_index) == 0 else repr(self)
+        return write_page(self) if np.ndim(self.loss) == 0 else repr(self)

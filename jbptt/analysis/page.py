@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 from jbptt.analysis.advice import TOLERANCES
-from jbptt.bias_bound import TAIL_LAGS
 
 NO_PATH = (
     "  no gradient path: every gradient is exactly zero; the loss ignores y or has no weight, all",
@@ -23,7 +22,7 @@ ONE_LAG = "not measured (one lag)"
 def write_page(found: Any) -> str:
     """The page of one `Diagnosis`."""
     lines = [f"  loss {float(found.loss):.4g}, gradient norm {float(found.gradient_norm):.3g}"]
-    norms = np.asarray(found.profile.cotangent_norms)
+    norms = np.asarray(found.profile.cotangent_norms)[: int(found.flow.num_lags)]
     span, title = f"{found.num_steps} step{'s' * (found.num_steps > 1)}", verdict_words(found)
     if found.verdict == "non-finite":
         lines += _nonfinite(found)
@@ -37,7 +36,9 @@ def write_page(found: Any) -> str:
         lines.append("  one step: there is nothing to go back through, and nothing to truncate")
     else:
         span += (
-            f", {int(found.num_lags)} lags measured" if 1 < found.num_lags < found.num_steps else ""
+            f", {int(found.flow.num_lags)} lags measured"
+            if 1 < found.flow.num_lags < found.num_steps
+            else ""
         )
         lines += [*_decay(found, norms), *_dynamics(found), "", *_windows(found)]
     if found.unread:
@@ -54,15 +55,15 @@ def write_page(found: Any) -> str:
 
 def verdict_words(found: Any) -> str:
     """The verdict, or that one lag gives none."""
-    one = found.num_lags == 1 < found.num_steps and found.verdict != "non-finite"
+    one = found.flow.num_lags == 1 < found.num_steps and found.verdict != "non-finite"
     return ONE_LAG if one else found.verdict
 
 
 def _no_gradient(found: Any) -> tuple[str, tuple[str, ...]]:
     """Title and words where not even lag 0 has a gradient."""
-    if found.underflow:
+    if found.decay.underflow:
         return "vanished below precision", BELOW
-    if found.loss == 0 and found.num_lags > 0:
+    if found.loss == 0 and found.num_used_steps > 0:
         return "zero loss", PERFECT
     return "no gradient path", NO_PATH
 
@@ -78,44 +79,43 @@ def _nonfinite(found: Any) -> list[str]:
 
 def _decay(found: Any, norms: np.ndarray) -> list[str]:
     """Half-life, fit and reach."""
-    largest = int(found.num_lags)
-    rate, half_life = float(found.rate), float(found.half_life)
+    largest = int(found.flow.num_lags)
+    rate, half_life = float(found.decay.rate), float(found.half_life)
     low, high = (float(h) for h in found.half_life_interval)
     halves = "none (it does not shrink)"
-    if rate > 0:
+    if math.isfinite(half_life):
+        beyond = f" (beyond the lags measured: {low:.3g} to {high:.3g})".replace("inf", "∞")
+        halves = f"{half_life:.3g} steps" + (beyond if half_life > largest - 1 else "")
+    elif rate > 0:
         halves = f"none (it doubles every {math.log(2) / rate:.3g} steps back)"
-    elif math.isfinite(half_life):
-        halves = (
-            f"{half_life:.3g} steps ({low:.3g} to {'∞' if math.isinf(high) else f'{high:.3g}'})"
-        )
     if largest == 1:
         halves = ONE_LAG
-    elif found.zero_lag == 1:
+    elif found.decay.zero_lag == 1:
         halves = "under one step"
     lines = [
         f"  half-life {halves}; norm {norms[0]:.3g} at lag 0, {norms[largest - 1]:.3g} at lag "
         f"{largest - 1}"
     ]
-    if largest > 1 and found.zero_lag != 1:
-        error = float(found.rate_error)
+    if largest > 1 and found.decay.zero_lag != 1:
+        error = float(found.decay.rate_error)
         spread = f"± {error:.2g}" if math.isfinite(error) else "(two lags)"
         lines.append(
             f"  decay     {rate:+.3g} {spread} per step (ln norm; residual "
-            f"{float(found.residual):.2g})"
+            f"{float(found.decay.residual):.2g})"
         )
-    if found.first_lag == 1:
+    if found.decay.first_lag == 1:
         lines.append(
             f"  jump      to {norms[1]:.3g} at lag 1: half-life and decay are those from there on"
         )
-    if found.zero_lag > 0 and found.underflow:
-        lag = int(found.zero_lag)
+    if found.decay.zero_lag > 0 and found.decay.underflow:
+        lag = int(found.decay.zero_lag)
         lines.append(
             f"  vanished below precision: exactly zero from lag {lag} on ({norms[lag - 1]:.2g} "
             "before)"
         )
-    elif found.zero_lag > 0:
+    elif found.decay.zero_lag > 0:
         lines.append(
-            f"  exactly zero from lag {int(found.zero_lag)} on: a cut, a reset, or dead or "
+            f"  exactly zero from lag {int(found.decay.zero_lag)} on: a cut, a reset, or dead or "
             "saturated units"
         )
     reach = int(found.reach)
@@ -134,10 +134,10 @@ def _dynamics(found: Any) -> list[str]:
             "  exponent  −∞: something on the way wipes out the carry (a reset, dead units)"
         )
     elif not math.isnan(exponent):
-        spread = float(found.exponent_spread)
+        wiped = int(found.dynamics.num_wiped)
         lines.append(
-            f"  exponent  {exponent:+.3g} ± {spread:.2g} per step (leading; mean ± spread over "
-            "examples)"
+            f"  exponent  {exponent:+.3g} ± {float(found.dynamics.error):.2g} per step (leading"
+            + (f"; {wiped} reset{'s' * (wiped > 1)} of an example left out)" if wiped else ")")
         )
     median, high, largest = (float(q) for q in found.norm_quantiles)
     num_parts = int(np.sum(np.isfinite(found.part_norms)))
@@ -146,10 +146,10 @@ def _dynamics(found: Any) -> list[str]:
             f"  parts     gradient norm of {num_parts}: median {median:.3g}, 90 % {high:.3g}, "
             f"largest {largest:.3g}"
         )
-    if found.curvature is not None:
-        curvature = float(found.curvature)
+    if found.dynamics.curvature is not None:
+        curvature = float(found.dynamics.curvature)
         stable = (
-            f"stable up to a learning rate of {2 / curvature:.3g}"
+            f"no learning rate above {2 / curvature:.3g} is stable"
             if curvature > 0
             else "not a valley"
         )
@@ -158,7 +158,7 @@ def _dynamics(found: Any) -> list[str]:
 
 
 def _windows(found: Any) -> list[str]:
-    """The table of windows with their costs, and the bound beside them."""
+    """The table of windows with their costs."""
     heading, costs = f"  {'window for':<14}{'steps':>8}", {}
     if found.cost is not None:
         heading += f"{'time':>12}{'memory':>12}{'vs full BPTT':>24}"
@@ -167,25 +167,20 @@ def _windows(found: Any) -> list[str]:
     lines = [heading]
     for kind, windows in (("sliding", found.sliding_window), ("block", found.block_window)):
         for tolerance, window in zip(TOLERANCES, windows, strict=True):
-            steps = f"{int(window)}" if int(window) else f"> {len(found.curve.windows)}"
+            steps = f"{int(window)}" if int(window) else f"> {int(found.curve.windows[-1])}"
             cells = _cost_cells(costs, f"{kind} {int(window)}")
             lines.append(f"  {f'{tolerance:.0%} {kind}':<14}{steps:>8}{cells}")
     lines.append(f"  {'full BPTT':<14}{found.num_steps:>8}{_cost_cells(costs, 'full')}")
-    lines.append("  error: ‖ĝ − g‖ / ‖g‖ on this batch; blocks cut at multiples of the window")
-    return [*lines, f"  bound on sliding windows (Aicher et al., 2019): {_bound(found)}"]
-
-
-def _bound(found: Any) -> str:
-    """The windows that the bound asks for."""
-    if found.num_lags < TAIL_LAGS:
-        return ONE_LAG if found.num_lags == 1 else f"not measured (fewer than {TAIL_LAGS} lags)"
-    if not np.any(found.bound_window):
-        return "none: the later lags do not decay"
-    windows = zip(TOLERANCES, found.bound_window, strict=True)
-    return ", ".join(
-        f"{int(w)} for {tolerance:.0%}" if w else f"none for {tolerance:.0%}"
-        for tolerance, w in windows
-    )
+    if not found.windows.told:
+        return [
+            "  windows: this batch cannot tell. One part of it carries nearly all of the gradient,",
+            "  or its parts cancel to rounding; ask with more examples, or with longer sequences",
+            lines[-1],
+        ]
+    return [
+        *lines,
+        "  error: ‖ĝ − g‖ / ‖g‖, kept on 95 % of the batches drawn from parts of this one",
+    ]
 
 
 def _cost_cells(costs: dict, name: str) -> str:

@@ -16,7 +16,7 @@ from jbptt.analysis.costs import measure_cost
 from jbptt.analysis.diagnosis import diagnose
 from jbptt.analysis.evidence import fit_decay
 from jbptt.analysis.findings import VERDICTS, Diagnosis
-from jbptt.analysis.lags import lag_profile
+from jbptt.analysis.lags import lag_profile, truncation_curve
 from jbptt.cells import Cell
 from jbptt.estimators import full_bptt, truncated_bptt
 from jbptt.experiments import tasks
@@ -235,7 +235,11 @@ def windows(
     recommended.
     """
     progress(f"{trained.model.name}: time and memory of windows")
-    curve, costs = found.curve, _costs(trained, found, effort)
+    costs = _costs(trained, found, effort)
+    step, loss = trained.model.cell.step, tasks.cross_entropy
+    curve = truncation_curve(
+        step, loss, trained.params, trained.carry, trained.batch, max_window=found.num_steps
+    )
     progress(f"{trained.model.name}: measured", 1 + len(effort.cost_windows))
 
     def part(error, cosine, recommended):

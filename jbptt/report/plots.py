@@ -397,15 +397,17 @@ def _finite_means(values: Any) -> np.ndarray:
 def plot_diagnosis(diagnosis: Any, *, ax: Any = None, theme: Theme = LIGHT) -> Any:
     """The truncation curve of a diagnosis, with rings at its recommended windows.
 
-    Those of blocks are at the error of blocks cut at multiples of the window, beside the curve's
-    average over where the first cut falls. T, whose error is 0, has none.
+    The curve is that of this batch; the windows keep their tolerance on others too, so that their
+    rings lie below it. Those of blocks are at the error of blocks cut at multiples of the window,
+    beside the curve's average over where the first cut falls. T, whose error is 0, has none.
     """
     ax = plot_truncation_curve(diagnosis.curve, ax=ax, theme=theme)
-    sliding, errors = (
-        np.asarray(diagnosis.sliding_window),
-        np.asarray(diagnosis.curve.relative_error),
+    errors = dict(
+        zip(
+            *map(np.asarray, (diagnosis.curve.windows, diagnosis.curve.relative_error)), strict=True
+        )
     )
-    rings = [(int(window), float(errors[window - 1])) for window in sliding]
+    rings = [(int(w), float(errors.get(w, 0))) for w in np.asarray(diagnosis.sliding_window)]
     blocks = zip(np.asarray(diagnosis.block_window), np.asarray(diagnosis.block_error), strict=True)
     rings += [(int(window), float(error)) for window, error in blocks]
     style = {

@@ -1,0 +1,76 @@
+"""The error of a window on other batches, told from how the parts of one batch differ."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jbptt.arrays import one_if_zero
+
+FEW_PARTS = 1.5
+"""A gradient that comes from fewer parts than this, `(Σ ‖g[p]‖²)² / Σ ‖g[p]‖⁴`, is one part's."""
+NUM_DRAWS = 400
+CONFIDENCE = 0.95
+
+
+def draws(num_parts: int) -> np.ndarray:
+    """How often each part stands in a batch drawn from them with replacement, `[draws, parts]`."""
+    random = np.random.default_rng(0)
+    return random.multinomial(num_parts, np.full(num_parts, 1 / num_parts), size=NUM_DRAWS)
+
+
+def products(gradients: list[jax.Array], others: list[jax.Array] | None = None) -> jax.Array:
+    """Inner products of all pairs of parts, `[parts, parts]`, of leaves `[parts, n]`."""
+    pairs = zip(gradients, gradients if others is None else others, strict=True)
+    total = (jnp.matmul(a, b.T, precision=lax.Precision.HIGHEST) for a, b in pairs)
+    return sum(total, jnp.zeros(()))
+
+
+def total(gradients: list[jax.Array]) -> list[jax.Array]:
+    """The gradient of the whole batch, from those of its parts."""
+    return [jnp.sum(leaf, axis=0) for leaf in gradients]
+
+
+class Errors(NamedTuple):
+    """Of one window: on this batch, and the quantile over batches drawn from its parts."""
+
+    here: jax.Array
+    upper: jax.Array
+
+
+def errors_of(left: jax.Array, exact: jax.Array) -> Errors:
+    """The errors of a window, from the inner products of what it leaves out and of the exact
+    gradients, `[parts, parts]` each.
+    """
+    drawn = jnp.asarray(draws(len(exact)), exact.dtype) - 1  # how often more than once
+
+    def squares(products):
+        """`‖sum‖²` of this batch, and of others: the mean, without its noise, and noise anew."""
+        here, number = jnp.sum(products), len(products)
+        noise = (jnp.trace(products) - here / number) * (number / max(number - 1, 1))
+        kept = jnp.sqrt(jnp.clip(1 - noise / jnp.where(here > 0, here, 1), 0, 1))
+        times = kept + drawn
+        there = jnp.einsum("dp,pq,dq->d", times, products, times)
+        return jnp.maximum(jnp.append(there, here), 0)
+
+    left, exact = squares(left), squares(exact)
+    ratio = jnp.sqrt(left / jnp.where(exact > 0, exact, 1))
+    ratio = jnp.where(exact > 0, ratio, jnp.where(left > 0, jnp.inf, 0))
+    upper = jnp.quantile(ratio[:-1], CONFIDENCE).astype(ratio.dtype)
+    return Errors(ratio[-1], jnp.where(jnp.isnan(ratio).any(), jnp.nan, upper))
+
+
+def can_tell(exact: jax.Array, rounding: float) -> jax.Array:
+    """Whether a batch tells windows at all, from the inner products of its parts' exact gradients.
+
+    Not where one part carries nearly all of it, and not where the parts cancel to rounding.
+    """
+    if len(exact) == 1:
+        return jnp.ones((), bool)
+    squares = jnp.diagonal(exact)
+    number = jnp.sum(squares) ** 2 / one_if_zero(jnp.sum(squares**2))
+    whole = jnp.sqrt(jnp.maximum(jnp.sum(exact), 0))
+    tells = (number >= FEW_PARTS) & (whole > rounding * jnp.sum(jnp.sqrt(squares)))
+    return tells | (jnp.sum(squares) == 0)
