@@ -270,15 +270,20 @@ def test_shares_of_stuck_units():
     leaf[0] = 9.0  # nor does what was given
     leaf[5, 0, 3] = 0
     alone = rng.normal(size=(8, 3))
-    still = [np.ones((8, 3, 5), bool), np.ones((8, 3), bool)]
+    zero = [np.ones((8, 3, 5), bool), np.ones((8, 3), bool)]
+    held = [still.copy() for still in zero]
     share = jax.jit(functools.partial(stuck.share_stuck, batch_shape=(3,)))
-    np.testing.assert_allclose(share([leaf, alone], still, mask), (1 / 6, 2 / 6))
-    np.testing.assert_allclose(share([leaf, alone], still, None), (1 / 6, 1 / 6))
-    np.testing.assert_allclose(share([leaf[:1]], [still[0][:1]], None), (0, 0))
-    still[0][7] = False  # what the last step emits enters none
-    np.testing.assert_allclose(share([leaf, alone], still, None), (1 / 6, 1 / 6))
-    still[0][4, 1, 0] = False  # moved once, where it counts
-    np.testing.assert_allclose(share([leaf, alone], still, mask), (1 / 6, 1 / 6))
+    of = lambda leaves, mask: share(leaves, list(map(stuck.Still, zero, held))[: len(leaves)], mask)
+    np.testing.assert_allclose(of([leaf, alone], mask), (1 / 6, 2 / 6))
+    np.testing.assert_allclose(of([leaf, alone], None), (1 / 6, 1 / 6))
+    short = [stuck.Still(zero[0][:1], held[0][:1])]
+    np.testing.assert_allclose(share([leaf[:1]], short, None), (0, 0))
+    zero[0][7] = False  # what the last step emits enters none
+    np.testing.assert_allclose(of([leaf, alone], None), (1 / 6, 1 / 6))
+    zero[0][4, 1, 0] = False  # moved once, where it counts
+    np.testing.assert_allclose(of([leaf, alone], mask), (1 / 6, 1 / 6))
+    held[0][:4, :, 1] = False  # at ±1, and free to move
+    np.testing.assert_allclose(of([leaf, alone], mask), (0, 1 / 6))
 
 
 @pytest.mark.parametrize(
@@ -298,7 +303,8 @@ def test_what_is_zero_by_its_data_is_not_dead(activation, bias, dead):
     params = {"w_x": rng.normal(size=(2, 4)), "w_h": rng.normal(size=(4, 4)), "b": np.full(4, bias)}
     carries = jnp.zeros((5, 3, 4)), jnp.zeros((5, 3, 2))
     batch = Batch(jnp.zeros((5, 3, 2)))
-    still = jax.jit(lambda params: stuck.stays_zero(step, params, carries, batch))(params)
+    still = jax.jit(lambda params: stuck.find_still(step, params, carries, batch))(params)
+    still = [leaf.zero for leaf in still]
     assert [bool(leaf.all()) for leaf in still] == [dead, False] and bool(still[0].any()) == dead
     assert not still[1].any()
 

@@ -9,6 +9,7 @@ import pytest
 from problems import usual
 
 from jbptt import Batch, cells, diagnose, tasks, truncation_curve
+from jbptt.analysis.decay_shapes import shape_of
 
 NUM_STEPS, EXAMPLES = 100, 4
 SYSTEMS = {}
@@ -81,6 +82,25 @@ def a_small_part_of_the_loss_reads_a_growing_mode():
 
 
 @system
+def two_time_scales():
+    found = yield linear_problem(np.diag([0.5, 2**-0.001]), [0.95, 0.05]), {}
+    shape = shape_of(found.flow.arrives, found.flow.alive)
+    assert shape.kind == "two time scales" and f"decay     {shape.words}" in str(found)
+    np.testing.assert_allclose(shape.half_lives, [1, 1000], rtol=0.05)
+
+
+@system
+def a_memory_of_seven_inputs_of_one_or_minus_one():
+    """Nothing is saturated: what stands at ±1 moves with its input."""
+    step, loss, params, carry, batch = linear_problem(np.diag(np.ones(7), 1), np.eye(8)[7])
+    params["w_x"] = np.zeros((3, 8))
+    params["w_x"][0, 0] = 1
+    xs = np.sign(np.random.default_rng(5).normal(size=(NUM_STEPS, EXAMPLES, 3)))
+    found = yield (step, loss, params, carry, batch._replace(xs=xs)), {}
+    assert float(found.saturated) == 0 and "activation" not in str(found)
+
+
+@system
 def an_undamped_oscillator_whose_norm_swings():
     angle = 2 * np.pi / 20
     rotation, scale = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]), np.diag([1, 1000.0])
@@ -147,6 +167,7 @@ def a_shift_register():
     found = yield linear_problem(np.diag(np.ones(49), 1), np.eye(50)[49]), {}
     np.testing.assert_allclose(found.flow.arrives[:49], 1, rtol=1e-9)
     assert (found.verdict, int(found.zero_lag), int(found.reach)) == ("vanishing", 49, 49)
+    assert "undiminished over 49 steps, then nothing" in str(found) and "activation" not in str(found)
 
 
 def heavy_tail(seed):
@@ -217,7 +238,7 @@ def a_memory_that_is_overwritten():
     # Of the 200 losses, t mod 50 = 0 … 49 steps after a write, those that are k steps before T − k count.
     np.testing.assert_allclose(found.flow.arrives[:49], found.flow.alive[:49], rtol=1e-9)
     assert np.all(np.diff(found.flow.alive[:49]) < 0) and float(found.flow.alive[49]) == 0
-    assert 20 < found.half_life < 30
+    assert 20 < found.half_life < 30 and "undiminished back to a cut or a write" in str(found)
 
 
 @system

@@ -1,8 +1,7 @@
 """The block window recommended on one batch, on others: it keeps its promise, half of it does not.
 
-What scatters is the error from batch to batch. A window whose error is just within the tolerance on one batch keeps it
-on about half of the others; therefore `diagnose` recommends, of those whose half breaks the promise, the window with
-the smallest error. The promise is for batches as large as the one diagnosed: on smaller ones the error is larger.
+What scatters is the error from batch to batch; `diagnose` tells how much from the parts of the batch that it is given.
+The promise is for batches as large as the one diagnosed: on smaller ones the error is larger.
 """
 
 import functools
@@ -21,7 +20,7 @@ OPTIMIZED = True
 NUM_STEPS, EXAMPLES, HIDDEN, NUM_UPDATES, NUM_HELDOUT = 60, 64, 16, 40, 20
 TOLERANCE = 0.1
 # The same in the usual run, of a problem that is made for it.
-IN_SMALL = "test_diagnosis::test_recommended_windows_keep_their_promise_and_half_of_them_do_not"
+IN_SMALL = "test_known_systems::test_windows_hold_on_other_batches_and_half_of_them_do_not"
 WORDS = "the a river field stone small old quiet dark runs turns falls under over into house road light stands"
 
 

@@ -13,6 +13,7 @@ HEAVY = 10.0  # a largest norm of this many medians makes single updates decide
 UNEVEN = 1.5  # and of this many where the gradient explodes
 # An exponent that scatters over examples by less than this part of it is that of one matrix.
 EVEN = 0.1
+SAME = 0.01  # weights scaled by less than this are the same
 STUCK = 0.25  # this share of dead or saturated units is too much
 STABLE_CURVATURE = 2.0  # gradient descent overshoots where learning rate · curvature is larger
 
@@ -154,7 +155,10 @@ def _recurrent_initialisation(found: Any) -> Advice | None:
         max(float(found.dynamics.spread), float(found.dynamics.error)) <= EVEN * abs(exponent)
     ):
         return None
-    remedy = f"near-linear rnn: orthogonal(), or w_h × {math.exp(-exponent):.3g}"
+    factor = math.exp(-exponent)
+    if abs(factor - 1) < SAME:
+        return None
+    remedy = f"near-linear rnn: orthogonal(), or w_h × {factor:.3g}"
     return Advice("recurrent initialisation", "|λ₁| · steps", value, ">", math.log(CHANGE), remedy)
 
 

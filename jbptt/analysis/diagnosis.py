@@ -28,7 +28,7 @@ from jbptt.analysis.lags import LagProfile, Linearised, TruncationCurve, lineari
 from jbptt.analysis.nonfinite import nonfinite_of
 from jbptt.analysis.redrawn import can_tell, products, total
 from jbptt.analysis.remainders import LEFT, Lags, find_blocks, look_back, measured_windows
-from jbptt.analysis.stuck import share_stuck, stays_zero
+from jbptt.analysis.stuck import find_still, share_stuck
 from jbptt.arrays import align_leading, is_inexact, one_if_zero, weighted_mean
 from jbptt.estimators import full_bptt, truncated_bptt
 from jbptt.executables import WeakCache, is_traced
@@ -164,8 +164,8 @@ def _read(problem: Problem, largest: int, learning_rate: float | jax.Array | Non
     if learning_rate is not None:
         learning_rate = jnp.asarray(learning_rate)
         curvature = _curvature(problem)
-    immovable = stays_zero(problem.step, problem.params, passed.carries, problem.batch)
-    saturated, dead = share_stuck(carries, immovable, problem.batch.mask, problem.batch_shape)
+    still = find_still(problem.step, problem.params, passed.carries, problem.batch)
+    saturated, dead = share_stuck(carries, still, problem.batch.mask, problem.batch_shape)
     nonfinite = jax.eval_shape(partial(nonfinite_of, problem))
     block_error = jnp.where(broken, jnp.nan, blocks.errors.here)
     curve = TruncationCurve(

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from jbptt.analysis.advice import TOLERANCES
+from jbptt.analysis.decay_shapes import shape_of
 
 NO_PATH = (
     "  no gradient path: every gradient is exactly zero; the loss ignores y or has no weight, all",
@@ -96,13 +97,9 @@ def _decay(found: Any, norms: np.ndarray) -> list[str]:
         f"  half-life {halves}; norm {norms[0]:.3g} at lag 0, {norms[largest - 1]:.3g} at lag "
         f"{largest - 1}"
     ]
-    if largest > 1 and found.decay.zero_lag != 1:
-        error = float(found.decay.rate_error)
-        spread = f"± {error:.2g}" if math.isfinite(error) else "(two lags)"
-        lines.append(
-            f"  decay     {rate:+.3g} {spread} per step (ln norm; residual "
-            f"{float(found.decay.residual):.2g})"
-        )
+    shape = shape_of(found.flow.arrives[:largest], found.flow.alive[:largest])
+    if shape.words:
+        lines.append(f"  decay     {shape.words}")
     if found.decay.first_lag == 1:
         lines.append(
             f"  jump      to {norms[1]:.3g} at lag 1: half-life and decay are those from there on"
@@ -115,8 +112,7 @@ def _decay(found: Any, norms: np.ndarray) -> list[str]:
         )
     elif found.decay.zero_lag > 0:
         lines.append(
-            f"  exactly zero from lag {int(found.decay.zero_lag)} on: a cut, a reset, or dead or "
-            "saturated units"
+            f"  exactly zero from lag {int(found.decay.zero_lag)} on: no older step has influence"
         )
     reach = int(found.reach)
     reach = (
