@@ -63,7 +63,8 @@ def fit_decay(norms: jax.Array, num_lags: Any = None, smallest: Any = None) -> D
     smallest = tiny if smallest is None else smallest
     num_lags = len(norms) if num_lags is None else num_lags
     lag = jnp.arange(len(norms), dtype=norms.dtype)
-    measured = jnp.arange(len(norms)) < num_lags
+    number = jnp.arange(len(norms))
+    measured = number < num_lags
     one_on = norms[min(1, len(norms) - 1)]
     num_lags = jnp.asarray(num_lags)
     first = jnp.where((one_on > 0) & (one_on < 1e-2 * norms[0]) & (num_lags > 2), 1, 0)
@@ -83,7 +84,7 @@ def fit_decay(norms: jax.Array, num_lags: Any = None, smallest: Any = None) -> D
     trend, trend_error, _ = slope_of(lag, jnp.log(jnp.maximum(norms, tiny)), flows)
     span = (num_lags - 1 - first).astype(norms.dtype)
     quarter = jnp.maximum((num_lags - first) // 4, 1)
-    late = measured & (lag >= jnp.maximum(num_lags - quarter, first))
+    late = measured & (number >= jnp.maximum(num_lags - quarter, first))
     top = max_or_nan(jnp.where(late, norms, 0)) / start
     grows = (top >= CHANGE * (1 - SLACK)) & (trend * span >= math.log(CHANGE) / 2)
     falls = (norms[0] == 0) | (top <= 1 / CHANGE * (1 + SLACK))
@@ -91,18 +92,20 @@ def fit_decay(norms: jax.Array, num_lags: Any = None, smallest: Any = None) -> D
     verdict = jnp.where(grows, 2, jnp.where(falls | ends, 0, 1))
 
     half = start / 2
-    last = max_or_nan(jnp.where(measured & (norms > half) & (lag >= first), lag, first))
-    here, after = norms[last.astype(int)], norms[jnp.minimum(last.astype(int) + 1, len(norms) - 1)]
+    last = jnp.max(jnp.where(measured & (norms > half) & (number >= first), number, first))
+    here, after = norms[last], norms[jnp.minimum(last + 1, len(norms) - 1)]
     pace = jnp.log(jnp.where(here > 0, here, 1) / jnp.where(after > 0, after, 1))
     between = jnp.where(after > 0, jnp.log(here / half) / jnp.where(pace > 0, pace, 1), 1)
     crossed = last + 1 < num_lags
     # Where half is never lost, only a trend over all lags tells when it would be.
     trend_error = jnp.where(jnp.isfinite(trend_error), trend_error, 0)
     slope = jnp.where(crossed, rate, jnp.where(trend < -2 * trend_error, trend, 0))
-    slopes = slope + jnp.array([0, -2, 2]) * jnp.where(crossed, error, trend_error)
+    either = jnp.array([0, -2, 2], norms.dtype)
+    slopes = slope + either * jnp.where(crossed, error, trend_error)
     slopes = jnp.where(jnp.isnan(slopes), 0, slopes)
     half_lives = jnp.where(slopes < 0, math.log(2) / jnp.where(slopes < 0, -slopes, 1), jnp.inf)
-    half_life = jnp.where(crossed, last - first + between, half_lives[0])
+    lost = (last - first).astype(norms.dtype) + between
+    half_life = jnp.where(crossed, lost, half_lives[0])
     half_life = jnp.where(norms[0] == 0, 0.0, half_life)
     return Decay(
         verdict_index=jnp.where(jnp.all(jnp.isfinite(norms)), verdict, 3),
