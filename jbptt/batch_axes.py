@@ -157,7 +157,7 @@ def _fixed_by_params(one: OneStep, prefix: Shape, batch_shape: Shape) -> bool:
         found = one.resized(_at_the_end_of(prefix, new), params_too).run()
         if found and found[1] == (*batch_shape[:axis], new, *batch_shape[axis + 1 :]):
             return False
-    if (independent := _independent(one, prefix)) is not None:
+    if (independent := are_independent(one, prefix)) is not None:
         return not independent
     found = one.resized(_everywhere(size, new), params_too=True).run()
     return found is not None and found[1] == _everywhere(size, new)(batch_shape)
@@ -183,14 +183,14 @@ def _pools_examples(one: OneStep, carries: list[Shape], batch_shape: Shape) -> b
     ):
         return False
     free = [one.resized(_at_the_end_of(shape[:2], new)).run() for shape in set(carries)]
-    return not all(free) and bool(_independent(one, (size,)))
+    return not all(free) and bool(are_independent(one, (size,)))
 
 
-def _independent(one: OneStep, prefix: Shape) -> bool | None:
+def are_independent(one: OneStep, prefix: Shape, inputs_too: bool = False) -> bool | None:
     """Whether what comes out at an index of `prefix`'s last axis needs the carry there alone.
 
-    One step is run on random numbers, with NaN at index 0 of the carry: a small program, in
-    doubtful cases alone. None if that fails, as where the step closes over traced values.
+    And, with `inputs_too`, the inputs there. One step is run on random numbers, with NaN at index
+    0: a small program. None if that fails, as where the step closes over traced values.
     """
     axis = len(prefix) - 1
     numbers = np.random.default_rng(0)
@@ -215,7 +215,9 @@ def _independent(one: OneStep, prefix: Shape) -> bool | None:
     try:
         with jax.ensure_compile_time_eval(), jax.debug_nans(False):
             params, carry, x = jax.tree.map(drawn, _shapes((one.params, one.carry, one.x)))
-            results = jax.jit(one.step)(params, jax.tree.map(poisoned, carry), x)
+            carry = jax.tree.map(poisoned, carry)
+            x = jax.tree.map(poisoned, x) if inputs_too else x
+            results = jax.jit(one.step)(params, carry, x)
             return all(map(rest_is_finite, jax.tree.leaves(results)))
     except Exception:
         return None

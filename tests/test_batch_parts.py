@@ -1,16 +1,19 @@
 """The gradient of each part of a batch, against one whose parameters differ from step to step."""
 
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import problems
 import pytest
-from problems import usual_rows
+from jax.flatten_util import ravel_pytree
+from problems import one_update, usual, usual_rows
 
+from jbptt import Batch, diagnose, full_bptt
 from jbptt.analysis import redrawn, remainders
-from jbptt.analysis.batch_parts import divide
+from jbptt.analysis.batch_parts import parts_of_batch
 from jbptt.analysis.lags import linearise
 from jbptt.problem import problem_of
 
@@ -45,22 +48,24 @@ def looked(examples, num_steps):
         problem = problem_of(step, loss, params, carry, batch)
         linearised = linearise(problem)
         passed = linearised.passed
-        parts = divide(problem, passed.carries, passed.outputs, passed.outputs_bar)
+        parts = parts_of_batch(problem, passed.carries, passed.outputs, passed.outputs_bar)
         blocks = remainders.find_blocks(linearised, parts, (0.5, 0.2))
         return jnp.concatenate(blocks.exact, axis=1) * blocks.scale, blocks.window, blocks.errors
 
     return (step, loss, params, carry, batch), look(params, carry, batch)
 
 
-@pytest.mark.parametrize(("examples", "num_steps"), usual_rows([(3, 13)], [(3, 13), (17, 4), (1, 40), (32, 3)]))
+@pytest.mark.parametrize(
+    ("examples", "num_steps"), usual_rows([(3, 13)], [(3, 13), (17, 4), (1, 40), (1, 33), (32, 3)])
+)
 def test_parts_add_up_to_the_gradient_and_are_what_they_say(examples, num_steps):
     """Groups of examples, each cut into stretches of time; the last of either may be smaller."""
     problem, (grads, *_) = looked(examples, num_steps)
     sources = by_source(*problem)
     size = -(-examples // 16)
     groups = -(-examples // size)
-    times = min(num_steps, 16 // groups)
-    length = -(-num_steps // times)
+    length = -(-num_steps // min(num_steps, 16 // groups))
+    times = -(-num_steps // length)
     wanted = [
         sources[t * length : (t + 1) * length, g * size : (g + 1) * size].sum((0, 1))
         for g in range(groups)
@@ -101,3 +106,73 @@ def test_what_one_batch_cannot_tell():
     heavy[3] *= 1000
     assert not tells(heavy)
     assert not tells(np.concatenate([parts, -parts]))
+
+
+def windows_of(step, loss, params, carry, batch):
+    found = diagnose(step, loss, params, carry, batch, measure=False)
+    exact = one_update(full_bptt(step, loss), params, carry, batch).grads
+    np.testing.assert_allclose(found.gradient_norm, np.linalg.norm(ravel_pytree(exact)[0]), rtol=1e-9)
+    return found
+
+
+def normalised(params, h, x):
+    """Examples see each other."""
+    h = h @ params["w"] + x
+    h = jnp.tanh((h - h.mean(0)) / (1e-3 + h.std(0)))
+    return h, h
+
+
+def with_shared_input(params, h, x):
+    h = jnp.tanh(h @ params["w"] + x)
+    return h, h
+
+
+def with_a_matrix_beside(params, h, x):
+    h = jnp.tanh(h @ params["w"] + x)
+    return h, (h, params["w"])
+
+
+@pytest.mark.parametrize("step", usual([normalised], [normalised, with_shared_input, with_a_matrix_beside]))
+def test_what_cannot_be_divided_by_examples(step):
+    """It is divided in time, and the gradient is that of all examples together; as many examples as features."""
+    rng, size = np.random.default_rng(0), 4
+    loss = lambda y, target: jnp.sum((jax.tree.leaves(y)[0] - target) ** 2, -1)
+    xs = rng.normal(size=(12, size) if step is with_shared_input else (12, size, size))
+    batch = Batch(jnp.asarray(xs), jnp.asarray(rng.normal(size=(12, size, size))))
+    params = {"w": jnp.asarray(rng.normal(size=(size, size)) / 2)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # as many examples as features: which are which?
+        windows_of(step, loss, params, jnp.zeros((size, size)), batch)
+
+
+def test_a_gap_in_the_mask_ends_no_lags():
+    """One loss, at the last step; no step is real three steps before it."""
+    step = lambda p, h, x: ((h_ := 0.95 * h + p * x), h_)
+    rng = np.random.default_rng(1)
+    mask = jnp.ones((30, 16), bool).at[27].set(False)
+    weights = jnp.zeros(30).at[-1].set(1.0)
+    batch = Batch(*(jnp.asarray(rng.normal(size=(30, 16))) for _ in range(2)), mask, weights)
+    found = windows_of(step, lambda y, target: (y - target) ** 2, jnp.ones(()), jnp.zeros(16), batch)
+    assert int(found.num_lags) == 30 and int(found.zero_lag) == -1 and found.verdict != "vanishing"
+    assert np.all(np.asarray(found.sliding_window) > 20)
+
+
+def test_lags_go_on_while_parts_hold_what_cancels():
+    """A long memory in pairs of examples that cancel on this batch, and need not on others."""
+    step = lambda p, h, x: ((h_ := jnp.array([0.2, 0.99]) * h + p * x[:, None]), h_)
+    rng = np.random.default_rng(2)
+    xs = rng.normal(size=(100, 16))
+    xs[:, 1::2] = xs[:, ::2]
+    slopes = np.stack([rng.normal(size=(100, 16)), np.tile([1.0, -1.0], (100, 8))], -1)
+    batch = Batch(jnp.asarray(xs), jnp.asarray(slopes))
+    found = windows_of(step, lambda y, c: jnp.sum(y * c, -1), jnp.ones(2), jnp.zeros((16, 2)), batch)
+    assert int(found.num_lags) == 100
+
+
+@pytest.mark.parametrize("dtype", usual([jnp.bfloat16], [jnp.bfloat16, jnp.float16, jnp.float32]))
+def test_half_precision_can_tell(dtype):
+    data = problems.make("tanh", 40, examples=16)
+    step, loss = data[:2]
+    params, carry, batch = jax.tree.map(lambda a: jnp.asarray(a, dtype), data[2:])
+    found = diagnose(step, loss, params, carry, batch._replace(mask=None, weights=None), measure=False)
+    assert bool(found.windows.told) and np.all(np.asarray(found.sliding_window) > 0)

@@ -16,10 +16,11 @@ import numpy as np
 
 from jbptt import engine
 from jbptt.arrays import is_inexact, split_inexact, widened
+from jbptt.batch_axes import are_independent, first_step
 from jbptt.losses import weighted_losses
 from jbptt.plans import check_division
 from jbptt.problem import Problem
-from jbptt.types import Carry, PyTree
+from jbptt.types import Carry, Params, PyTree
 
 NUM_PARTS = 16
 MOST_NUMBERS = 2**27
@@ -88,28 +89,22 @@ def _filled(leaf: jax.Array, axis: int, length: int, with_zero: bool) -> jax.Arr
     return jnp.take(leaf, np.minimum(np.arange(length), leaf.shape[axis] - 1), axis=axis)
 
 
-def layout_of(problem: Problem, *per_example: PyTree) -> Layout:
-    """Groups of examples where the step takes some of them alone, else stretches of time.
-
-    `per_example`: what must have the axis of examples to be divided by it, leaves `[T, B, ...]`.
-    """
+def layout_of(problem: Problem) -> Layout:
+    """Groups of examples where each is as it would be alone, else stretches of time."""
     num_steps, batch_shape = problem.num_steps, problem.batch_shape
     num_numbers = sum(np.size(leaf) for leaf in jax.tree.leaves(problem.params))
     most = int(max(1, min(NUM_PARTS, MOST_NUMBERS // max(num_numbers, 1))))
     num_examples = batch_shape[0] if batch_shape else 1
     size = -(-num_examples // most)
-    has_axis = all(
-        leaf.shape[1:2] == (num_examples,)
-        for leaf in filter(is_inexact, jax.tree.leaves(per_example))
-    )
     groups = 1
-    if size < num_examples and has_axis and _takes(problem, size):
+    if size < num_examples and _takes(problem, size):
         groups = -(-num_examples // size)
-    return Layout(groups, min(num_steps, max(1, most // groups)), num_steps, num_examples)
+    length = -(-num_steps // min(num_steps, max(1, most // groups)))
+    return Layout(groups, -(-num_steps // length), num_steps, num_examples)
 
 
 def _takes(problem: Problem, size: int) -> bool:
-    """Whether step and loss take so many of the examples alone, each as if it were with all."""
+    """Whether step and loss take so many of the examples alone, each as it is with all others."""
     num_examples = problem.batch_shape[0]
     chosen = np.arange(2 * size) % num_examples  # twice as many, to be divided in two
 
@@ -120,11 +115,16 @@ def _takes(problem: Problem, size: int) -> bool:
     carry = jax.tree.map(partial(twice, axis=0), problem.carry)
     batch = jax.tree.map(partial(twice, axis=1), problem.batch)
     shape = (2 * size, *problem.batch_shape[1:])
+    one = first_step(problem.step, problem.loss, problem.params, problem.carry, problem.batch)
     try:
         check_division(replace(problem, batch_shape=shape).on(carry, batch), 2)
-    except ValueError:
+        x = jax.tree.map(lambda a: a[0], batch.xs)
+        wide = jax.eval_shape(problem.step, problem.params, carry, x)
+    except (TypeError, ValueError):
         return False
-    return True
+    emitted = filter(is_inexact, jax.tree.leaves(wide))
+    per_example = all(leaf.shape[:1] == (2 * size,) for leaf in emitted)
+    return per_example and bool(are_independent(one, (num_examples,), inputs_too=True))
 
 
 def _real(grads: jax.Array) -> jax.Array:
@@ -161,13 +161,30 @@ class PartsOfBatch(NamedTuple):
         return self.pull(list(map(divide, one_on)), bars)
 
 
-def divide(problem: Problem, carries: Carry, outputs: PyTree, outputs_bar: list) -> PartsOfBatch:
+def parts_of_batch(
+    problem: Problem, carries: Carry, outputs: PyTree, outputs_bar: list
+) -> PartsOfBatch:
     """The parts of a problem's batch, of which the carries that enter its steps and the core's
-    outputs are known.
+    outputs are known; one part where the step's derivative cannot be taken for many at once.
     """
+    known = problem, carries, outputs, outputs_bar
+    try:
+        return divide(*known, layout_of(problem))
+    except (NotImplementedError, TypeError, ValueError):
+        # JAX has no rule to vmap it: sparse weights, a callback in a derivative.
+        return divide(*known, Layout(1, 1, problem.num_steps, 1))
+
+
+def divide(
+    problem: Problem,
+    carries: Carry,
+    outputs: PyTree,
+    outputs_bar: list,
+    layout: Layout,
+) -> PartsOfBatch:
+    """The parts of this layout."""
     core, readout = problem.parts.core, problem.parts.readout
     ys = jax.vmap(partial(readout, problem.params), axis_size=problem.num_steps)(outputs)
-    layout = layout_of(problem, carries, outputs, ys)
     pull_core = _way_back(layout, core, problem.params, carries, problem.inputs, problem.live)
     at_rest = [jnp.zeros_like(layout.divide(leaf)) for leaf in outputs_bar]
 
@@ -186,12 +203,18 @@ def divide(problem: Problem, carries: Carry, outputs: PyTree, outputs_bar: list)
     )
     (ys_bar,) = pull_losses(jnp.ones_like(value))
     ys_bar = [layout.divide(leaf, fill_zero=True) for leaf in ys_bar]
-    return PartsOfBatch(layout, pull, pull_readout([], ys_bar))
+    parts = PartsOfBatch(layout, pull, pull_readout([], ys_bar))
+    one_on = [jnp.zeros_like(leaf) for leaf in split_inexact(carries)[0]]
+    jax.eval_shape(parts.gradients, one_on, outputs_bar)  # whether it has a way back at all
+    return parts
 
 
 def _way_back(layout, step, params, carries, inputs, live):
     """Through all steps of all parts to the parameters of each."""
     num_parts, length = layout.num_parts, layout.steps_each
+    if num_parts == 1:
+        back = engine.parallel_pullback(step, params, carries, inputs, length, live)[1]
+        return lambda *bars: _numbers(params, back(*jax.tree.map(lambda a: a[0], bars), None)[0], 1)
 
     def all_parts(params, carries, inputs):
         leaves, rebuild = split_inexact(params)  # what is no number is the same for all parts
@@ -208,8 +231,13 @@ def _way_back(layout, step, params, carries, inputs, live):
     back = engine.pullback(all_parts, each, carries, inputs, live)[1]
 
     def pull(next_carries_bar, outputs_bar):
-        grads = jax.tree.leaves(back(next_carries_bar, outputs_bar, None)[0])
-        numbers = [g for g, p in zip(grads, jax.tree.leaves(params), strict=True) if is_inexact(p)]
-        return [_real(widened(grad).reshape(num_parts, -1)) for grad in numbers]
+        return _numbers(params, back(next_carries_bar, outputs_bar, None)[0], num_parts)
 
     return pull
+
+
+def _numbers(params: Params, grads: Params, num_parts: int) -> list[jax.Array]:
+    """The gradients in parameters that have one, `[parts, n]` real numbers each."""
+    pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(params), strict=True)
+    grads = [grad for grad, leaf in pairs if is_inexact(leaf)]
+    return [_real(widened(grad).reshape(num_parts, -1)) for grad in grads]

@@ -14,7 +14,7 @@ from jax.flatten_util import ravel_pytree
 
 from jbptt import engine, validation
 from jbptt.analysis.advice import TOLERANCES
-from jbptt.analysis.batch_parts import divide
+from jbptt.analysis.batch_parts import parts_of_batch
 from jbptt.analysis.costs import measure_cost
 from jbptt.analysis.evidence import (
     Decay,
@@ -54,7 +54,9 @@ def first_windows(
     bad = (errors > levels) & (windows < num_steps)
     number = jnp.arange(len(windows))
     first = jnp.max(jnp.where(bad, number, -1), axis=1) + 1
-    return jnp.where(first < len(windows), jnp.array([*windows, 0])[first], 0)
+    measured = jnp.sum(~jnp.isnan(errors))
+    found = jnp.array([*windows, 0])[jnp.minimum(first, len(windows))]
+    return jnp.where((first < measured) | (measured == 0), found, 0)
 
 
 def diagnose(
@@ -78,12 +80,13 @@ def diagnose(
     says so, exploding. Lags are measured until less than 10⁻⁴ of the gradient is left and less than
     1 % of the adjoints arrives. The windows recommended keep their error on batches like this one:
     on 95 % of those drawn with replacement from its parts, which are groups of examples, and
-    stretches of time where there are fewer than 16 examples. Windows of 0: this batch cannot tell.
+    stretches of time where there are fewer than 16 examples, or they see each other. Windows of 0:
+    this batch cannot tell.
 
     Costs a third to a half of a gradient for each lag measured, half of one for each of the windows
     measured, one for each of some 8 windows of blocks tried, and six for the rest; memory O(T)
-    carries and twice the gradients of up to 16 parts. With `measure`, timed updates of up to five
-    estimators more; where something is not finite, `find_nonfinite`.
+    carries and some four times the gradients of up to 16 parts. With `measure`, timed updates of up
+    to five estimators more; where something is not finite, `find_nonfinite`.
 
     Args:
       step: `(params, carry, x) -> (carry, y)`; every inexact carry leaf begins with the batch
@@ -142,7 +145,7 @@ def _read(problem: Problem, largest: int, learning_rate: float | jax.Array | Non
     """Everything but the search for what is not finite and the costs, as one program."""
     linearised = linearise(problem)
     passed, weights, carries = linearised.passed, linearised.weights, linearised.carries
-    parts = divide(problem, passed.carries, passed.outputs, passed.outputs_bar)
+    parts = parts_of_batch(problem, passed.carries, passed.outputs, passed.outputs_bar)
     blocks = find_blocks(linearised, parts, TOLERANCES)
     lags = look_back(linearised, parts, blocks, largest, _reached(problem))
 
@@ -155,7 +158,7 @@ def _read(problem: Problem, largest: int, learning_rate: float | jax.Array | Non
     part_weights = jnp.sum(part_weights, axis=tuple(range(1, part_weights.ndim)))
     decay = _decay(linearised, lags)
     broken = ~jnp.isfinite(gradient_norm) | ~jnp.isfinite(loss_sum) | (decay.verdict_index == 3)
-    rounding = 100 * max((float(jnp.finfo(leaf.dtype).eps) for leaf in carries), default=0.0)
+    rounding = 30 * max((float(jnp.finfo(leaf.dtype).eps) for leaf in carries), default=0.0)
     told = can_tell(products(blocks.exact), rounding)
     inexact = (lags.upper_error > LEFT) & (windows < problem.num_steps)
     told = told | ~jnp.any(inexact)  # every window is as good as exact

@@ -17,6 +17,7 @@ from jbptt.bias_bound import slope_of
 from jbptt.norms import inner, max_or_nan, norm, normalised, unit
 from jbptt.segments import add_losses
 
+TREND = 1e-3  # a change of ln over all lags below this is none
 SLACK = 1e-6  # of rounding, beside the factors that verdicts rest on
 
 
@@ -97,9 +98,11 @@ def fit_decay(norms: jax.Array, num_lags: Any = None, smallest: Any = None) -> D
     pace = jnp.log(jnp.where(here > 0, here, 1) / jnp.where(after > 0, after, 1))
     between = jnp.where(after > 0, jnp.log(here / half) / jnp.where(pace > 0, pace, 1), 1)
     crossed = last + 1 < num_lags
-    # Where half is never lost, only a trend over all lags tells when it would be.
-    trend_error = jnp.where(jnp.isfinite(trend_error), trend_error, 0)
-    slope = jnp.where(crossed, rate, jnp.where(trend < -2 * trend_error, trend, 0))
+    # Where half is never lost, only a trend over all lags tells when it would be: one that is no
+    # rounding, and larger than its error where more than two lags tell it.
+    known = jnp.where(jnp.isfinite(trend_error), trend_error, 0)
+    falling = (trend < -2 * known) & (trend * span < -TREND)
+    slope = jnp.where(crossed, rate, jnp.where(falling, trend, 0))
     either = jnp.array([0, -2, 2], norms.dtype)
     slopes = slope + either * jnp.where(crossed, error, trend_error)
     slopes = jnp.where(jnp.isnan(slopes), 0, slopes)
@@ -155,10 +158,7 @@ def leading_exponent(linearised: Linearised) -> Exponent:
     inputs = linearised.passed.carries, problem.inputs
     ndim, num_steps = len(problem.batch_shape), problem.num_steps
     leaves = split_inexact(problem.carry)[0]
-    fresh = [
-        jnp.stack(pair)
-        for pair in zip(*(_random_unit(leaves, ndim, i) for i in (0, 1)), strict=True)
-    ]
+    fresh = [_random_unit(leaves, ndim, seed) for seed in (0, 1)]
 
     def back(vectors, at_t):
         carry_t, inputs_t = at_t
@@ -169,14 +169,18 @@ def leading_exponent(linearised: Linearised) -> Exponent:
             return split_inexact(after)[0]
 
         pull = jax.vjp(run, leaves)[1]
-        (pulled,) = jax.vmap(pull)(vectors)
-        growth = norm(pulled, 1 + ndim)
-        wiped = growth == 0
-        pulled = [
-            jnp.where(align_leading(wiped, v.ndim), new, unit(v, growth)).astype(v.dtype)
-            for v, new in zip(pulled, fresh, strict=True)
+        # One after the other: not every derivative can be vmapped.
+        pairs = [anew(pull(vector)[0], start) for vector, start in zip(vectors, fresh, strict=True)]
+        return [vector for vector, _ in pairs], jnp.stack([growth for _, growth in pairs])
+
+    def anew(pulled, start):
+        """A vector of norm 1, and how much it had grown; another one where nothing is left."""
+        growth = norm(pulled, ndim)
+        vector = [
+            jnp.where(align_leading(growth == 0, v.ndim), new, unit(v, growth)).astype(v.dtype)
+            for v, new in zip(pulled, start, strict=True)
         ]
-        return pulled, growth
+        return vector, growth
 
     def once(vectors, _):
         return lax.scan(back, vectors, inputs, reverse=True)

@@ -94,15 +94,15 @@ def _decay(found: Any, norms: np.ndarray) -> list[str]:
     elif found.decay.zero_lag == 1:
         halves = "under one step"
     lines = [
-        f"  half-life {halves}; norm {norms[0]:.3g} at lag 0, {norms[largest - 1]:.3g} at lag "
-        f"{largest - 1}"
+        f"  half-life {halves}; of what leaves a loss {float(found.flow.arrives[largest - 1]):.3g} "
+        f"arrives at lag {largest - 1}"
     ]
     shape = shape_of(found.flow.arrives[:largest], found.flow.alive[:largest])
     if shape.words:
         lines.append(f"  decay     {shape.words}")
     if found.decay.first_lag == 1:
         lines.append(
-            f"  jump      to {norms[1]:.3g} at lag 1: half-life and decay are those from there on"
+            f"  jump      to {float(found.flow.arrives[1]):.3g} at lag 1; half-life from there on"
         )
     if found.decay.zero_lag > 0 and found.decay.underflow:
         lag = int(found.decay.zero_lag)
@@ -118,7 +118,7 @@ def _decay(found: Any, norms: np.ndarray) -> list[str]:
     reach = (
         f"all {largest} steps measured" if reach >= largest else f"{reach} step{'s' * (reach > 1)}"
     )
-    return [*lines, f"  reach     {reach} (at least 1 % of lag 0)"]
+    return [*lines, f"  reach     {reach} (at least 1 % arrives)"]
 
 
 def _dynamics(found: Any) -> list[str]:

@@ -52,7 +52,7 @@ def errors_of(left: jax.Array, exact: jax.Array) -> Errors:
         noise = (jnp.trace(products) - here / number) * (number / max(number - 1, 1))
         kept = jnp.sqrt(jnp.clip(1 - noise / jnp.where(here > 0, here, 1), 0, 1))
         times = kept + drawn
-        there = jnp.einsum("dp,pq,dq->d", times, products, times)
+        there = jnp.einsum("dp,pq,dq->d", times, products, times, precision=lax.Precision.HIGHEST)
         return jnp.maximum(jnp.append(there, here), 0)
 
     left, exact = squares(left), squares(exact)
@@ -72,5 +72,5 @@ def can_tell(exact: jax.Array, rounding: float) -> jax.Array:
     squares = jnp.diagonal(exact)
     number = jnp.sum(squares) ** 2 / one_if_zero(jnp.sum(squares**2))
     whole = jnp.sqrt(jnp.maximum(jnp.sum(exact), 0))
-    tells = (number >= FEW_PARTS) & (whole > rounding * jnp.sum(jnp.sqrt(squares)))
+    tells = (number >= FEW_PARTS) & (whole > rounding * jnp.sqrt(jnp.sum(squares)))
     return tells | (jnp.sum(squares) == 0)

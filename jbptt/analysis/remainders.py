@@ -24,7 +24,7 @@ from jbptt.arrays import align_leading, one_if_zero, times_gate, widened_dtype
 from jbptt.norms import inner, max_or_nan, norm
 
 LEFT = 1e-4
-"""No further lag is measured once less than this of the exact gradient is left …"""
+"""No further lag is measured once less than this of the parts' exact gradients is left …"""
 FLOWS = 1e-2
 """… and the mean adjoint is below this part of what it was."""
 DENSE = 16
@@ -208,7 +208,6 @@ def look_back(
     windows = measured_windows(largest)
     is_window = jnp.array(np.isin(np.arange(1, largest + 1), windows))
     exact_products, whole = products(exact), total(exact)
-    size = jnp.sqrt(jnp.sum(exact_products))
     # The readout is in every window: nothing of it is ever left.
     readout_grads = [(leaf / scale).astype(dtype) for leaf in parts.readout_grads]
     left, of_readout = jax.tree.map(jnp.subtract, exact, readout_grads), total(readout_grads)
@@ -256,13 +255,23 @@ def look_back(
         arrived = jnp.where(sent > 0, norms, 0)
         weight = jnp.where(inside, jnp.abs(jnp.roll(weights, -lag, axis=0)), 0)
         every = norms if len(counts) == len(by_leaf) else _over_leaves(by_leaf)
-        row = dict(
-            norms=jnp.sum(jnp.where(weight > 0, every, 0)),
-            weight=jnp.sum(weight),
+        flows = dict(
             sent=jnp.sum(sent, axis=0),
             arrived=jnp.sum(arrived, axis=0),
             leaf_arrived=jnp.sum(jnp.where(sent > 0, by_leaf, 0), axis=tuple(range(1, 1 + ndim))),
             alive=jnp.sum(jnp.where(arrived > 0, sent, 0)),
+        )
+        # Where padding leaves a lag without a pair, what arrives is what arrived one lag before.
+        no_pair = (lag > 0) & ~jnp.any(sent > 0)
+        flows = {
+            name: jnp.where(no_pair, rows[name][jnp.maximum(lag - 1, 0)], now)
+            if name in rows
+            else now
+            for name, now in flows.items()
+        }
+        row = flows | dict(
+            norms=jnp.sum(jnp.where(weight > 0, every, 0)),
+            weight=jnp.sum(weight),
             grad=inner(grad, grad),
             left=left_products,
             along=inner(rest, whole),
@@ -271,10 +280,11 @@ def look_back(
         )
         rows = {name: rows[name].at[lag].set(row[name]) for name in rows}
         arrives = jnp.sum(row["arrived"]) / one_if_zero(jnp.sum(row["sent"]))
-        error = inner(rest, rest) / one_if_zero(size**2)
-        more = jnp.any(sent[1:] > 0)  # pairs one lag further apart
-        enough = (error <= LEFT**2) & (arrives <= FLOWS) & at_window
-        go_on = jnp.isfinite(arrives) & jnp.isfinite(error) & more & ~enough
+        # Of each part, since what cancels on this batch need not cancel on others.
+        little = jnp.trace(left_products) <= LEFT**2 * jnp.trace(exact_products)
+        more = jnp.any((inside & (jnp.roll(first, -lag, axis=0) > 0))[1:])  # pairs one lag further
+        finite = jnp.isfinite(arrives) & jnp.isfinite(inner(rest, rest))
+        go_on = finite & more & ~(little & (arrives <= FLOWS) & at_window)
         one_on = [jnp.concatenate([c[1:], jnp.zeros_like(c[:1])]) for c in cotangents]
         outputs_bar = jax.tree.map(jnp.zeros_like, outputs_bar)
         return (lag + 1, one_on, outputs_bar, summed, left, rest, lag_sum, first, rows, go_on), row
@@ -311,7 +321,7 @@ def _read_rows(rows, num_measured, windows, exact_products, scale, total_weight)
     at = windows - 1
     dense = np.arange(1, len(windows) + 1) == windows  # before it every window was measured
     left = rows["left"][at]
-    whole, rest = jnp.sum(exact_products), jnp.sum(left, axis=(1, 2))
+    whole, rest = jnp.maximum(jnp.sum(exact_products), 0), jnp.sum(left, axis=(1, 2))
 
     def compared(rest, along):
         """`(‖ĝ − g‖ / ‖g‖, cosine)`, where ĝ = g − rest."""
