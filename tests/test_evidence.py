@@ -314,8 +314,8 @@ def test_windows_tried(num_steps):
     """They are close together and few."""
     windows = candidate_windows(num_steps)
     assert windows[0] == 1 and windows[-1] == num_steps and windows == sorted(set(windows))
-    assert all(b <= 1.5 * a + 1 for a, b in itertools.pairwise(windows))
-    assert len(windows) <= 2 * np.log2(num_steps) + 2
+    assert all(b <= 2 * a for a, b in itertools.pairwise(windows))
+    assert len(windows) <= np.log2(num_steps) + 3
     measured = measured_windows(num_steps)
     assert measured[-1] == num_steps and np.all(np.diff(measured) > 0)
     assert all(b - a <= max(1, a / 8) or b == num_steps for a, b in itertools.pairwise(measured.tolist()))
