@@ -133,7 +133,7 @@ def test_clipping(fault):
     clip = clipping.clip_by_global_norm(number_in(advice.remedy))
     clipped = norms_of(jax.vmap(lambda g: clip.update(g, clip.init(g))[0])(gradients))
     after = clipped.max() / np.median(clipped)
-    assert after < advice.value / 2
+    assert after - 1 < (advice.value - 1) / 2  # alike would be 1
 
 
 @pytest.mark.more("test_recurrent_initialisation")

@@ -93,9 +93,10 @@ def _decay(found: Any, norms: np.ndarray) -> list[str]:
         halves = ONE_LAG
     elif found.decay.zero_lag == 1:
         halves = "under one step"
+    arrives = float(found.flow.arrives[largest - 1])
     lines = [
-        f"  half-life {halves}; of what leaves a loss {float(found.flow.arrives[largest - 1]):.3g} "
-        f"arrives at lag {largest - 1}"
+        f"  half-life {halves}",
+        f"  arrives   of what leaves a loss {arrives:.3g} arrives at lag {largest - 1}",
     ]
     shape = shape_of(found.flow.arrives[:largest], found.flow.alive[:largest])
     if shape.words:
