@@ -9,8 +9,6 @@ if TYPE_CHECKING:
     from jbptt.adaptive import adaptive_bptt
     from jbptt.analysis.comparison import Comparison, compare
     from jbptt.analysis.costs import Cost, measure_cost
-    from jbptt.analysis.diagnosis import diagnose
-    from jbptt.analysis.findings import Diagnosis
     from jbptt.analysis.flow import Adjoints, adjoints, gradient_flow
     from jbptt.analysis.jacobian_spans import JacobianProducts, jacobian_products
     from jbptt.analysis.jacobians import step_jacobians
@@ -19,6 +17,8 @@ if TYPE_CHECKING:
     from jbptt.analysis.lyapunov import LyapunovSpectrum, lyapunov_spectrum
     from jbptt.analysis.nonfinite import NonFinite, find_nonfinite
     from jbptt.analysis.plan_search import choose_plan
+    from jbptt.diagnosis.question import diagnose
+    from jbptt.diagnosis.result import Diagnosis
     from jbptt.estimators import full_bptt, gated_bptt, randomized_bptt, truncated_bptt
     from jbptt.experiments import tasks
     from jbptt.experiments.training import History, train
@@ -37,8 +37,6 @@ _get, __dir__, __all__ = lazy.attach(
         "adaptive": "adaptive_bptt",
         "analysis.comparison": "Comparison compare",
         "analysis.costs": "Cost measure_cost",
-        "analysis.diagnosis": "diagnose",
-        "analysis.findings": "Diagnosis",
         "analysis.flow": "Adjoints adjoints gradient_flow",
         "analysis.jacobian_spans": "JacobianProducts jacobian_products",
         "analysis.jacobians": "step_jacobians",
@@ -46,6 +44,8 @@ _get, __dir__, __all__ = lazy.attach(
         "analysis.lyapunov": "LyapunovSpectrum lyapunov_spectrum",
         "analysis.nonfinite": "NonFinite find_nonfinite",
         "analysis.plan_search": "choose_plan",
+        "diagnosis.question": "diagnose",
+        "diagnosis.result": "Diagnosis",
         "estimators": "full_bptt gated_bptt randomized_bptt truncated_bptt",
         "experiments.training": "History train",
         "plans": "Plan",

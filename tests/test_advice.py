@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 from problems import one_update, usual
 
 from jbptt import Batch, cells, clipping, diagnose, full_bptt, measure_cost, truncated_bptt, truncation, unroll
-from jbptt.analysis.advice import Advice, advise
+from jbptt.diagnosis.advice import Advice, advise
 
 NUM_STEPS, EXAMPLES, INPUT, HIDDEN = 64, 8, 3, 6
 RNN, GRU, LSTM = (cell(INPUT, HIDDEN) for cell in (cells.rnn, cells.gru, cells.lstm))

@@ -65,7 +65,8 @@ CORE = [
     "probes",
     "testing",
 ]
-FLOORS = ["core", "interop", "analysis", "experiments", "report"]  # interop: a wing of the core, a room a library
+# Interop is a wing of the core, a room a library.
+FLOORS = ["core", "interop", "analysis", "diagnosis", "experiments", "report"]
 OPTIONAL = {"matplotlib", "rich", "tyro", "jinja2", "torch", "xarray", "zarr", "flax", "haiku", "equinox"}
 INTEROP = {"interop.nnx": "flax", "interop.linen": "flax", "interop.haiku": "haiku", "interop.equinox": "equinox"}
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted(ROOT.rglob("*.py"))}

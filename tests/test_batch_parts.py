@@ -12,9 +12,9 @@ from jax.flatten_util import ravel_pytree
 from problems import one_update, usual, usual_rows
 
 from jbptt import Batch, diagnose, full_bptt
-from jbptt.analysis import redrawn, remainders
-from jbptt.analysis.batch_parts import parts_of_batch
 from jbptt.analysis.lags import linearise
+from jbptt.diagnosis import block_windows, resampling
+from jbptt.diagnosis.batch_parts import parts_of_batch
 from jbptt.problem import problem_of
 
 
@@ -49,7 +49,7 @@ def looked(examples, num_steps):
         linearised = linearise(problem)
         passed = linearised.passed
         parts = parts_of_batch(problem, passed.carries, passed.outputs, passed.outputs_bar)
-        blocks = remainders.find_blocks(linearised, parts, (0.5, 0.2))
+        blocks = block_windows.find_blocks(linearised, parts, (0.5, 0.2))
         return jnp.concatenate(blocks.exact, axis=1) * blocks.scale, blocks.window, blocks.errors
 
     return (step, loss, params, carry, batch), look(params, carry, batch)
@@ -87,7 +87,7 @@ def test_errors_of_other_batches():
         )
         for _ in range(30):
             left, exact = draw()
-            seen.append(redrawn.errors_of(*(jnp.asarray(a @ a.T) for a in (left, exact))))
+            seen.append(resampling.errors_of(*(jnp.asarray(a @ a.T) for a in (left, exact))))
         for _ in range(400):
             left, exact = draw()
             true.append(np.linalg.norm(left.sum(0)) / np.linalg.norm(exact.sum(0)))
@@ -100,7 +100,7 @@ def test_errors_of_other_batches():
 def test_what_one_batch_cannot_tell():
     rng = np.random.default_rng(1)
     parts = rng.normal(size=(16, 30))
-    tells = lambda parts: bool(redrawn.can_tell(jnp.asarray(parts @ parts.T), 1e-10))
+    tells = lambda parts: bool(resampling.can_tell(jnp.asarray(parts @ parts.T), 1e-10))
     assert tells(parts) and tells(0 * parts) and tells(parts[:1])
     heavy = parts.copy()
     heavy[3] *= 1000

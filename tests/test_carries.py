@@ -11,7 +11,7 @@ from problems import assert_close, usual
 
 from jbptt import Batch, adjoints, diagnose, find_nonfinite
 from jbptt.analysis import gradient_sources
-from jbptt.analysis.diagnosis import first_windows
+from jbptt.diagnosis.question import first_windows
 
 T = 16
 STEP, LOSS, PARAMS, CARRY, BATCH = problems.make("tanh", T)

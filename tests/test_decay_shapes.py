@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jbptt.analysis.decay_shapes import shape_of
+from jbptt.diagnosis.decay_shapes import shape_of
 
 LAGS = np.arange(100)
 ALL = np.ones(100)

@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 from problems import one_update
 
 from jbptt import Batch, cells, diagnose, full_bptt, gated_bptt, measure_cost, truncated_bptt, truncation, unroll
-from jbptt.analysis import diagnosis
+from jbptt.diagnosis import question
 
 NUM_STEPS = 12
 TOLERANCES = (0.1, 0.01)
@@ -266,7 +266,7 @@ def test_measure_cost():
     ],
 )
 def test_bad_options_are_refused_before_anything_is_compiled(monkeypatch, options, words):
-    monkeypatch.setattr(diagnosis, "answer", lambda *args: pytest.fail("compiles"))
+    monkeypatch.setattr(question, "answer", lambda *args: pytest.fail("compiles"))
     with pytest.raises(ValueError, match=words):
         diagnose(*problems.make("linear", 3), **options)
 

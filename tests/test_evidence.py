@@ -11,10 +11,12 @@ import pytest
 from problems import usual
 
 from jbptt import Batch, bias_bound
-from jbptt.analysis import evidence, lags, stuck
+from jbptt.analysis import lags
 from jbptt.analysis.lags import linearise
 from jbptt.analysis.lyapunov import lyapunov_spectrum
-from jbptt.analysis.remainders import candidate_windows, measured_windows
+from jbptt.diagnosis import decay, dynamics, stuck_units
+from jbptt.diagnosis.block_windows import candidate_windows
+from jbptt.diagnosis.by_lag import measured_windows
 from jbptt.norms import norm
 from jbptt.problem import problem_of, trusted_problem
 from jbptt.segments import back_through
@@ -34,7 +36,7 @@ from jbptt.segments import back_through
     ],
 )
 def test_exact_zeros(norms, verdict, zero_lag, underflow):
-    found = jax.jit(evidence.fit_decay)(jnp.array(norms, jnp.float32))
+    found = jax.jit(decay.fit_decay)(jnp.array(norms, jnp.float32))
     assert ["vanishing", "stable", "exploding"][int(found.verdict_index)] == verdict
     assert (int(found.zero_lag), bool(found.underflow)) == (zero_lag, underflow)
 
@@ -43,12 +45,12 @@ def test_small_weights_hide_no_underflow():
     """Adjoints of weight 1e-6 vanish 1e6 times earlier: norms, which are without the weight, end well above tiny."""
     norms = jnp.array([0.1**k for k in range(32)] + [0.0], jnp.float32)
     tiny = float(jnp.finfo(jnp.float32).tiny)
-    assert not jax.jit(evidence.fit_decay)(norms).underflow
-    assert jax.jit(evidence.fit_decay)(norms, None, tiny / 1e-6).underflow
+    assert not jax.jit(decay.fit_decay)(norms).underflow
+    assert jax.jit(decay.fit_decay)(norms, None, tiny / 1e-6).underflow
 
 
 def test_a_jump_at_the_first_lag_is_no_decay():
-    fit = jax.jit(evidence.fit_decay)
+    fit = jax.jit(decay.fit_decay)
     flat = fit(jnp.array([300.0] + [1.0] * 30))
     assert (int(flat.first_lag), int(flat.verdict_index), int(flat.reach)) == (1, 1, 1)
     np.testing.assert_allclose(flat.rate, 0, atol=1e-12)
@@ -70,13 +72,13 @@ def test_uncertainty_of_the_fit():
         used = min(n, num_lags)
         (slope, _), covariance = np.polyfit(np.arange(used), np.log(norms[:used]), 1, cov=True)
         error = np.sqrt(covariance[0, 0])
-        found = jax.jit(evidence.fit_decay)(norms, num_lags)
+        found = jax.jit(decay.fit_decay)(norms, num_lags)
         np.testing.assert_allclose([found.rate, found.rate_error], [slope, error], rtol=1e-9)
         residuals = np.log(norms[:used]) - np.polyval(np.polyfit(np.arange(used), np.log(norms[:used]), 1), range(used))
         np.testing.assert_allclose(found.residual, np.sqrt(np.mean(residuals**2)), rtol=1e-9)
         interval = np.log(2) / -np.array([slope - 2 * error, slope + 2 * error])
         np.testing.assert_allclose(found.half_life_interval, interval, rtol=1e-9)
-    two = jax.jit(evidence.fit_decay)(jnp.array([1.0, 0.5]))
+    two = jax.jit(decay.fit_decay)(jnp.array([1.0, 0.5]))
     assert np.isinf(two.rate_error) and two.half_life_interval.tolist() == [0, np.inf]
     np.testing.assert_allclose(two.half_life, 1, rtol=1e-12)
 
@@ -85,7 +87,7 @@ def exponent_of(step, params, carry, batch, batch_shape):
     """The exponent along a forward pass of the step; the loss does not matter."""
     loss = lambda y, target: jnp.zeros(batch_shape)
     problem = trusted_problem(step, loss, params, carry, batch, None, batch_shape)
-    return evidence.leading_exponent(linearise(problem))
+    return dynamics.leading_exponent(linearise(problem))
 
 
 def test_leading_exponent_against_a_product_of_jacobians():
@@ -170,7 +172,7 @@ def test_the_rate_of_the_tail():
         np.testing.assert_allclose(jax.jit(bias_bound.tail_rate)(padded, n), wanted, rtol=1e-9)
     run = jax.jit(bias_bound.tail_rate)
     two = 0.2 ** np.arange(32) + 1e-4 * 0.95 ** np.arange(32)  # the slow part shows itself late
-    assert run(two, 32) >= np.log(0.95) - 1e-3 > evidence.fit_decay(two).rate
+    assert run(two, 32) >= np.log(0.95) - 1e-3 > decay.fit_decay(two).rate
     assert run(0.5 ** np.arange(32.0), 7) == jnp.inf == run(np.ones(32), 32), "too few lags, and no decay"
     assert run(np.where(np.arange(32) < 20, 1.0, 0.0), 32) == -jnp.inf
 
@@ -272,11 +274,11 @@ def test_shares_of_stuck_units():
     alone = rng.normal(size=(8, 3))
     zero = [np.ones((8, 3, 5), bool), np.ones((8, 3), bool)]
     held = [still.copy() for still in zero]
-    share = jax.jit(functools.partial(stuck.share_stuck, batch_shape=(3,)))
-    of = lambda leaves, mask: share(leaves, list(map(stuck.Still, zero, held))[: len(leaves)], mask)
+    share = jax.jit(functools.partial(stuck_units.share_stuck, batch_shape=(3,)))
+    of = lambda leaves, mask: share(leaves, list(map(stuck_units.Still, zero, held))[: len(leaves)], mask)
     np.testing.assert_allclose(of([leaf, alone], mask), (1 / 6, 2 / 6))
     np.testing.assert_allclose(of([leaf, alone], None), (1 / 6, 1 / 6))
-    short = [stuck.Still(zero[0][:1], held[0][:1])]
+    short = [stuck_units.Still(zero[0][:1], held[0][:1])]
     np.testing.assert_allclose(share([leaf[:1]], short, None), (0, 0))
     zero[0][7] = False  # what the last step emits enters none
     np.testing.assert_allclose(of([leaf, alone], None), (1 / 6, 1 / 6))
@@ -303,7 +305,7 @@ def test_what_is_zero_by_its_data_is_not_dead(activation, bias, dead):
     params = {"w_x": rng.normal(size=(2, 4)), "w_h": rng.normal(size=(4, 4)), "b": np.full(4, bias)}
     carries = jnp.zeros((5, 3, 4)), jnp.zeros((5, 3, 2))
     batch = Batch(jnp.zeros((5, 3, 2)))
-    still = jax.jit(lambda params: stuck.find_still(step, params, carries, batch))(params)
+    still = jax.jit(lambda params: stuck_units.find_still(step, params, carries, batch))(params)
     still = [leaf.zero for leaf in still]
     assert [bool(leaf.all()) for leaf in still] == [dead, False] and bool(still[0].any()) == dead
     assert not still[1].any()
@@ -325,5 +327,5 @@ def test_windows_tried(num_steps):
 def test_curvature_is_that_along_the_unit_vector(scale):
     matrix = np.array([[2.0, 0.5, -1.0], [0.5, 1.0, 0.0], [-1.0, 0.0, 3.0]])
     direction = np.array([1.0, 2.0, -2.0])
-    found = evidence.curvature_along(jnp.asarray(scale * direction), lambda v: matrix @ v, jnp.zeros(3))
+    found = dynamics.curvature_along(jnp.asarray(scale * direction), lambda v: matrix @ v, jnp.zeros(3))
     np.testing.assert_allclose(found, direction @ matrix @ direction / 9, rtol=1e-12)

@@ -9,7 +9,7 @@ import pytest
 from problems import usual
 
 from jbptt import Batch, cells, diagnose, tasks, truncation_curve
-from jbptt.analysis.decay_shapes import shape_of
+from jbptt.diagnosis.decay_shapes import shape_of
 
 NUM_STEPS, EXAMPLES = 100, 4
 SYSTEMS = {}

@@ -207,8 +207,8 @@ def run_diagnosis(model: str, *, plans: bool = False, **options: Any) -> int:
 
     Raises: UsageError, for whatever the user can put right.
     """
-    from jbptt.analysis.diagnosis import diagnose
     from jbptt.analysis.plan_search import choose_plan
+    from jbptt.diagnosis.question import diagnose
     from jbptt.report.user_models import describe, is_own, load_problem
 
     try:

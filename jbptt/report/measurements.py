@@ -11,13 +11,13 @@ import numpy as np
 import optax
 
 from jbptt import cells, clipping
-from jbptt.analysis.advice import TOLERANCES
 from jbptt.analysis.costs import measure_cost
-from jbptt.analysis.diagnosis import diagnose
-from jbptt.analysis.evidence import fit_decay
-from jbptt.analysis.findings import VERDICTS, Diagnosis
 from jbptt.analysis.lags import lag_profile, truncation_curve
 from jbptt.cells import Cell
+from jbptt.diagnosis.advice import TOLERANCES
+from jbptt.diagnosis.decay import fit_decay
+from jbptt.diagnosis.question import diagnose
+from jbptt.diagnosis.result import VERDICTS, Diagnosis
 from jbptt.estimators import full_bptt, truncated_bptt
 from jbptt.experiments import tasks
 from jbptt.experiments.training import train

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jbptt.analysis.page import verdict_words
+from jbptt.diagnosis.page import verdict_words
 from jbptt.report.axes import (
     draw_matrix,
     draw_unit_circle,

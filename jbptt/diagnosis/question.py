@@ -13,23 +13,19 @@ from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 
 from jbptt import engine, validation
-from jbptt.analysis.advice import TOLERANCES
-from jbptt.analysis.batch_parts import parts_of_batch
 from jbptt.analysis.costs import measure_cost
-from jbptt.analysis.evidence import (
-    Decay,
-    curvature_along,
-    fit_decay,
-    leading_exponent,
-    starts_below_precision,
-)
-from jbptt.analysis.findings import Diagnosis, Dynamics, Flow, Units, Windows
 from jbptt.analysis.lags import LagProfile, Linearised, TruncationCurve, linearise
 from jbptt.analysis.nonfinite import nonfinite_of
-from jbptt.analysis.redrawn import can_tell, products, total
-from jbptt.analysis.remainders import LEFT, Lags, find_blocks, look_back, measured_windows
-from jbptt.analysis.stuck import find_still, share_stuck
 from jbptt.arrays import align_leading, is_inexact, one_if_zero, weighted_mean
+from jbptt.diagnosis.advice import TOLERANCES
+from jbptt.diagnosis.batch_parts import parts_of_batch
+from jbptt.diagnosis.block_windows import find_blocks
+from jbptt.diagnosis.by_lag import LEFT, Lags, look_back, measured_windows
+from jbptt.diagnosis.decay import Decay, fit_decay, starts_below_precision
+from jbptt.diagnosis.dynamics import curvature_along, leading_exponent
+from jbptt.diagnosis.resampling import can_tell, products, total
+from jbptt.diagnosis.result import Diagnosis, Dynamics, Flow, Units, Windows
+from jbptt.diagnosis.stuck_units import find_still, share_stuck
 from jbptt.estimators import full_bptt, truncated_bptt
 from jbptt.executables import WeakCache, is_traced
 from jbptt.norms import norm

@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jbptt.analysis.advice import Advice, advise
 from jbptt.analysis.costs import Cost
-from jbptt.analysis.evidence import Decay
 from jbptt.analysis.lags import LagProfile, TruncationCurve
 from jbptt.analysis.nonfinite import NonFinite
-from jbptt.analysis.page import write_page
+from jbptt.diagnosis.advice import Advice, advise
+from jbptt.diagnosis.decay import Decay
+from jbptt.diagnosis.page import write_page
 
 VERDICTS = ("vanishing", "stable", "exploding", "non-finite")
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from jbptt.analysis.advice import TOLERANCES
-from jbptt.analysis.decay_shapes import shape_of
+from jbptt.diagnosis.advice import TOLERANCES
+from jbptt.diagnosis.decay_shapes import shape_of
 
 NO_PATH = (
     "  no gradient path: every gradient is exactly zero; the loss ignores y or has no weight, all",

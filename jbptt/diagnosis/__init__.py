@@ -1,0 +1,1 @@
+"""What `jbptt.diagnose` measures, concludes, advises and prints."""
