@@ -197,20 +197,27 @@ def are_independent(one: OneStep, prefix: Shape, inputs_too: bool = False) -> bo
 
     def drawn(leaf):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return jax.random.split(jax.random.key(0, impl=jax.random.key_impl(leaf)), leaf.shape)
+            (key,) = (
+                key
+                for impl in ("threefry2x32", "rbg", "unsafe_rbg")
+                if (key := jax.random.key(0, impl=impl)).dtype == leaf.dtype
+            )
+            return jax.random.split(key, leaf.shape) if leaf.shape else key
+        # In NumPy: of jax.numpy each operation would be a program to compile.
         normal = numbers.normal(size=leaf.shape) if is_inexact(leaf) else np.zeros(leaf.shape)
-        return jnp.asarray(normal, leaf.dtype)
+        return np.asarray(normal, leaf.dtype)
 
     def poisoned(leaf):
-        at_0 = (slice(None),) * axis + (0,)
-        return (
-            leaf.at[at_0].set(jnp.nan) if is_inexact(leaf) and _begins(leaf.shape, prefix) else leaf
-        )
+        if not is_inexact(leaf) or not _begins(leaf.shape, prefix):
+            return leaf
+        nan_at_0 = np.array(leaf)
+        nan_at_0[(slice(None),) * axis + (0,)] = np.nan
+        return nan_at_0
 
     def rest_is_finite(leaf):
         if not is_inexact(leaf) or not _begins(np.shape(leaf), prefix):
             return True
-        return bool(jnp.isfinite(jax.lax.slice_in_dim(leaf, 1, None, axis=axis)).all())
+        return bool(np.isfinite(np.asarray(leaf)[(slice(None),) * axis + (slice(1, None),)]).all())
 
     try:
         with jax.ensure_compile_time_eval(), jax.debug_nans(False):

@@ -226,7 +226,7 @@ class _Share:
         named, structure = jax.tree_util.tree_flatten_with_path(first)
         self.names = [path[0].key + jax.tree_util.keystr(path[1:]) for path, _ in named]
         self.whole = [leaf for _, leaf in named]
-        self.carry = jax.eval_shape(lambda: jax.tree.map(lambda a: a[:size], carry))
+        self.carry = jax.eval_shape(lambda tree: jax.tree.map(lambda a: a[:size], tree), carry)
         self.inputs = [
             jax.eval_shape(lambda a: a[:size], a) if _is_per_example(a, 0, num_examples) else a
             for a in self.whole
