@@ -24,6 +24,7 @@ CORE = [
     "lazy",
     "arrays",
     "types",
+    "datasets",
     "norms",
     "engine.primitives",
     "engine.dependence",

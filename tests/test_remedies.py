@@ -555,6 +555,15 @@ def test_the_table():
     assert "fails" not in str(made(better=(None, {"loss": 0.2})))
 
 
+def test_remedies_as_a_dataset():
+    pytest.importorskip("xarray")
+    found = made(better=(None, {"loss": 0.2}))
+    data = found.to_xarray()
+    assert data.loss.dims == ("time", "patient", "remedy", "seed") and data.attrs["num_updates"] == 10
+    np.testing.assert_array_equal(data.loss.sel(time="after", remedy="better"), found.after.loss[:, 1])
+    assert data.radius.values.tolist() == np.asarray(found.radii).tolist()
+
+
 @pytest.mark.more("test_the_table")
 def test_the_table_of_an_experiment():
     found = moderate()

@@ -118,6 +118,13 @@ def test_vmap_over_seeds_is_a_loop():
         assert_close(jax.tree.map(lambda p, i=i: p[i], params), one)
         assert_close((history.loss[i], history.grad_norm[i]), (alone.loss, alone.grad_norm))
     assert len(set(np.asarray(history.loss[:, 0]).tolist())) == 3
+    pytest.importorskip("xarray")
+    data = history.to_xarray()
+    assert data.loss.dims == ("axis_0", "update")
+    np.testing.assert_array_equal(data.grad_norm.isel(axis_0=1).sel(update=2), history.grad_norm[1, 2])
+    for path, leaf in jax.tree.leaves_with_path(history.info):
+        named = data[f"info{jax.tree_util.keystr(path)}"]
+        assert named.dims[:2] == ("axis_0", "update") and named.shape == leaf.shape
 
 
 def test_optimizer_state_keeps_its_dtypes_in_float32():

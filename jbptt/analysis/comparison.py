@@ -11,6 +11,7 @@ from jax.core import Tracer
 
 from jbptt import validation
 from jbptt.analysis.costs import check_estimators
+from jbptt.datasets import dataset, variables
 from jbptt.engine import dependences
 from jbptt.executables import run
 from jbptt.norms import compared_with, in_units_of, inner, norm
@@ -91,17 +92,11 @@ class Comparison:
 
     def to_xarray(self) -> Any:
         """An `xarray.Dataset` over `estimator` (and `other`, for the pairs); needs xarray."""
-        import xarray
-
-        variables: dict[str, Any] = {
-            name: ("estimator", np.asarray(getattr(self, name))) for name in PER_ESTIMATOR
-        }
-        if self.coverage is not None:
-            variables["coverage"] = ("estimator", np.asarray(self.coverage))
-        variables["alignment"] = (("estimator", "other"), np.asarray(self.alignment))
-        names = list(self.names)
-        coordinates = {"estimator": names, "other": names}
-        return xarray.Dataset(variables, coordinates, {"num_samples": self.num_samples})
+        fields = PER_ESTIMATOR if self.coverage is None else (*PER_ESTIMATOR, "coverage")
+        found = [variables(name, getattr(self, name), "estimator") for name in fields]
+        found.append(variables("alignment", self.alignment, "estimator", "other"))
+        coords = {"estimator": list(self.names), "other": list(self.names)}
+        return dataset(*found, coords=coords, attrs={"num_samples": self.num_samples})
 
 
 def compare(

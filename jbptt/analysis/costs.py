@@ -1,13 +1,13 @@
 """What an update of each estimator costs on this machine, in time and in memory."""
 
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jbptt import validation
+from jbptt.datasets import dataset, variables
 from jbptt.executables import compiled
 from jbptt.types import Batch, Carry, Estimate, Estimator, Params
 
@@ -40,13 +40,15 @@ class Cost(NamedTuple):
 
     def to_xarray(self) -> Any:
         """An `xarray.Dataset` over `estimator` and `repeat`; needs xarray."""
-        import xarray
+        return dataset(*self.variables, coords={"estimator": list(self.names)})
 
-        variables = {
-            "seconds": (("estimator", "repeat"), self.seconds),
-            "temporary_bytes": ("estimator", self.temporary_bytes),
-        }
-        return xarray.Dataset(variables, {"estimator": list(self.names)})
+    @property
+    def variables(self) -> list[dict]:
+        """The arrays with their axes, as datasets hold them."""
+        return [
+            variables("seconds", self.seconds, "estimator", "repeat"),
+            variables("temporary_bytes", self.temporary_bytes, "estimator"),
+        ]
 
     def __str__(self) -> str:
         rows = zip(
@@ -95,14 +97,12 @@ def measure_cost(
     check_estimators(estimators)
     key = jax.random.key(0) if key is None else key
     states = {name: e.init(params, carry, batch, key=key) for name, e in estimators.items()}
-    lowered = [  # here, not in the pool: JAX's configuration contexts belong to a thread
+    lowered = [
         compiled(_estimate, (e.update,)).lower(params, states[name], batch)
         for name, e in estimators.items()
     ]
-    with ThreadPoolExecutor() as pool:
-        updates = dict(
-            zip(estimators, pool.map(lambda program: program.compile(), lowered), strict=True)
-        )
+    # One after the other: a thread that compiles while the interpreter ends takes it down.
+    updates = {name: program.compile() for name, program in zip(estimators, lowered, strict=True)}
     seconds = np.zeros((len(updates), num_repeats + 1))
     for repeat in range(num_repeats + 1):
         for i, (name, update) in enumerate(updates.items()):

@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jbptt import validation
 from jbptt.arrays import align_leading, split_inexact, times_gate, weighted_mean
+from jbptt.datasets import dataset, variables
 from jbptt.norms import compared_leafwise, compared_with, leafwise, norm
 from jbptt.problem import Problem, answer, problem_of
 from jbptt.segments import ForwardPass, back_through, pass_forward
@@ -35,6 +37,12 @@ class LagProfile(NamedTuple):
 
     cotangent_norms: Any
     grad_norms: Any
+
+    def to_xarray(self) -> Any:
+        """An `xarray.Dataset` over `lag`, a variable for each leaf; needs xarray."""
+        found = [variables(name, tree, "lag") for name, tree in self._asdict().items()]
+        lags = np.arange(np.shape(jax.tree.leaves(self.cotangent_norms)[0])[-1])
+        return dataset(*found, coords={"lag": lags})
 
 
 class TruncationCurve(NamedTuple):
@@ -56,6 +64,14 @@ class TruncationCurve(NamedTuple):
     cosine: Any
     block_relative_error: Any
     block_cosine: Any
+
+    def to_xarray(self) -> Any:
+        """An `xarray.Dataset` over `window`, a variable for each leaf; needs xarray."""
+        trees = self._asdict()
+        windows = np.asarray(trees.pop("windows"))
+        found = [variables(name, tree, "window") for name, tree in trees.items()]
+        # The same windows for all, where vmap has made more of them.
+        return dataset(*found, coords={"window": windows.reshape(-1, windows.shape[-1])[0]})
 
 
 class Linearised(NamedTuple):

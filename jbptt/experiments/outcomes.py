@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jbptt.datasets import dataset, variables
+
 MEANINGFUL_LOSS = 0.01
 """A difference in loss below 1 % of the loss is none, however small the spread."""
 
@@ -74,6 +76,22 @@ class Remedies:
     def diverged(self) -> jax.Array:
         """`[patient, remedy]`, the share of runs whose held-out loss ended as NaN or inf."""
         return 1 - jnp.isfinite(self.after.loss).mean(axis=-1)
+
+    def to_xarray(self) -> Any:
+        """An `xarray.Dataset` over `time`, `patient`, `remedy` and `seed`; needs xarray."""
+        dims = "time", "patient", "remedy", "seed"
+        found = [
+            variables(name, np.stack([getattr(m, name) for m in (self.before, self.after)]), *dims)
+            for name in Measures._fields
+        ]
+        coords = {
+            "time": ["before", "after"],
+            "patient": list(self.patients),
+            "radius": ("patient", np.asarray(self.radii)),
+            "remedy": list(self.remedies),
+        }
+        attrs = {"num_updates": self.num_updates, "num_steps": self.num_steps}
+        return dataset(*found, coords=coords, attrs=attrs)
 
     def __str__(self) -> str:
         return "\n\n".join(_block(self, p) for p in range(len(self.patients)))

@@ -4,9 +4,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jbptt.arrays import weighted_mean, widened
+from jbptt.datasets import dataset, variables
 from jbptt.losses import weighted_losses, where_counted
 from jbptt.norms import norm
 from jbptt.recurrence import scan_steps
@@ -30,6 +32,19 @@ class History(NamedTuple):
     info: dict[str, Any]
     state: Any
     opt_state: optax.OptState
+
+    def to_xarray(self) -> Any:
+        """An `xarray.Dataset` over `update`: loss, grad_norm and `info`; needs xarray.
+
+        Further axes of a leaf of `info` are called by its name, those of a vmapped call `axis_0`.
+        """
+        front = np.ndim(self.loss) - 1
+        found = [variables(name, getattr(self, name), "update") for name in ("loss", "grad_norm")]
+        for path, leaf in jax.tree.leaves_with_path(self.info):
+            name = f"info{jax.tree_util.keystr(path)}"
+            further = [f"{name}_{i}" for i in range(np.ndim(leaf) - front - 1)]
+            found.append(variables(name, leaf, "update", *further))
+        return dataset(*found, coords={"update": np.arange(np.shape(self.loss)[-1])})
 
 
 def train(
