@@ -23,6 +23,17 @@ def dependences(function: Callable, *arguments: Any) -> list[Sources]:
     return jax.tree.leaves(_dependence_tree(function, *arguments))
 
 
+def factors(function: Callable, *arguments: Any) -> set[tuple[Sources, Sources]]:
+    """For each matrix product of a program, the inputs that its left and its right side depend on.
+
+    Those of inner programs included, where they are known to be programs (`dependences`).
+    """
+    closed = jax.make_jaxpr(function)(*arguments)
+    inputs, seen = [frozenset([i]) for i in range(len(closed.jaxpr.invars))], set()
+    _sources_of_outputs(closed.jaxpr, inputs, seen)
+    return seen
+
+
 def _dependence_tree(function: Callable, *arguments: Any) -> PyTree:
     """`dependences` in the structure of the result."""
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
@@ -34,8 +45,13 @@ def _union(sources: Sequence[Sources]) -> Sources:
     return frozenset().union(*sources)
 
 
-def _sources_of_outputs(jaxpr: Any, inputs: list[Sources]) -> list[Sources]:
-    """The sources of a program's outputs, from those of its inputs. Constants have none."""
+def _sources_of_outputs(
+    jaxpr: Any, inputs: list[Sources], seen: set | None = None
+) -> list[Sources]:
+    """The sources of a program's outputs, from those of its inputs. Constants have none.
+
+    To `seen` are added those of both sides of each matrix product.
+    """
     sources: dict[Any, Sources] = dict(zip(jaxpr.invars, inputs, strict=True))
 
     def sources_of(atom):
@@ -44,37 +60,39 @@ def _sources_of_outputs(jaxpr: Any, inputs: list[Sources]) -> list[Sources]:
 
     for equation in jaxpr.eqns:
         operands = list(map(sources_of, equation.invars))
-        sources.update(zip(equation.outvars, _through(equation, operands), strict=True))
+        if seen is not None and equation.primitive.name == "dot_general":
+            seen.add(tuple(operands))
+        sources.update(zip(equation.outvars, _through(equation, operands, seen), strict=True))
         if equation.effects:  # a mutable array holds from here on what may have been written to it
             mutable = [atom for atom in equation.invars if hasattr(atom.aval, "inner_aval")]
             sources.update(dict.fromkeys(mutable, _union(operands)))
     return list(map(sources_of, jaxpr.outvars))
 
 
-def _through(equation: Any, operands: list[Sources]) -> list[Sources]:
+def _through(equation: Any, operands: list[Sources], seen: set | None) -> list[Sources]:
     """The sources of an equation's outputs, from those of its operands."""
     name, params = equation.primitive.name, equation.params
     if not equation.effects:
         if name in CALLS and CALLS[name] in params:
             program = params[CALLS[name]]
-            return _sources_of_outputs(getattr(program, "jaxpr", program), operands)
+            return _sources_of_outputs(getattr(program, "jaxpr", program), operands, seen)
         if name == "scan":
-            return _through_scan(params, operands)
+            return _through_scan(params, operands, seen)
         if name == "cond":
             index, *operands = operands
-            branches = [_sources_of_outputs(b.jaxpr, operands) for b in params["branches"]]
+            branches = [_sources_of_outputs(b.jaxpr, operands, seen) for b in params["branches"]]
             return [_union([index, *outputs]) for outputs in zip(*branches, strict=True)]
     return [_union(operands)] * len(equation.outvars)
 
 
-def _through_scan(params: dict, operands: list[Sources]) -> list[Sources]:
+def _through_scan(params: dict, operands: list[Sources], seen: set | None) -> list[Sources]:
     """Those of the carry after any number of steps, then those of the outputs."""
     num_consts, num_carry = params["num_consts"], params["num_carry"]
     consts, carry = operands[:num_consts], operands[num_consts : num_consts + num_carry]
     xs = operands[num_consts + num_carry :]
 
     def body(carry):
-        results = _sources_of_outputs(params["jaxpr"].jaxpr, [*consts, *carry, *xs])
+        results = _sources_of_outputs(params["jaxpr"].jaxpr, [*consts, *carry, *xs], seen)
         return results[:num_carry], results[num_carry:]
 
     while True:
