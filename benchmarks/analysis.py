@@ -1,5 +1,6 @@
 """What the analyses cost beside the way one would compute the same numbers without them."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -155,6 +156,53 @@ def lyapunov(quick: bool) -> tuple[str, dict[str, Callable]]:
     return f"all {size} Lyapunov exponents, T={steps}", runs
 
 
+def diagnosis(work: Work, forget: float | None, quick: bool) -> dict[str, Any]:
+    """What `diagnose(measure=False)` costs, in exact gradients of the same batch.
+
+    A second call, paired with gradients; and the first call, with the compilation, beside that of
+    a gradient: once, in this order.
+    """
+    cell, params = our_cell(work)
+    if forget is not None:
+        params = {**params, "b": params["b"].at[work.hidden : 2 * work.hidden].set(forget)}
+    carry, batch = cell.initial_carry((work.examples,)), Batch(*data(work))
+    estimator = jbptt.full_bptt(cell.step, squared_error)
+    state = estimator.init(params, carry, batch)
+    gradient = jax.jit(lambda params: estimator.update(params, state, batch)[0].grads)
+    runs = {
+        "gradient": lambda: gradient(params),
+        "diagnose": lambda: jbptt.diagnose(
+            cell.step, squared_error, params, carry, batch, measure=False
+        ),
+    }
+    first = {}
+    for name, run_first in runs.items():
+        start = time.perf_counter()
+        found = jax.block_until_ready(run_first())
+        first[name] = time.perf_counter() - start
+    times = alternate(runs, seconds=2 if quick else 20, fewest=3)
+    return {
+        "what": f"{work.name}, forget bias {forget:g}" if forget else work.name,
+        "lags": int(found.num_lags),
+        "gradients": ratio(times["diagnose"], times["gradient"])._asdict(),
+        "first_seconds": first,
+    }
+
+
+def diagnoses(quick: bool) -> tuple[list[dict[str, Any]], str]:
+    """A gradient that reaches some steps, and one that reaches all."""
+    steps, hidden = (32, 16) if quick else (128, 128)
+    rows = [diagnosis(Work("lstm", 16, steps, hidden), forget, quick) for forget in (None, 6.0)]
+    lines = ["| diagnose, second call | lags measured | gradients (quartiles) | first call |"]
+    lines.append("|---|---|---|---|")
+    for row in rows:
+        spread = "{median:.1f} ({low:.1f} … {high:.1f})".format(**row["gradients"])
+        one, whole = row["first_seconds"]["gradient"], row["first_seconds"]["diagnose"]
+        first = f"{whole:.1f} s, {whole / one:.1f} times a gradient's"
+        lines.append(f"| {row['what']} | {row['lags']} | {spread} | {first} |")
+    return rows, "\n".join(lines)
+
+
 def picture(rows: list[dict[str, Any]]) -> Any:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, NullFormatter
@@ -204,4 +252,5 @@ def run(quick: bool) -> tuple[dict[str, Any], Any, str]:
             about = "–" if r is None else f"{r.median:.2f} ({r.low:.2f} … {r.high:.2f})"
             lines.append(f"| {what} | {name} | {milliseconds(t):.1f} | {about} |")
         jax.clear_caches()
-    return {"rows": rows}, picture(rows), "\n".join(lines)
+    costs, table = diagnoses(quick)
+    return {"rows": rows, "diagnoses": costs}, picture(rows), "\n".join([*lines, "", table])

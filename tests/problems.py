@@ -104,6 +104,11 @@ def one_update(estimator, params, carry, batch, key=None):
     return estimator.update(params, estimator.init(params, carry, batch, key), batch)[0]
 
 
+def in_one_line(page):
+    """What a page says, however its lines are broken."""
+    return " ".join(str(page).split())
+
+
 def assert_close(actual, desired, rtol=1e-12):
     """Leaf by leaf: max |difference| ≤ rtol · max |desired|; infinities and NaN where desired, nowhere else."""
     assert jax.tree.structure(actual) == jax.tree.structure(desired)

@@ -1,5 +1,6 @@
 """`jbptt diagnose MODULE:FUNCTION`: the page of a user's own model, or one clear line."""
 
+import json
 import queue
 import re
 import sys
@@ -77,7 +78,21 @@ def model(tmp_path, monkeypatch):
 def test_the_page_of_a_users_model(name, capsys):
     assert cli.main(["diagnose", name, "--no-measure", "--max-window", "3"]) == 0
     page = capsys.readouterr().out
-    assert page.startswith("Gradient over 6 steps, 3 lags measured: ") and "half-life" in page and "10% sliding" in page
+    assert "\nGradient over 6 steps, 3 lags measured: " in page and "half-life" in page and "10% sliding" in page
+
+
+def test_every_option_has_its_help(capsys):
+    assert cli.main(["diagnose", "--help"]) == 0
+    words = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    for option, begins in {
+        "--max-window": "the largest lag",
+        "--learning-rate": "of your optimizer",
+        "--no-measure": "leave out the time",
+        "--plans": "time the ways",
+        "--explain": "print what each line",
+        "--out": "a folder to write",
+    }.items():
+        assert re.search(rf"{option}\b[^-]*?{begins}", words), option
 
 
 def test_plans_are_measured_when_asked_for(capsys):
@@ -86,6 +101,22 @@ def test_plans_are_measured_when_asked_for(capsys):
     fastest = re.search(r"Fastest full gradient here: (segments of .* on one device)\.", page)
     assert fastest and page.count(fastest[1]) == 2  # in the sentence and among the candidates
     assert page.count("on one device") == 2  # six steps are one segment by default
+
+
+def test_page_numbers_and_picture_are_written(tmp_path, capsys):
+    options = ["diagnose", "my_model:problem", "--no-measure", "--max-window", "3", "--explain", "--out", "found"]
+    assert cli.main(options) == 0
+    page = capsys.readouterr().out
+    folder = tmp_path / "found"
+    assert sorted(path.name for path in folder.iterdir()) == ["diagnosis.json", "diagnosis.svg", "diagnosis.txt"]
+    assert (folder / "diagnosis.txt").read_text() == page and "The leading Lyapunov exponent" in page
+    numbers = json.loads((folder / "diagnosis.json").read_text())
+    assert numbers["verdict"] in page and page.startswith(numbers["decision"][:60])
+    assert len(numbers["arrives"]) == len(numbers["lag"]) == 3 and numbers["window"] == [1, 2, 3]
+    assert "<svg" in (folder / "diagnosis.svg").read_text()
+    (tmp_path / "taken").write_text("")
+    assert cli.main(["diagnose", "my_model:problem", "--out", "taken"]) == 2
+    assert "out must be a folder, got the file" in capsys.readouterr().err
 
 
 WRONG = {

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import usual
+from problems import in_one_line, usual
 
-from jbptt import Batch, cells, diagnose, tasks, truncation_curve
+from jbptt import Batch, cells, diagnose, gradient_flow, tasks, truncation_curve
 from jbptt.diagnosis.decay_shapes import shape_of
 
 NUM_STEPS, EXAMPLES = 100, 4
@@ -85,7 +85,7 @@ def a_small_part_of_the_loss_reads_a_growing_mode():
 def two_time_scales():
     found = yield linear_problem(np.diag([0.5, 2**-0.001]), [0.95, 0.05]), {}
     shape = shape_of(found.flow.arrives, found.flow.alive)
-    assert shape.kind == "two time scales" and f"decay     {shape.words}" in str(found)
+    assert shape.kind == "two time scales" and shape.words in in_one_line(found)
     np.testing.assert_allclose(shape.half_lives, [1, 1000], rtol=0.05)
 
 
@@ -167,7 +167,7 @@ def a_shift_register():
     found = yield linear_problem(np.diag(np.ones(49), 1), np.eye(50)[49]), {}
     np.testing.assert_allclose(found.flow.arrives[:49], 1, rtol=1e-9)
     assert (found.verdict, int(found.zero_lag), int(found.reach)) == ("vanishing", 49, 49)
-    assert "undiminished over 49 steps, then nothing" in str(found) and "activation" not in str(found)
+    assert "undiminished over 49 steps, then nothing" in in_one_line(found) and "activation" not in str(found)
 
 
 def heavy_tail(seed):
@@ -179,7 +179,7 @@ def heavy_tail(seed):
 def losses_with_heavy_tails():
     found = yield heavy_tail(1), {}
     assert not found.windows.told and found.sliding_window.tolist() == found.block_window.tolist() == [0, 0]
-    assert "this batch cannot tell" in str(found)
+    assert "one part of it carries nearly all of the gradient" in in_one_line(found)
     np.testing.assert_allclose(found.half_life, np.log(2) / -np.log(0.9), rtol=1e-6)
 
 
@@ -190,7 +190,7 @@ def examples_that_cancel():
     xs[:, 1::2] = xs[:, ::2]
     signs = np.where(np.arange(16) % 2, 1.0, -1.0)[None, :, None] * np.ones((NUM_STEPS, 16, 1))
     found = yield (step, loss, params, carry, Batch(xs, signs)), {}
-    assert not found.windows.told and "this batch cannot tell" in str(found)
+    assert not found.windows.told and "its parts cancel to rounding" in in_one_line(found)
 
 
 @system
@@ -238,7 +238,7 @@ def a_memory_that_is_overwritten():
     # Of the 200 losses, t mod 50 = 0 … 49 steps after a write, those that are k steps before T − k count.
     np.testing.assert_allclose(found.flow.arrives[:49], found.flow.alive[:49], rtol=1e-9)
     assert np.all(np.diff(found.flow.alive[:49]) < 0) and float(found.flow.alive[49]) == 0
-    assert 20 < found.half_life < 30 and "undiminished back to a cut or a write" in str(found)
+    assert 20 < found.half_life < 30 and "undiminished back to a cut or a write" in in_one_line(found)
 
 
 @system
@@ -255,7 +255,7 @@ def an_error_that_comes_back():
     found = yield problem, {}
     error = np.asarray(truncation_curve(*problem, max_window=60).relative_error)
     for tolerance, window in zip((0.1, 0.01), found.sliding_window.tolist(), strict=True):
-        assert window == 0 or np.all(error[window - 1 :] <= tolerance)
+        assert window > 0 and np.all(error[window - 1 :] <= tolerance)
 
 
 @system
@@ -268,7 +268,7 @@ def one_reset_of_one_example():
     problem = step, tasks.squared_error, jnp.asarray(w), jnp.zeros((8, 16)), Batch((jnp.asarray(xs), reset), targets)
     found = yield problem, {"max_window": 20}
     assert -0.12 < found.exponent < -0.05 and int(found.dynamics.num_wiped) == 1
-    assert "1 reset of an example left out" in str(found)
+    assert "1 reset of an example left out" in in_one_line(found)
 
 
 @system
@@ -311,6 +311,160 @@ def complex_parameters():
     way = 1e-4 * way / jnp.linalg.norm(way)
     wanted = (mean_loss(flat + way) - 2 * mean_loss(flat) + mean_loss(flat - way)) / 1e-8
     np.testing.assert_allclose(found.curvature, wanted, rtol=1e-4)
+
+
+MENDS_ONE_MATRIX = {"gated cell", "recurrent initialisation", "regularisation"}
+
+
+def topics(found):
+    return {advice.topic for advice in found.advice}
+
+
+@system
+def a_reservoir_whose_weights_are_fixed():
+    """Its gradient vanishes; no parameter can mend that."""
+    rng = np.random.default_rng(0)
+    fixed, into = 0.3 * np.linalg.qr(rng.normal(size=(16, 16)))[0], rng.normal(size=(3, 16))
+
+    def step(params, h, x):
+        h = jnp.tanh(h @ fixed + x @ into)
+        return h, h @ params["w_y"]
+
+    batch = Batch(rng.normal(size=(NUM_STEPS, EXAMPLES, 3)), rng.normal(size=(NUM_STEPS, EXAMPLES, 2)))
+    found = yield (step, tasks.squared_error, {"w_y": jnp.ones((16, 2))}, jnp.zeros((EXAMPLES, 16)), batch), {}
+    assert found.recurrent_weights == () and not topics(found) & MENDS_ONE_MATRIX
+
+
+@system
+def a_logistic_map():
+    """It is chaotic, as it should be; there is no matrix to penalise."""
+    step = lambda r, h, x: ((h_ := r * h * (1 - h) + 0 * x), h_)
+    start = jnp.linspace(0.1, 0.9, 8)
+    step_, loss, params, _, batch = scalar_problem(step, num_steps=30, params=jnp.asarray(4.0))
+    found = yield (step_, loss, params, start, batch), {}
+    assert found.verdict == "exploding" and not topics(found) & MENDS_ONE_MATRIX
+    np.testing.assert_allclose(found.exponent, np.log(2), atol=0.15)
+
+
+def cell_problem(cell, scale=1.0):
+    rng = np.random.default_rng(0)
+    params = cell.init(jax.random.key(0))
+    params = {**params, "w_h": scale * params["w_h"]}
+    batch = Batch(rng.normal(size=(NUM_STEPS, EXAMPLES, 3)), rng.normal(size=(NUM_STEPS, EXAMPLES, 16)))
+    return cell.step, tasks.squared_error, params, cell.initial_carry((EXAMPLES,)), batch
+
+
+@system
+def a_gru_that_forgets():
+    found = yield cell_problem(cells.gru(3, 16)), {}
+    assert found.verdict == "vanishing" and not topics(found) & MENDS_ONE_MATRIX
+
+
+@system
+def an_lstm_that_forgets():
+    found = yield cell_problem(cells.lstm(3, 16)), {}
+    assert found.verdict == "vanishing" and not topics(found) & MENDS_ONE_MATRIX
+
+
+@system
+def an_lstm_that_forgets_little():
+    """The forget gate alone would keep half for 2,000 steps; lags compare the same losses."""
+    cell = cells.lstm(3, 16, forget_bias=8.0)
+    found = yield cell_problem(cell, 0.05), {"max_window": 20}
+    assert found.half_life > 300 and found.verdict == "stable"
+
+
+@system
+def a_network_without_recurrence():
+    step = lambda params, h, x: ((y := jnp.tanh(x @ params["w"])), y)
+    rng = np.random.default_rng(0)
+    batch = Batch(rng.normal(size=(NUM_STEPS, EXAMPLES, 3)), rng.normal(size=(NUM_STEPS, EXAMPLES, 4)))
+    found = yield (step, tasks.squared_error, {"w": jnp.ones((3, 4))}, jnp.zeros((EXAMPLES, 4)), batch), {}
+    assert "Any window will do" in found.decision and found.advice == ()
+
+
+@system
+def spikes_with_a_leak():
+    """The membrane keeps itself: gates would be nothing new."""
+
+    @jax.custom_jvp
+    def spike(v):
+        return (v > 1).astype(v.dtype)
+
+    spike.defjvp(lambda v, dv: (spike(v[0]), dv[0] / (1 + 10 * jnp.abs(v[0] - 1)) ** 2))
+
+    def step(params, v, x):
+        v = 0.9 * v + x @ params["w"] + 0.1 * spike(v) @ params["w_h"] - spike(v)
+        return v, spike(v)
+
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=(3, 16))), "w_h": jnp.asarray(rng.normal(size=(16, 16)))}
+    batch = Batch(rng.normal(size=(NUM_STEPS, EXAMPLES, 3)), rng.normal(size=(NUM_STEPS, EXAMPLES, 16)))
+    found = yield (step, tasks.squared_error, params, jnp.zeros((EXAMPLES, 16)), batch), {}
+    assert not topics(found) & {"gated cell", "recurrent initialisation"}
+
+
+@system
+def a_filter_of_mean_and_covariance():
+    """Kalman's, whose matrix is the system's and no cell's."""
+
+    def step(params, carry, x):
+        mean, covariance = carry
+        mean, covariance = mean @ params["a"].T, params["a"] @ covariance @ params["a"].T + 0.1 * jnp.eye(2)
+        gain = covariance[..., :, 0] / (covariance[..., 0, 0] + 0.1)[..., None]
+        mean = mean + gain * (x - mean[..., 0])[..., None]
+        covariance = covariance - gain[..., :, None] * covariance[..., 0, :][..., None, :]
+        return (mean, covariance), mean[..., 0]
+
+    rng = np.random.default_rng(0)
+    carry = jnp.zeros((EXAMPLES, 2)), jnp.broadcast_to(jnp.eye(2), (EXAMPLES, 2, 2))
+    xs = rng.normal(size=(2, NUM_STEPS, EXAMPLES))
+    params = {"a": jnp.array([[0.9, 0.2], [0.0, 0.8]])}
+    found = yield (step, lambda y, target: (y - target) ** 2, params, carry, Batch(*xs)), {}
+    assert not topics(found) & MENDS_ONE_MATRIX
+
+
+@system
+def one_mode_over_far_more_steps_than_are_measured():
+    num_steps = 20_000
+    step = lambda params, h, x: ((h_ := params["a"] * h + params["w"] * x), h_)
+    params = {"a": jnp.asarray(0.999), "w": jnp.asarray(0.5)}
+    found = yield scalar_problem(step, num_steps=num_steps, examples=1, params=params), {}
+    np.testing.assert_allclose(found.half_life, np.log(2) / -np.log(0.999), rtol=0.05)
+    assert "20000 steps, 512 lags measured: stable, reaches all 512 steps measured" in in_one_line(found)
+    assert found.advice == ()
+
+
+@pytest.mark.parametrize("num_steps", usual([3], [2, 3, 5]))
+def test_what_arrives_is_what_the_flow_of_single_losses_says(num_steps):
+    """Of one example: F[t, t − k] summed over t, over that of the same losses at lag 0."""
+    cell = cells.with_linear_readout(cells.gru(3, 8), 2)
+    rng = np.random.default_rng(0)
+    batch = Batch(*(jnp.asarray(rng.normal(size=(num_steps, 1, n))) for n in (3, 2)))
+    problem = cell.step, tasks.squared_error, cell.init(jax.random.key(0)), cell.initial_carry((1,)), batch
+    found = diagnose(*problem, measure=False)
+    flow = np.asarray(gradient_flow(*problem))
+    for k in range(int(found.num_lags)):
+        wanted = np.trace(flow, -k) / np.trace(flow[k:, k:])
+        np.testing.assert_allclose(found.flow.arrives[k], wanted, rtol=1e-9)
+    assert int(found.num_lags) == num_steps and in_one_line(found)
+
+
+@pytest.mark.parametrize("length", usual([20], [3, 20, 60]))
+@pytest.mark.more("test_what_is_said_of")
+def test_a_plateau_of_any_length(length):
+    found = diagnose(*linear_problem(np.diag(np.ones(length - 1), 1), np.eye(length)[-1]), measure=False)
+    assert f"undiminished over {length - 1} steps, then nothing" in in_one_line(found)
+    assert "where it is cut" in in_one_line(found)
+
+
+@pytest.mark.parametrize("share", usual([0.2], [0.01, 0.02, 0.05, 0.2]))
+@pytest.mark.more("test_what_is_said_of")
+def test_two_time_scales_in_any_mixture(share):
+    found = diagnose(*linear_problem(np.diag([0.5, 2**-0.01]), [1 - share, share]), measure=False)
+    shape = shape_of(found.flow.arrives, found.flow.alive)
+    assert shape.kind == "two time scales", shape
+    np.testing.assert_allclose(shape.half_lives, [1, 100], rtol=0.05)
 
 
 TELLING = ["an_orthogonal_network_with_losses_of_different_size", "losses_with_heavy_tails", "rows_padded_on_the_left"]

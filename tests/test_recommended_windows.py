@@ -1,4 +1,4 @@
-"""The block window recommended on one batch, on others: it keeps its promise, half of it does not.
+"""The block window recommended on one batch, on others: it keeps its promise.
 
 What scatters is the error from batch to batch; `diagnose` tells how much from the parts of the batch that it is given.
 The promise is for batches as large as the one diagnosed: on smaller ones the error is larger.
@@ -17,7 +17,7 @@ from jbptt.norms import compared_with
 
 OPTIMIZED = True
 
-NUM_STEPS, EXAMPLES, HIDDEN, NUM_UPDATES, NUM_HELDOUT = 60, 64, 16, 40, 20
+NUM_STEPS, EXAMPLES, HIDDEN, NUM_UPDATES, NUM_HELDOUT = 120, 32, 16, 40, 20
 TOLERANCE = 0.1
 # The same in the usual run, of a problem that is made for it.
 IN_SMALL = "test_known_systems::test_windows_hold_on_other_batches_and_half_of_them_do_not"
@@ -88,5 +88,4 @@ def test_promise(cell_fn, problem_fn):
 
         return jax.lax.map(one_batch, jax.tree.map(lambda a: a[1:], heldout))
 
-    kept, half = np.sum(errors(jnp.array([window, window // 2])) <= TOLERANCE, axis=0)
-    assert kept >= 0.9 * NUM_HELDOUT > half
+    assert np.sum(errors(jnp.array([window])) <= TOLERANCE) >= 0.9 * NUM_HELDOUT

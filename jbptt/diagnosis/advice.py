@@ -3,6 +3,8 @@
 import math
 from typing import Any, NamedTuple
 
+from jbptt.diagnosis.baseline import is_trained
+
 TOLERANCES = (0.1, 0.01)  # the gradient errors that windows are recommended for
 CHANGE = (
     10.0  # the factor over the measured lags from which on a gradient is said to vanish or explode
@@ -13,7 +15,7 @@ HEAVY = 10.0  # a largest norm of this many medians makes single updates decide
 UNEVEN = 1.5  # and of this many where the gradient explodes
 # An exponent that scatters over examples by less than this part of it is that of one matrix.
 EVEN = 0.1
-SAME = 0.01  # weights scaled by less than this are the same
+KEEPS = 0.5  # units keep themselves where more than this of a step's Jacobian is on its diagonal
 STUCK = 0.25  # this share of dead or saturated units is too much
 STABLE_CURVATURE = 2.0  # gradient descent overshoots where learning rate · curvature is larger
 
@@ -78,7 +80,8 @@ def _window(found: Any) -> Advice | None:
     """Full BPTT goes back further than the gradient."""
     window = int(found.block_window[-1])
     share = window / _num_steps(found)
-    if not 0 < share <= WASTED:
+    flows = float(found.profile.cotangent_norms[0]) > 0
+    if not (0 < share <= WASTED and flows):
         return None
     return Advice(
         "window", "1% block window / steps", share, "≤", WASTED, f"truncated_bptt(window={window})"
@@ -101,7 +104,7 @@ def _clipping(found: Any) -> Advice | None:
         ratio,
         ">",
         limit,
-        f"clip_by_global_norm({median:.3g})",
+        f"clip_by_global_norm({min(median, float(found.gradient_norm)):.3g})",
     )
 
 
@@ -110,6 +113,7 @@ def _gated_cell(found: Any) -> Advice | None:
     1997).
 
     By the model's own doing: its state shrinks, and neither gates nor resets have cut the gradient.
+    Only for a network whose units a trainable matrix mixes, and that do not keep themselves.
     """
     share = float(found.half_life) / _num_steps(found)
     if found.verdict != "vanishing" or share >= SHORT or not found.profile.cotangent_norms[0] > 0:
@@ -117,8 +121,19 @@ def _gated_cell(found: Any) -> Advice | None:
     shrinks = -math.inf < found.exponent * _num_steps(found) <= -math.log(CHANGE)
     if not shrinks or (found.decay.zero_lag >= 0 and not found.decay.underflow):
         return None
-    remedy = "gru, or lstm with a larger forget_bias"
+    if not mixes(found):
+        return None
+    reach = int(found.reach)
+    remedy = (
+        f"where more than {reach} step{'s' * (reach > 1)} of memory would help, gru, or lstm with "
+        "a larger forget_bias"
+    )
     return Advice("gated cell", "half-life / steps", share, "<", SHORT, remedy)
+
+
+def mixes(found: Any) -> bool:
+    """Whether it is a network whose units mix, by matrices that are trained: no gates, no leaks."""
+    return bool(found.recurrent_weights) and float(found.dynamics.own_path) < KEEPS
 
 
 def _activation(found: Any) -> Advice | None:
@@ -139,42 +154,56 @@ def _activation(found: Any) -> Advice | None:
     return Advice("activation", "share of the carry at ±1", saturated, ">", STUCK, remedy)
 
 
-def _recurrent_initialisation(found: Any) -> Advice | None:
-    """The state shrinks or grows by a factor of ten over the sequence, whatever the loss (Saxe et
-    al., 2014).
-
-    Only where one matrix may be what does it: no second leaf in the carry (lstm), no stuck units
-    (their derivative does it), nearly the same exponent for all examples. A gru may pass: the words
-    name the rnn.
+def is_worth_trying(found: Any) -> bool:
+    """Whether changing a recurrent matrix may mend it: the state shrinks or grows by a factor of
+    ten over the sequence, by a matrix's doing (no stuck units, nearly alike for all examples), and
+    nothing that was learnt is lost by it.
     """
+    if is_trained(float(found.loss), float(found.constant_loss)):
+        return False
     exponent = float(found.exponent)
+    if not (math.log(CHANGE) < abs(exponent) * _num_steps(found) < math.inf) or not mixes(found):
+        return False
+    scatter = max(float(found.dynamics.spread), float(found.dynamics.error))
+    stuck = max(float(found.units.dead), float(found.units.saturated))
+    return stuck <= STUCK and scatter <= EVEN * abs(exponent)
+
+
+def _recurrent_initialisation(found: Any) -> Advice | None:
+    """A recurrent matrix scaled, or made orthogonal (Saxe et al., 2014), where that was tried on
+    this model and helped: the exponent halved at least, half-lives of what vanished doubled.
+    """
+    if not is_worth_trying(found):
+        return None
+    exponent, vanishes = float(found.exponent), found.verdict == "vanishing"
+    helped = [
+        trial
+        for trial in found.trials
+        if abs(trial.exponent) <= abs(exponent) / 2
+        and trial.verdict in ("vanishing", "stable")
+        and (trial.half_life >= 2 * float(found.half_life) or not vanishes)
+    ]
+    if not helped:
+        return None
+    best = min(helped, key=lambda trial: abs(trial.exponent))
+    halves = f"half-life {float(found.half_life):.3g} → {best.half_life:.3g} steps".replace(
+        "inf", "∞"
+    )
+    effect = halves if vanishes else f"{found.verdict} → {best.verdict}"
     value = abs(exponent) * _num_steps(found)
-    if not (math.log(CHANGE) < value < math.inf) or found.num_carry_leaves != 1:
-        return None
-    if max(float(found.units.dead), float(found.units.saturated)) > STUCK or not (
-        max(float(found.dynamics.spread), float(found.dynamics.error)) <= EVEN * abs(exponent)
-    ):
-        return None
-    factor = math.exp(-exponent)
-    if abs(factor - 1) < SAME:
-        return None
-    remedy = f"near-linear rnn: orthogonal(), or w_h × {factor:.3g}"
-    return Advice("recurrent initialisation", "|λ₁| · steps", value, ">", math.log(CHANGE), remedy)
+    remedy = f"{best.remedy} (tried: {effect})"
+    return Advice(
+        "recurrent initialisation", "|exponent| · steps", value, ">", math.log(CHANGE), remedy
+    )
 
 
 def _regularisation(found: Any) -> Advice | None:
     """Exploding because nearby states part exponentially fast."""
     exponent = float(found.exponent)
-    if found.verdict != "exploding" or not exponent > 0:
+    if found.verdict != "exploding" or not exponent > 0 or not found.recurrent_weights:
         return None
-    return Advice(
-        "regularisation",
-        "λ₁",
-        exponent,
-        ">",
-        0.0,
-        "penalise the spectral norm of recurrent weights",
-    )
+    remedy = f"penalise the spectral norm of {', '.join(found.recurrent_weights)}"
+    return Advice("regularisation", "exponent", exponent, ">", 0.0, remedy)
 
 
 def _rate(found: Any) -> Advice | None:

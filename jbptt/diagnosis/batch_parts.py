@@ -34,12 +34,14 @@ class Layout(NamedTuple):
       groups: of examples, along the first axis of the batch.
       times: stretches of steps.
       num_steps, num_examples: T, and the length of the first axis of the batch (1 without one).
+      batches: how many batches of one source stand along that axis.
     """
 
     groups: int
     times: int
     num_steps: int
     num_examples: int
+    batches: int = 1
 
     @property
     def num_parts(self) -> int:
@@ -89,7 +91,7 @@ def _filled(leaf: jax.Array, axis: int, length: int, with_zero: bool) -> jax.Arr
     return jnp.take(leaf, np.minimum(np.arange(length), leaf.shape[axis] - 1), axis=axis)
 
 
-def layout_of(problem: Problem) -> Layout:
+def layout_of(problem: Problem, batches: int = 1) -> Layout:
     """Groups of examples where each is as it would be alone, else stretches of time."""
     num_steps, batch_shape = problem.num_steps, problem.batch_shape
     num_numbers = sum(np.size(leaf) for leaf in jax.tree.leaves(problem.params))
@@ -100,17 +102,19 @@ def layout_of(problem: Problem) -> Layout:
     if size < num_examples and _takes(problem, size):
         groups = -(-num_examples // size)
     length = -(-num_steps // min(num_steps, max(1, most // groups)))
-    return Layout(groups, -(-num_steps // length), num_steps, num_examples)
+    return Layout(groups, -(-num_steps // length), num_steps, num_examples, batches)
 
 
 def _takes(problem: Problem, size: int) -> bool:
     """Whether step and loss take so many of the examples alone, each as it is with all others."""
     num_examples = problem.batch_shape[0]
-    chosen = np.arange(2 * size) % num_examples  # twice as many, to be divided in two
 
     def twice(leaf, axis):
-        divides = jnp.ndim(leaf) > axis and jnp.shape(leaf)[axis] == num_examples
-        return jnp.take(leaf, chosen, axis) if divides else leaf
+        """Twice as many, to be divided in two; shapes alone."""
+        shape = list(jnp.shape(leaf))
+        if len(shape) > axis and shape[axis] == num_examples:
+            shape[axis] = 2 * size
+        return jax.ShapeDtypeStruct(shape, jax.dtypes.result_type(leaf))
 
     carry = jax.tree.map(partial(twice, axis=0), problem.carry)
     batch = jax.tree.map(partial(twice, axis=1), problem.batch)
@@ -118,7 +122,7 @@ def _takes(problem: Problem, size: int) -> bool:
     one = first_step(problem.step, problem.loss, problem.params, problem.carry, problem.batch)
     try:
         check_division(replace(problem, batch_shape=shape).on(carry, batch), 2)
-        x = jax.tree.map(lambda a: a[0], batch.xs)
+        x = jax.eval_shape(lambda xs: jax.tree.map(lambda a: a[0], xs), batch.xs)
         wide = jax.eval_shape(problem.step, problem.params, carry, x)
     except (TypeError, ValueError):
         return False
@@ -162,17 +166,19 @@ class PartsOfBatch(NamedTuple):
 
 
 def parts_of_batch(
-    problem: Problem, carries: Carry, outputs: PyTree, outputs_bar: list
+    problem: Problem, carries: Carry, outputs: PyTree, outputs_bar: list, batches: int = 1
 ) -> PartsOfBatch:
-    """The parts of a problem's batch, of which the carries that enter its steps and the core's
-    outputs are known; one part where the step's derivative cannot be taken for many at once.
+    """The parts of a problem's batch, or of `batches` side by side: one part alone where the step's
+    derivative cannot be taken for many at once.
+
+    The carries that enter its steps and the core's outputs are known.
     """
     known = problem, carries, outputs, outputs_bar
     try:
-        return divide(*known, layout_of(problem))
+        return divide(*known, layout_of(problem, batches))
     except (NotImplementedError, TypeError, ValueError):
         # JAX has no rule to vmap it: sparse weights, a callback in a derivative.
-        return divide(*known, Layout(1, 1, problem.num_steps, 1))
+        return divide(*known, Layout(1, 1, problem.num_steps, 1, batches))
 
 
 def divide(

@@ -26,12 +26,16 @@ class Blocks(NamedTuple):
         underflow; 1 for zeros.
       window: for each tolerance the shortest window tried that keeps it, T if none does.
       errors: theirs.
+      tried: the windows that may be tried, `[C]`, T the last one.
+      tried_errors: theirs; NaN where a window was not tried.
     """
 
     exact: list[jax.Array]
     scale: jax.Array
     window: jax.Array
     errors: Errors
+    tried: jax.Array
+    tried_errors: Errors
 
 
 def find_blocks(
@@ -68,9 +72,9 @@ def find_blocks(
         scale = jnp.where(first, _largest(found), scale)
         found = [leaf / scale for leaf in found]
         exact = choose(first, found, exact)
-        errors = errors_of(products(found), products(exact))
+        errors = errors_of(products(found), products(exact), parts.layout.batches)
         here, upper = (
-            jnp.where(first, a, a.at[at].set(e))
+            jnp.where(first, a, a.at[at].set(e.astype(a.dtype)))
             for a, e in ((here, errors.here), (upper, errors.upper))
         )
         crossings = (num_steps - 1) // windows[at] * parts.layout.groups
@@ -83,17 +87,18 @@ def find_blocks(
     def unfinished(state):
         return (state[0] == 0) | jnp.any(state[4] - state[3] > 1)
 
-    def zeros_like(shapes):
-        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    def zeros_like(shapes):  # placed as they are, in an explicit mesh
+        return jax.tree.map(lambda shape: lax.full_like(shape, 0), shapes)
 
     one_on = zeros_like(jax.eval_shape(partial(adjoints_cut, linearised), jnp.zeros((), int)))
     exact = zeros_like(jax.eval_shape(gradients, one_on, jnp.zeros((), bool)))
     scale = zeros_like(jax.eval_shape(_largest, exact))
-    none = jnp.zeros(num_tried + 1, scale.dtype)
+    none = jnp.full(num_tried + 1, jnp.nan, scale.dtype).at[-1].set(0)
     bounds = jnp.full(len(tolerances), -1), jnp.full(len(tolerances), num_tried)
     start = 0, none, none, *bounds, [leaf.astype(scale.dtype) for leaf in exact], scale, one_on
     _, here, upper, _, high, exact, scale, _ = lax.while_loop(unfinished, look, start)
-    return Blocks(exact, scale, windows[high], Errors(here[high], upper[high]))
+    found, all_tried = Errors(here[high], upper[high]), Errors(here, upper)
+    return Blocks(exact, scale, windows[high], found, windows, all_tried)
 
 
 def candidate_windows(num_steps: int) -> list[int]:

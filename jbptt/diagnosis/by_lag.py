@@ -28,15 +28,15 @@ LEFT = 1e-4
 FLOWS = 1e-2
 """… and the mean adjoint is below this part of what it was."""
 DENSE = 16
-"""Every window up to this one is measured, then eight to an octave."""
+"""Every window up to this one is measured, then four to an octave."""
 
 
 def measured_windows(largest: int) -> np.ndarray:
-    """Windows 1 … 16, then eight to an octave, and the largest."""
+    """Windows 1 … 16, then four to an octave, and the largest."""
     windows = set(range(1, min(largest, DENSE) + 1)) | {largest}
     octave = DENSE
     while octave < largest:
-        windows |= {octave + octave * i // 8 for i in range(8)}
+        windows |= {octave + octave * i // 4 for i in range(4)}
         octave *= 2
     return np.array(sorted(w for w in windows if w <= largest))
 
@@ -70,7 +70,7 @@ class Lags(NamedTuple):
 
 
 def look_back(
-    linearised: Linearised, parts: PartsOfBatch, blocks: Blocks, largest: int, reached: list[bool]
+    linearised: Linearised, parts: PartsOfBatch, blocks: Blocks, largest: int, counted: list[bool]
 ) -> Lags:
     """Goes back lag by lag until nothing is left of the exact gradient, `largest` lags at most.
 
@@ -81,7 +81,7 @@ def look_back(
       parts: of the batch.
       blocks: with the exact gradient of each part.
       largest: lags.
-      reached: which leaves of the carry parameters have an influence on.
+      counted: which leaves of the carry count.
     """
     problem, passed, weights = linearised.problem, linearised.passed, linearised.weights
     exact, scale = blocks.exact, blocks.scale
@@ -95,7 +95,7 @@ def look_back(
     nothing = jax.tree.map(jnp.zeros_like, whole)
     real = jnp.ones(num_steps, bool) if problem.batch.mask is None else problem.batch.mask
     real = jnp.broadcast_to(align_leading(jnp.asarray(real), ndim), weights.shape)
-    counts = [leaf for leaf, used in enumerate(reached) if used or not any(reached)]
+    counts = np.flatnonzero(counted)
     wide = widened_dtype(dtype, weights.dtype)
     total_weight = jnp.abs(jnp.sum(weights))
 
@@ -103,7 +103,7 @@ def look_back(
         """`[leaves, T, *batch]`; and over all leaves that count, `[T, *batch]`."""
         each = [norm(c, ndim).astype(wide) for c in cotangents]
         if not each:
-            return jnp.zeros((0, *weights.shape), wide), jnp.zeros(weights.shape, wide)
+            return jnp.zeros((0, *weights.shape), wide), jnp.zeros_like(weights, wide)
         return jnp.stack(each), _over_leaves(jnp.stack([each[i] for i in counts]))
 
     def body(state):
@@ -174,15 +174,19 @@ def look_back(
         return (state[0] < largest) & state[-1]
 
     at_rest = [jnp.zeros_like(c) for c in linearised.carries]
-    first = jnp.zeros(weights.shape, wide)
+    first = jnp.zeros_like(weights, wide)
     start = at_rest, passed.outputs_bar, at_rest, left, total(left), nothing, first
     state = jnp.zeros((), int), *start, {}, jnp.array(True)
     rows = {
-        name: jnp.full((largest, *row.shape), jnp.nan, row.dtype)
+        name: jnp.broadcast_to(lax.full_like(row, jnp.nan), (largest, *row.shape))
         for name, row in jax.eval_shape(body, state)[1].items()
     }
     state = lax.while_loop(unfinished, lambda state: body(state)[0], (*state[:-2], rows, state[-1]))
-    return _read_rows(state[-2], state[0], windows, exact_products, scale, total_weight)
+    found = _read_rows(
+        state[-2], state[0], windows, exact_products, scale, total_weight, parts.layout.batches
+    )
+    leaves = jnp.where(jnp.array(counted, bool), found.leaf_arrives, jnp.nan)
+    return found._replace(leaf_arrives=leaves)
 
 
 def _over_leaves(norms: jax.Array) -> jax.Array:
@@ -190,8 +194,8 @@ def _over_leaves(norms: jax.Array) -> jax.Array:
     return norms[0] if len(norms) == 1 else norm(jnp.moveaxis(norms, 0, -1), norms.ndim - 1)
 
 
-def _read_rows(rows, num_measured, windows, exact_products, scale, total_weight) -> Lags:
-    """Means, errors and cosines, of the sums and inner products that the loop left."""
+def _read_rows(rows, num_measured, windows, exact_products, scale, total_weight, batches) -> Lags:
+    """Means, errors and cosines, of the sums and inner products that the loop left as arguments."""
 
     def over(total, mass):
         mass = mass.reshape(*mass.shape, *[1] * (total.ndim - mass.ndim))
@@ -222,10 +226,10 @@ def _read_rows(rows, num_measured, windows, exact_products, scale, total_weight)
         arrives=over(arrived, sent),
         leaf_arrives=over(rows["leaf_arrived"], sent),
         alive=over(rows["alive"], sent),
-        by_example=over(rows["arrived"], rows["sent"]),
+        by_example=jnp.where(rows["sent"] > 0, over(rows["arrived"], rows["sent"]), jnp.nan),
         relative_error=error,
         cosine=cosine,
         block_relative_error=jnp.where(dense, block_error, jnp.nan),
         block_cosine=jnp.where(dense, block_cosine, jnp.nan),
-        upper_error=jax.vmap(errors_of, (0, None))(left, exact_products).upper,
+        upper_error=jax.vmap(errors_of, (0, None, None))(left, exact_products, batches).upper,
     )

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from jbptt.analysis.lags import Linearised
+from jbptt.arrays import one_if_zero
 from jbptt.bias_bound import slope_of
 from jbptt.diagnosis.advice import CHANGE
+from jbptt.diagnosis.by_lag import Lags
 from jbptt.norms import max_or_nan
 from jbptt.segments import add_losses
 
@@ -69,8 +71,8 @@ def fit_decay(norms: jax.Array, num_lags: Any = None, smallest: Any = None) -> D
     used = (lag >= first) & (lag < jnp.maximum(faded, first + 2)) & measured
     rate, error, residual = slope_of(lag, jnp.log(jnp.maximum(norms, tiny)), used)
 
-    zero_lag = jnp.min(jnp.where((norms == 0) & measured, lag, len(norms))).astype(int)
-    vanished = zero_lag < len(norms)
+    zero_lag = jnp.max(jnp.where((norms != 0) & measured, lag + 1, 0)).astype(int)
+    vanished = zero_lag < num_lags  # for good: gaps of masks end
     before, earlier = norms[jnp.maximum(zero_lag - 1, 0)], norms[jnp.maximum(zero_lag - 2, 0)]
     next_one = before * jnp.minimum(1, before / jnp.where(earlier > 0, earlier, 1))
     underflow = vanished & (zero_lag > 0) & (next_one <= 2.0**10 * smallest)
@@ -101,11 +103,12 @@ def fit_decay(norms: jax.Array, num_lags: Any = None, smallest: Any = None) -> D
     slope = jnp.where(crossed, rate, jnp.where(falling, trend, 0))
     either = jnp.array([0, -2, 2], norms.dtype)
     slopes = slope + either * jnp.where(crossed, error, trend_error)
-    slopes = jnp.where(jnp.isnan(slopes), 0, slopes)
+    slopes = jnp.where(either == 0, slope, jnp.where(jnp.isnan(slopes), 0, slopes))
     half_lives = jnp.where(slopes < 0, math.log(2) / jnp.where(slopes < 0, -slopes, 1), jnp.inf)
     lost = (last - first).astype(norms.dtype) + between
     half_life = jnp.where(crossed, lost, half_lives[0])
     half_life = jnp.where(norms[0] == 0, 0.0, half_life)
+    arrives = (norms > 0) & (norms >= 0.01 * norms[first])
     return Decay(
         verdict_index=jnp.where(jnp.all(jnp.isfinite(norms)), verdict, 3),
         rate=rate,
@@ -114,7 +117,7 @@ def fit_decay(norms: jax.Array, num_lags: Any = None, smallest: Any = None) -> D
         residual=residual,
         half_life=half_life,
         half_life_interval=half_lives[1:],
-        reach=jnp.max(jnp.where((norms > 0) & (norms >= 0.01 * norms[0]), lag + 1, 0)).astype(int),
+        reach=jnp.max(jnp.where(arrives, lag + 1, 0)).astype(int),
         zero_lag=jnp.where(vanished, zero_lag, -1),
         underflow=underflow,
     )
@@ -138,3 +141,14 @@ def starts_below_precision(linearised: Linearised) -> jax.Array:
         for bar in (passed.outputs_bar, larger)
     )
     return zero & ~still_zero
+
+
+def decay_of(linearised: Linearised, lags: Lags) -> Decay:
+    """The decay of what arrives at each lag."""
+    weights, carries = linearised.weights, linearised.carries
+    measured = jnp.arange(len(lags.arrives)) < lags.num_measured
+    arrives = jnp.where(measured, lags.arrives, 0)
+    smallest = max((float(jnp.finfo(c.dtype).tiny) for c in carries), default=0.0)
+    heaviest = one_if_zero(jnp.max(jnp.abs(weights)) * lags.cotangent_norms[0])
+    fit = fit_decay(arrives, lags.num_measured, smallest / heaviest)
+    return fit._replace(underflow=fit.underflow | starts_below_precision(linearised))

@@ -9,6 +9,7 @@ import numpy as np
 
 FLOOR = 1e-3  # what arrives below this part of what was sent says nothing about the shape
 CLOSE = 0.1  # root mean square of ln(measured / fitted) up to which a curve describes the decay
+# In these means lag k counts as 1 / (k + 1): what is lost in the first steps is no detail.
 APART = 4.0  # two half-lives closer than this are one
 WHOLE = 0.9  # this part of what was sent counts as undiminished
 
@@ -36,9 +37,14 @@ def shape_of(arrives: np.ndarray, alive: np.ndarray) -> Shape:
       alive: `[K]`, the share of losses whose adjoint is not exactly zero there.
     """
     arrives = np.asarray(arrives, float) / (arrives[0] or 1)
-    if len(arrives) < 4 or not np.all(np.isfinite(arrives)):
+    if len(arrives) < 2 or not np.all(np.isfinite(arrives)):
         return Shape("too few lags", "")
     return _writes(arrives, np.asarray(alive, float)) or _smooth(arrives)
+
+
+def _mean(squares: np.ndarray, lags: np.ndarray) -> np.ndarray:
+    """Over lags, the last axis, each counted as 1 / (k + 1)."""
+    return np.average(squares, axis=-1, weights=1 / (lags + 1))
 
 
 def _writes(arrives: np.ndarray, alive: np.ndarray) -> Shape | None:
@@ -62,11 +68,11 @@ def _smooth(arrives: np.ndarray) -> Shape:
     if len(lags) < 4:
         return Shape("too few lags", "")
     if np.ptp(logs) < CLOSE:
-        return Shape("constant", "it does not change")
-    slope, offset = np.polyfit(lags, logs, 1)
+        return Shape("constant", "hardly any change over the lags measured")
+    slope, offset = np.polyfit(lags, logs, 1, w=(lags + 1) ** -0.5)
     line = offset + slope * lags
     turns = np.sum(np.diff(np.sign(logs - line)) != 0)
-    if np.sqrt(np.mean((logs - line) ** 2)) <= CLOSE:
+    if np.sqrt(_mean((logs - line) ** 2, lags)) <= CLOSE:
         if slope > 0:
             return Shape("growth", f"it doubles every {np.log(2) / slope:.3g} steps")
         half = np.log(2) / -slope
@@ -95,32 +101,31 @@ def _two_exponentials(lags: np.ndarray, logs: np.ndarray) -> Shape | None:
     share, most = parts[order][1] / parts.sum(), 20 * lags[-1]
     long_words = f"{long:.0f}" if long >= 100 else f"{long:.3g}"
     long_words = f"over {most:.0f}" if long > most else long_words
-    words = f"half-lives {short:.3g} and {long_words} steps ({share:.0%} the longer)"
+    words = f"half-lives {short:.3g} and {long_words} steps ({100 * share:.2g} % the longer)"
     return Shape("two time scales", f"two time scales, {words}", (float(short), float(long)))
 
 
 def _fit_two(lags: np.ndarray, logs: np.ndarray) -> list[tuple]:
-    """The best `a e^{−r k} + b e^{−s k}`, a, b > 0, on a grid that is drawn closer twice.
+    """The best `a e^{−r k} + b e^{−s k}`, a, b > 0: least squares of ln, from two starts.
 
-    Its root mean square error in ln, (r, s) and (a, b); nothing where no such sum is positive.
+    Its root mean square error in ln, (r, s) and (a, b); nothing where the fit does not end.
     """
-    norms, fit = np.exp(logs), []
-    grids = [np.geomspace(1e-4, 14, 60)] * 2
-    for _ in range(3):
-        rates = np.stack([grid.ravel() for grid in np.meshgrid(*grids, indexing="ij")], -1)
-        columns = np.exp(-rates[:, None, :] * lags[:, None]) / norms[:, None]
-        normal = np.einsum("gki,gkj->gij", columns, columns)
-        differ = np.linalg.det(normal) > 1e-9 * normal[:, 0, 0] * normal[:, 1, 1]
-        rates, columns, normal = rates[differ], columns[differ], normal[differ]
-        if not len(rates):
-            return fit
-        parts = np.linalg.solve(normal, columns.sum(1)[..., None])[..., 0]
-        fitted = np.einsum("gki,gi->gk", columns, parts)
-        good = np.all(parts > 0, axis=1) & np.all(fitted > 0, axis=1)
-        if not np.any(good):
-            return fit
-        squares = np.mean(np.log(np.where(fitted > 0, fitted, 1)) ** 2, axis=1)
-        best = int(np.argmin(np.where(good, squares, np.inf)))
-        fit = [(float(np.sqrt(squares[best])), rates[best], parts[best])]
-        grids = [np.geomspace(rate / 1.3, rate * 1.3, 30) for rate in rates[best]]
-    return fit
+    from scipy.optimize import least_squares  # JAX brings it; only a page needs it
+
+    weights = (lags + 1) ** -0.5
+    late = len(lags) // 2
+    slow = max((logs[late] - logs[-1]) / max(lags[-1] - lags[late], 1), 1e-4)
+    share = np.exp(np.clip(logs[late] + slow * lags[late] - logs[0], -20, -1e-3))
+
+    def residuals(of):
+        (r, s), (a, b) = np.exp(of[:2]), of[2:]
+        return weights * (np.logaddexp(a - r * lags, b - s * lags) - logs)
+
+    fits = []
+    for fast in (0.7, 0.1):
+        start = [np.log(max(fast, 4 * slow)), np.log(slow), np.log1p(-share), np.log(share)]
+        found = least_squares(residuals, start, bounds=(-40, 40), x_scale="jac")
+        if found.success:
+            error = float(np.sqrt(_mean((residuals(found.x) / weights) ** 2, lags)))
+            fits.append((error, np.exp(found.x[:2]), np.exp(found.x[2:])))
+    return [min(fits, key=lambda fit: fit[0])] if fits else []

@@ -2,16 +2,20 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.flatten_util import ravel_pytree
 
 from jbptt.analysis.lags import Linearised
-from jbptt.arrays import align_leading, one_if_zero, split_inexact
+from jbptt.arrays import align_leading, one_if_zero, split_inexact, weighted_mean
 from jbptt.norms import inner, max_or_nan, norm, normalised, unit
+from jbptt.problem import Problem
+from jbptt.segments import back_through
 
 
 class Exponent(NamedTuple):
@@ -33,7 +37,7 @@ class Exponent(NamedTuple):
     num_wiped: jax.Array
 
 
-def leading_exponent(linearised: Linearised) -> Exponent:
+def leading_exponent(linearised: Linearised, counted: list[bool]) -> Exponent:
     """How fast an adjoint grows on the way back, whatever the loss.
 
         v ← J_tᵀ v / ‖J_tᵀ v‖ for t = T−1 … 0, twice;   λ₁ = mean over t of ln ‖J_tᵀ v‖
@@ -43,12 +47,19 @@ def leading_exponent(linearised: Linearised) -> Exponent:
     λ₁ times their number is a change over the whole sequence. A vector is normalised at every step,
     so it neither overflows nor underflows. Masked steps do not count. Where a step wipes the state
     out, a random vector starts anew. Two backward passes of two vectors, without weight gradients.
+
+    Args:
+      linearised: the steps.
+      counted: which leaves of the carry count; what flows back through others is left out.
     """
     problem = linearised.problem
     inputs = linearised.passed.carries, problem.inputs
     ndim, num_steps = len(problem.batch_shape), problem.num_steps
     leaves = split_inexact(problem.carry)[0]
-    fresh = [_random_unit(leaves, ndim, seed) for seed in (0, 1)]
+    if not any(counted):
+        unknown = jnp.full((), jnp.nan)
+        return Exponent(unknown, unknown, unknown, jnp.zeros((), int))
+    fresh = [_chosen(_random_unit(leaves, ndim, seed), counted) for seed in (0, 1)]
 
     def back(vectors, at_t):
         carry_t, inputs_t = at_t
@@ -60,7 +71,8 @@ def leading_exponent(linearised: Linearised) -> Exponent:
 
         pull = jax.vjp(run, leaves)[1]
         # One after the other: not every derivative can be vmapped.
-        pairs = [anew(pull(vector)[0], start) for vector, start in zip(vectors, fresh, strict=True)]
+        both = zip(vectors, fresh, strict=True)
+        pairs = [anew(_chosen(pull(vector)[0], counted), start) for vector, start in both]
         return [vector for vector, _ in pairs], jnp.stack([growth for _, growth in pairs])
 
     def anew(pulled, start):
@@ -80,6 +92,12 @@ def leading_exponent(linearised: Linearised) -> Exponent:
     mask = jnp.ones(num_steps, bool) if problem.batch.mask is None else problem.batch.mask
     real = jnp.broadcast_to(align_leading(jnp.asarray(mask), 1 + ndim), growths.shape[1:])
     return _read_exponent(growths, real)
+
+
+def _chosen(cotangents: list, counted: list[bool]) -> list:
+    """Zeros for the leaves that do not count."""
+    pairs = zip(cotangents, counted, strict=True)
+    return [leaf if counts else jnp.zeros_like(leaf) for leaf, counts in pairs]
 
 
 def _random_unit(leaves: list, ndim: int, seed: int) -> list:
@@ -145,3 +163,53 @@ def curvature_along(
     along = jnp.conj(normalised(gradient))
     change = jax.jvp(gradient_fn, (params,), (along.astype(params.dtype),))[1]
     return inner(jnp.conj(along), change)
+
+
+def own_path(linearised: Linearised, counted: list[bool]) -> jax.Array:
+    """How much of a step's Jacobian J lies on its diagonal, a scalar between 0 and 1.
+
+        max over leaves that count of   Σ_i (mean of J_ii)² / Σ_ij mean of J_ij²
+
+    Near 1 where each unit keeps itself (a gate, a leak, an integrator), near 1/n where a matrix
+    mixes n of them, 0 where nothing flows. Means are over steps and examples, estimated with signs
+    v drawn for each: `v_i (Jᵀ v)_i` is J_ii on average, and `(Jᵀ v)_i²` is `Σ_j J_ji²` (Hutchinson,
+    1990). One round of T step derivatives.
+    """
+    problem, ndim = linearised.problem, linearised.weights.ndim
+    signs = [_signs(leaf, seed) for seed, leaf in enumerate(linearised.carries)]
+    signs = _chosen(signs, counted)
+    at_rest = jax.tree.map(jnp.zeros_like, linearised.passed.outputs_bar)
+    pulled = linearised.pull(signs, at_rest, None)[1]
+    real = jnp.ones(problem.num_steps, bool) if problem.batch.mask is None else problem.batch.mask
+    real = jnp.broadcast_to(align_leading(jnp.asarray(real), ndim), linearised.weights.shape)
+    shares = []
+    for sign, back in zip(signs, _chosen(pulled, counted), strict=True):
+        axes, back = tuple(range(ndim)), jnp.where(align_leading(real, back.ndim), back, 0)
+        square = jnp.abs(back) ** 2
+        number = jnp.sum(real).astype(square.dtype)
+        own = jnp.abs(jnp.sum(sign * back, axes) / one_if_zero(number)) ** 2
+        square = jnp.sum(square, axes) / one_if_zero(number)
+        # What the mean of so many draws is expected to be by chance alone does not count.
+        chance = (square - own) / jnp.maximum(number - 1, 1)
+        shares.append(jnp.clip(jnp.sum(own - chance) / one_if_zero(jnp.sum(square)), 0, 1))
+    return jnp.max(jnp.stack(shares)) if shares else jnp.zeros(())
+
+
+def _signs(leaf: jax.Array, seed: int) -> jax.Array:
+    """±1 for each entry, by an integer hash: JAX's generators take long to compile."""
+    bits = jnp.arange(leaf.size, dtype=jnp.uint32) * np.uint32(0x9E3779B1) + np.uint32(seed)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        bits = (bits ^ (bits >> shift)) * np.uint32(factor)
+    signs = jnp.where(bits >> 31 == 0, 1, -1).reshape(leaf.shape)
+    return lax.full_like(leaf, 1) * signs.astype(leaf.dtype)  # placed as it is, in an explicit mesh
+
+
+def curvature_of(problem: Problem) -> jax.Array:
+    """The second derivative of a problem's mean loss along its gradient."""
+    flat, unflatten = ravel_pytree(problem.params)
+
+    def mean_gradient(flat):
+        sums = back_through(replace(problem, params=unflatten(flat), gates=None)).sums
+        return weighted_mean(ravel_pytree(sums.grad)[0], sums.weight)
+
+    return curvature_along(mean_gradient(flat), mean_gradient, flat)

@@ -2,6 +2,8 @@
 change?
 """
 
+from collections.abc import Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -10,27 +12,29 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
-from jax.flatten_util import ravel_pytree
 
 from jbptt import engine, validation
 from jbptt.analysis.costs import measure_cost
-from jbptt.analysis.lags import LagProfile, Linearised, TruncationCurve, linearise
+from jbptt.analysis.lags import LagProfile, TruncationCurve, linearise
 from jbptt.analysis.nonfinite import nonfinite_of
 from jbptt.arrays import align_leading, is_inexact, one_if_zero, weighted_mean
-from jbptt.diagnosis.advice import TOLERANCES
+from jbptt.diagnosis.advice import TOLERANCES, is_worth_trying
+from jbptt.diagnosis.baseline import constant_loss
 from jbptt.diagnosis.batch_parts import parts_of_batch
 from jbptt.diagnosis.block_windows import find_blocks
-from jbptt.diagnosis.by_lag import LEFT, Lags, look_back, measured_windows
-from jbptt.diagnosis.decay import Decay, fit_decay, starts_below_precision
-from jbptt.diagnosis.dynamics import curvature_along, leading_exponent
+from jbptt.diagnosis.by_lag import LEFT, look_back, measured_windows
+from jbptt.diagnosis.decay import decay_of
+from jbptt.diagnosis.dynamics import curvature_of, leading_exponent, own_path
+from jbptt.diagnosis.progress_line import waiting
 from jbptt.diagnosis.resampling import can_tell, products, total
 from jbptt.diagnosis.result import Diagnosis, Dynamics, Flow, Units, Windows
+from jbptt.diagnosis.several import as_one, batches_of
 from jbptt.diagnosis.stuck_units import find_still, share_stuck
+from jbptt.diagnosis.trials import recurrent_matrices, try_remedies
 from jbptt.estimators import full_bptt, truncated_bptt
 from jbptt.executables import WeakCache, is_traced
 from jbptt.norms import norm
 from jbptt.problem import Problem, answer, problem_of
-from jbptt.segments import back_through
 from jbptt.types import Batch, Carry, Estimator, Loss, Params, Step
 
 MEASURES_ARRAYS = (
@@ -60,29 +64,31 @@ def diagnose(
     loss: Loss,
     params: Params,
     carry: Carry,
-    batch: Batch,
+    batch: Batch | Sequence[Batch],
     *,
     gates: jax.Array | None = None,
     max_window: int | None = None,
     learning_rate: float | jax.Array | None = None,
     measure: bool = True,
     num_repeats: int = 5,
+    progress: bool | None = None,
 ) -> Diagnosis:
     """How far the gradient reaches, which window leaves 10 % and 1 % of error, what each costs,
     what to change.
 
     The verdict rests on how much of the losses' adjoints arrives at each lag, as measured: at most
     a tenth over the last quarter of the lags is vanishing, ten times or more, with a trend that
-    says so, exploding. Lags are measured until less than 10⁻⁴ of the gradient is left and less than
-    1 % of the adjoints arrives. The windows recommended keep their error on batches like this one:
-    on 95 % of those drawn with replacement from its parts, which are groups of examples, and
-    stretches of time where there are fewer than 16 examples, or they see each other. Windows of 0:
-    this batch cannot tell.
+    says so, exploding; of what is left at lag 1 where that is below 1 %, a readout's own step.
+    Lags are measured until less than 10⁻⁴ of the gradient is left and less than 1 % of the adjoints
+    arrives. The windows recommended keep their error on batches like this one: on 95 % of those
+    drawn from its parts, which are groups of examples, and stretches of time where there are fewer
+    than 16 examples, or they see each other. Windows of 0: this batch cannot tell.
 
     Costs a third to a half of a gradient for each lag measured, half of one for each of the windows
     measured, one for each of some 8 windows of blocks tried, and six for the rest; memory O(T)
     carries and some four times the gradients of up to 16 parts. With `measure`, timed updates of up
-    to five estimators more; where something is not finite, `find_nonfinite`.
+    to five estimators more, and where a changed recurrent matrix may help, all of this twice more;
+    where something is not finite, `find_nonfinite`.
 
     Args:
       step: `(params, carry, x) -> (carry, y)`; every inexact carry leaf begins with the batch
@@ -91,21 +97,29 @@ def diagnose(
       loss: `(y, target) -> [*batch]`.
       params: the parameters.
       carry: what enters step 0, or a function of the parameters that gives it.
-      batch: real data, arrays.
+      batch: real data, arrays; or up to 16 such batches of the same shapes, which tell better how
+        batches differ: numbers are those of all together, windows those for one such batch.
       gates: `[T]` or `[T, *batch]`; diagnose the gated gradient (its costs are those without gates,
         its exponent and curvature those of the model).
       max_window: the largest lag and sliding window considered; None: T, 512 at most.
       learning_rate: of plain gradient descent; compared with the curvature along the gradient,
         which costs one second derivative.
-      measure: whether to measure costs, on the host; under jit and vmap it must be False.
+      measure: whether to measure costs, and to try what may be advised, on the host; under jit and
+        vmap it must be False.
       num_repeats: timed updates of each estimator.
+      progress: whether to say on standard error what is being done, from two seconds on; None:
+        where that is a terminal. Never where something is traced.
 
     Raises:
-      ValueError: a learning rate that is not > 0; measure where something is traced; what
-        `truncation_curve` and `lag_profile` raise.
+      ValueError: batches of different shapes; a learning rate that is not > 0; measure where
+        something is traced; what `truncation_curve` and `lag_profile` raise.
     """
     why = "the gradient is measured per example"
-    problem = problem_of(step, loss, params, carry, batch, gates, per_example=why)
+    batches = batches_of(batch)
+    problem = problem_of(step, loss, params, carry, batches[0], gates, per_example=why)
+    if len(batches) > 1:
+        together = as_one(step, loss, params, carry, batches, gates)
+        problem = problem_of(*together, per_example=why)
     num_repeats = validation.check_positive_integer("num_repeats", num_repeats)
     if learning_rate is not None:
         validation.check_above(
@@ -117,33 +131,52 @@ def diagnose(
     largest = min(problem.num_steps, 512) if max_window is None else max_window
     largest = min(validation.check_positive_integer("max_window", largest), problem.num_steps)
 
-    if traced:
-        found = answer(_read, problem, largest, given=(learning_rate,))
-    else:
-        with (
-            jax.debug_nans(False),
-            jax.debug_infs(False),
-        ):  # here they are answers: what has no value, what is broken
-            found = answer(_read, problem, largest, given=(learning_rate,))
-    if isinstance(found.verdict_index, Tracer):  # or what the step closes over is traced
-        if measure:
-            raise ValueError(MEASURES_ARRAYS)
-        search = partial(answer, nonfinite_of, problem)
-        return replace(
-            found, nonfinite=lax.cond(found.verdict_index == 3, search, lambda: found.nonfinite)
-        )
-    if found.verdict == "non-finite":
-        found = replace(found, nonfinite=answer(nonfinite_of, problem))
-    return _with_cost(found, step, loss, params, carry, batch, num_repeats) if measure else found
+    def ask(problem):
+        return answer(_read, problem, largest, len(batches), given=(learning_rate,))
+
+    with waiting(False if traced else progress) as tell:
+        tell("compile, and measure the gradient by lag")
+        with nullcontext() if traced else _nan_is_an_answer():
+            found = ask(problem)
+        if isinstance(found.verdict_index, Tracer):  # or what the step closes over is traced
+            if measure:
+                raise ValueError(MEASURES_ARRAYS)
+            search = partial(answer, nonfinite_of, problem)
+            return replace(
+                found,
+                nonfinite=lax.cond(found.verdict_index == 3, search, lambda: found.nonfinite),
+            )
+        if found.verdict == "non-finite":
+            tell("look for what is not finite")
+            found = replace(found, nonfinite=answer(nonfinite_of, problem))
+        if not measure:
+            return found
+        if is_worth_trying(found):
+            tell("try what may be advised")
+            with _nan_is_an_answer():
+                found = replace(found, trials=try_remedies(found, problem, ask))
+        tell("time full BPTT and the windows")
+        return _with_cost(found, step, loss, params, carry, batches[0], num_repeats)
 
 
-def _read(problem: Problem, largest: int, learning_rate: float | jax.Array | None) -> Diagnosis:
+@contextmanager
+def _nan_is_an_answer():
+    """What has no value, what is broken: no error."""
+    with jax.debug_nans(False), jax.debug_infs(False):
+        yield
+
+
+def _read(
+    problem: Problem, largest: int, num_batches: int, learning_rate: float | jax.Array | None
+) -> Diagnosis:
     """Everything but the search for what is not finite and the costs, as one program."""
     linearised = linearise(problem)
     passed, weights, carries = linearised.passed, linearised.weights, linearised.carries
-    parts = parts_of_batch(problem, passed.carries, passed.outputs, passed.outputs_bar)
+    parts = parts_of_batch(problem, passed.carries, passed.outputs, passed.outputs_bar, num_batches)
     blocks = find_blocks(linearised, parts, TOLERANCES)
-    lags = look_back(linearised, parts, blocks, largest, _reached(problem))
+    influences = _influences(problem)
+    counted = _counted(problem, influences)
+    lags = look_back(linearised, parts, blocks, largest, counted)
 
     windows = measured_windows(largest)
     loss_sum, weight_sum = passed.sums.loss, passed.sums.weight
@@ -152,17 +185,18 @@ def _read(problem: Problem, largest: int, learning_rate: float | jax.Array | Non
     part_norms = norm(by_group, 1) * blocks.scale
     part_weights = parts.layout.by_group(parts.layout.divide(jnp.abs(weights), fill_zero=True))
     part_weights = jnp.sum(part_weights, axis=tuple(range(1, part_weights.ndim)))
-    decay = _decay(linearised, lags)
+    decay = decay_of(linearised, lags)
     broken = ~jnp.isfinite(gradient_norm) | ~jnp.isfinite(loss_sum) | (decay.verdict_index == 3)
     rounding = 30 * max((float(jnp.finfo(leaf.dtype).eps) for leaf in carries), default=0.0)
-    told = can_tell(products(blocks.exact), rounding)
+    by_example = parts.layout.by_group(parts.layout.by_group(products(blocks.exact)).T)
+    told, one_part = can_tell(by_example, rounding)
     inexact = (lags.upper_error > LEFT) & (windows < problem.num_steps)
     told = told | ~jnp.any(inexact)  # every window is as good as exact
     sliding = first_windows(lags.upper_error, windows, TOLERANCES, problem.num_steps)
     curvature = None
     if learning_rate is not None:
         learning_rate = jnp.asarray(learning_rate)
-        curvature = _curvature(problem)
+        curvature = curvature_of(problem)
     still = find_still(problem.step, problem.params, passed.carries, problem.batch)
     saturated, dead = share_stuck(carries, still, problem.batch.mask, problem.batch_shape)
     nonfinite = jax.eval_shape(partial(nonfinite_of, problem))
@@ -181,12 +215,21 @@ def _read(problem: Problem, largest: int, learning_rate: float | jax.Array | Non
             jnp.where(broken | ~told, 0, sliding),
             jnp.where(broken | ~told, 0, blocks.window),
             block_error,
+            blocks.tried,
+            jnp.where(broken, jnp.nan, blocks.tried_errors.upper),
             lags.upper_error,
             told,
+            one_part,
         ),
-        dynamics=Dynamics(*leading_exponent(linearised), curvature, learning_rate),
+        dynamics=Dynamics(
+            *leading_exponent(linearised, counted),
+            own_path(linearised, counted),
+            curvature,
+            learning_rate,
+        ),
         units=Units(saturated, dead),
         loss=weighted_mean(loss_sum, weight_sum),
+        constant_loss=constant_loss(problem, passed.outputs),
         gradient_norm=weighted_mean(gradient_norm, jnp.abs(weight_sum)),
         part_norms=jnp.where(part_weights > 0, part_norms / one_if_zero(part_weights), jnp.nan),
         nonfinite=jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), nonfinite),
@@ -194,50 +237,56 @@ def _read(problem: Problem, largest: int, learning_rate: float | jax.Array | Non
         curve=curve,
         num_used_steps=_used_steps(weights, problem.batch.mask),
         num_steps=problem.num_steps,
-        num_carry_leaves=len(carries),
+        carry_names=_carry_names(problem),
+        recurrent_weights=recurrent_matrices(problem, influences, _factors(problem)),
         unread=problem.live.unread,
     )
 
 
-def _reached(problem: Problem) -> list[bool]:
-    """For each inexact leaf of the carry, whether any parameter has an influence on it."""
-    arguments = problem.params, problem.carry, jax.tree.map(lambda a: a[0], problem.inputs)
+def _step_at_first(problem: Problem) -> tuple:
+    """What a step that emits the carry takes: (params, carry, input)."""
+    return problem.params, problem.carry, jax.tree.map(lambda a: a[0], problem.inputs)
+
+
+def _influences(problem: Problem) -> list[frozenset[int]]:
+    """For each leaf of the carry that a step emits, the leaves of (params, carry, input) that have
+    an influence on it.
+    """
+    arguments = _step_at_first(problem)
+    return engine.dependences(lambda *args: problem.parts.core(*args)[0], *arguments)
+
+
+def _factors(problem: Problem) -> set[tuple[frozenset[int], frozenset[int]]]:
+    """The same of both sides of each matrix product of a step."""
+    arguments = _step_at_first(problem)
+    return engine.factors(lambda *args: problem.parts.core(*args)[0], *arguments)
+
+
+def _counted(problem: Problem, influences: list[frozenset[int]]) -> list[bool]:
+    """Which inexact leaves of the carry count: those on which a parameter has an influence.
+
+    All of them if there is none. What flows back through the others reaches no parameter.
+    """
     num_params = len(jax.tree.leaves(problem.params))
-    emitted = engine.dependences(lambda *args: problem.parts.core(*args)[0], *arguments)
-    reached = [False] * len(emitted)
-    for _ in emitted:  # each round follows the influence one leaf further
+    reached = [False] * len(influences)
+    for _ in influences:  # each round follows the influence one leaf further
         reached = [
             any(
                 i < num_params or reached[i - num_params]
                 for i in of
-                if i < num_params + len(emitted)
+                if i < num_params + len(influences)
             )
-            for of in emitted
+            for of in influences
         ]
     leaves = jax.tree.leaves(problem.carry)
-    return [r for r, leaf in zip(reached, leaves, strict=True) if is_inexact(leaf)]
+    counted = [r for r, leaf in zip(reached, leaves, strict=True) if is_inexact(leaf)]
+    return counted if any(counted) else [True] * len(counted)
 
 
-def _decay(linearised: Linearised, lags: Lags) -> Decay:
-    """The decay of what arrives at each lag."""
-    weights, carries = linearised.weights, linearised.carries
-    measured = jnp.arange(len(lags.arrives)) < lags.num_measured
-    arrives = jnp.where(measured, lags.arrives, 0)
-    smallest = max((float(jnp.finfo(c.dtype).tiny) for c in carries), default=0.0)
-    heaviest = one_if_zero(jnp.max(jnp.abs(weights)) * lags.cotangent_norms[0])
-    fit = fit_decay(arrives, lags.num_measured, smallest / heaviest)
-    return fit._replace(underflow=fit.underflow | starts_below_precision(linearised))
-
-
-def _curvature(problem: Problem) -> jax.Array:
-    """The second derivative of the mean loss along its gradient."""
-    flat, unflatten = ravel_pytree(problem.params)
-
-    def mean_gradient(flat):
-        sums = back_through(replace(problem, params=unflatten(flat), gates=None)).sums
-        return weighted_mean(ravel_pytree(sums.grad)[0], sums.weight)
-
-    return curvature_along(mean_gradient(flat), mean_gradient, flat)
+def _carry_names(problem: Problem) -> tuple[str, ...]:
+    """Of its inexact leaves, `carry['h']`."""
+    leaves = jax.tree_util.tree_flatten_with_path(problem.carry)[0]
+    return tuple(f"carry{jax.tree_util.keystr(p)}" for p, leaf in leaves if is_inexact(leaf))
 
 
 def _used_steps(weights: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -252,10 +301,12 @@ def _used_steps(weights: jax.Array, mask: jax.Array | None) -> jax.Array:
 
 def _with_cost(found: Diagnosis, step, loss, params, carry, batch, num_repeats) -> Diagnosis:
     """With the costs of full BPTT and of the windows recommended; the arguments of `diagnose`."""
-    windows = tuple(
-        tuple(sorted({w for w in np.asarray(of).tolist() if w > 0}))
+    blocks, sliding = (
+        {int(window) for window in np.asarray(of)} - {0}
         for of in (found.block_window, found.sliding_window)
     )
+    # Blocks of the whole sequence are full BPTT.
+    windows = tuple(sorted(blocks - {found.num_steps})), tuple(sorted(sliding))
     # The same estimators in every call: their updates are compiled once.
     estimators = _ESTIMATORS.find((step, loss), windows, partial(_recommended, *windows))
     cost = measure_cost(estimators, params, carry, batch, num_repeats=num_repeats)

@@ -16,9 +16,16 @@ CONFIDENCE = 0.95
 
 
 def draws(num_parts: int) -> np.ndarray:
-    """How often each part stands in a batch drawn from them with replacement, `[draws, parts]`."""
+    """What each part's deviation from the mean is multiplied by, `[draws, parts]`.
+
+    ±√m, where the parts are drawn with replacement, m times each, and the sign by a coin. Parts of
+    another batch deviate in other directions than these: a part drawn m times stands for m such
+    parts, whose squares add, not for one m times as long (the wild bootstrap; Wu, 1986).
+    """
     random = np.random.default_rng(0)
-    return random.multinomial(num_parts, np.full(num_parts, 1 / num_parts), size=NUM_DRAWS)
+    often = random.multinomial(num_parts, np.full(num_parts, 1 / num_parts), size=NUM_DRAWS)
+    drawn = np.sqrt(often) * random.choice([-1, 1], size=often.shape)
+    return drawn - drawn.mean(1, keepdims=True)
 
 
 def products(gradients: list[jax.Array], others: list[jax.Array] | None = None) -> jax.Array:
@@ -40,11 +47,16 @@ class Errors(NamedTuple):
     upper: jax.Array
 
 
-def errors_of(left: jax.Array, exact: jax.Array) -> Errors:
+def errors_of(left: jax.Array, exact: jax.Array, batches: int = 1) -> Errors:
     """The errors of a window, from the inner products of what it leaves out and of the exact
     gradients, `[parts, parts]` each.
+
+    Where the parts are those of several batches, the error is that of one such batch: the sum over
+    its parts scatters √batches times as much as a sum over all of them does.
     """
-    drawn = jnp.asarray(draws(len(exact)), exact.dtype) - 1  # how often more than once
+    # How much batches scatter is told by few parts: on the safe side by one standard error.
+    safe = 1 + 1 / (2 * max(len(exact) - 1, 1)) ** 0.5
+    drawn = jnp.asarray(draws(len(exact)) * (safe * batches**0.5), exact.dtype)
 
     def squares(products):
         """`‖sum‖²` of this batch, and of others: the mean, without its noise, and noise anew."""
@@ -62,15 +74,17 @@ def errors_of(left: jax.Array, exact: jax.Array) -> Errors:
     return Errors(ratio[-1], jnp.where(jnp.isnan(ratio).any(), jnp.nan, upper))
 
 
-def can_tell(exact: jax.Array, rounding: float) -> jax.Array:
+def can_tell(exact: jax.Array, rounding: float) -> tuple[jax.Array, jax.Array]:
     """Whether a batch tells windows at all, from the inner products of its parts' exact gradients.
 
-    Not where one part carries nearly all of it, and not where the parts cancel to rounding.
+    Not where one part carries nearly all of it, which is the second thing returned, and not where
+    the parts cancel to rounding.
     """
     if len(exact) == 1:
-        return jnp.ones((), bool)
+        return jnp.ones((), bool), jnp.zeros((), bool)
     squares = jnp.diagonal(exact)
     number = jnp.sum(squares) ** 2 / one_if_zero(jnp.sum(squares**2))
     whole = jnp.sqrt(jnp.maximum(jnp.sum(exact), 0))
-    tells = (number >= FEW_PARTS) & (whole > rounding * jnp.sqrt(jnp.sum(squares)))
-    return tells | (jnp.sum(squares) == 0)
+    one_part = (number < FEW_PARTS) & (jnp.sum(squares) > 0)
+    tells = whole > rounding * jnp.sqrt(jnp.sum(squares))
+    return (tells & ~one_part) | (jnp.sum(squares) == 0), one_part

@@ -10,8 +10,11 @@ from jbptt.analysis.costs import Cost
 from jbptt.analysis.lags import LagProfile, TruncationCurve
 from jbptt.analysis.nonfinite import NonFinite
 from jbptt.diagnosis.advice import Advice, advise
+from jbptt.diagnosis.as_dataset import diagnosis_dataset
 from jbptt.diagnosis.decay import Decay
+from jbptt.diagnosis.decision import decide
 from jbptt.diagnosis.page import write_page
+from jbptt.diagnosis.trials import Trial
 
 VERDICTS = ("vanishing", "stable", "exploding", "non-finite")
 
@@ -27,9 +30,10 @@ class Flow(NamedTuple):
     Attributes:
       num_lags: lags measured; the entries beyond are NaN.
       arrives: `[K]`; `arrives[0]` is 1 without gates.
-      leaf_arrives: `[K, leaves]`, the same of each inexact leaf of the carry alone.
+      leaf_arrives: `[K, leaves]`, the same of each inexact leaf of the carry alone; NaN for one
+        that does not count.
       alive: `[K]`, the share of the losses whose adjoint is not exactly zero at that lag.
-      by_example: `[K, *batch]`, `arrives` of each example.
+      by_example: `[K, *batch]`, `arrives` of each example; NaN where it has no pair.
     """
 
     num_lags: jax.Array
@@ -50,16 +54,22 @@ class Windows(NamedTuple):
       sliding: from this window on, of those measured, the error is kept; 0: none, or no telling.
       block: the shortest window tried that keeps it, T where none does; 0: no telling.
       block_error: the error of those blocks on this batch.
+      blocks_tried, blocks_upper_error: `[C]`, other blocks, and the error that 95 % of the batches
+        stay below; NaN where one was not tried.
       upper_error: `[W]`, of the sliding windows in `curve.windows`: 95 % of the batches are below.
       told: whether this batch can tell: False where one part carries nearly all of the gradient,
         and where its parts cancel to rounding.
+      one_part: whether it is the former.
     """
 
     sliding: jax.Array
     block: jax.Array
     block_error: jax.Array
+    blocks_tried: jax.Array
+    blocks_upper_error: jax.Array
     upper_error: jax.Array
     told: jax.Array
+    one_part: jax.Array
 
 
 class Dynamics(NamedTuple):
@@ -67,6 +77,8 @@ class Dynamics(NamedTuple):
 
     Attributes:
       exponent, spread, error, num_wiped: as in `Exponent`, in nats per step.
+      own_path: share of the step's Jacobian on its diagonal, as `dynamics.own_path` says: near 1
+        where units keep themselves (gates, leaks).
       curvature: of the loss along its gradient, `gᵀHg / gᵀg`; None without a learning rate.
       learning_rate: as given, or None.
     """
@@ -75,6 +87,7 @@ class Dynamics(NamedTuple):
     spread: jax.Array
     error: jax.Array
     num_wiped: jax.Array
+    own_path: jax.Array
     curvature: jax.Array | None
     learning_rate: jax.Array | None
 
@@ -110,20 +123,24 @@ class Diagnosis:
       dynamics: exponent and curvature.
       units: shares of stuck units.
       loss: weighted mean loss of the batch.
-      gradient_norm: of its exact gradient.
+      constant_loss: what it would be if each prediction were the mean of all of them; NaN where a
+        prediction has no mean.
+      gradient_norm: of its exact gradient, without what a learned start of the carry adds.
       part_norms: `[≤ 16]`, the norm of the mean exact gradient of each group of examples, of each
         stretch of time where they cannot be divided; NaN without weight.
       nonfinite: the first number that is not finite, as `find_nonfinite` says.
       profile: the gradient by lag, `[K]`; NaN beyond the lags measured. `grad_norms` for lags below
         16. Its mean over pairs weighs them by |w|, which changes nothing where w ≥ 0.
-      curve: the error by window on this batch: every window up to 16, then eight to an octave;
+      curve: the error by window on this batch: every window up to 16, then four to an octave;
         NaN beyond the lags measured, where less than 10⁻⁴ of the gradient is left. Blocks (averaged
         over their phase) up to 16.
       num_used_steps: the largest number of unmasked steps of an example up to its last loss that
         counts.
       num_steps: T.
-      num_carry_leaves: inexact leaves of the carry.
+      carry_names: of the inexact leaves of the carry.
+      recurrent_weights: names of the square parameter matrices that mix the carry's units.
       unread: names of the parameters that no step looks at; a learned start of the carry is one.
+      trials: remedies tried on the model itself, where they may help; without `measure`, none.
       cost: time and memory of full BPTT and of each recommended window; None if not measured.
     """
 
@@ -133,6 +150,7 @@ class Diagnosis:
     dynamics: Dynamics
     units: Units
     loss: jax.Array
+    constant_loss: jax.Array
     gradient_norm: jax.Array
     part_norms: jax.Array
     nonfinite: NonFinite
@@ -140,8 +158,10 @@ class Diagnosis:
     curve: TruncationCurve
     num_used_steps: jax.Array
     num_steps: int = field(metadata={"static": True})
-    num_carry_leaves: int = field(metadata={"static": True})
+    carry_names: tuple[str, ...] = field(metadata={"static": True})
+    recurrent_weights: tuple[str, ...] = field(metadata={"static": True})
     unread: tuple[str, ...] = field(default=(), metadata={"static": True})
+    trials: tuple[Trial, ...] = field(default=(), metadata={"static": True})
     cost: Cost | None = field(default=None, metadata={"static": True})
 
     @property
@@ -181,9 +201,26 @@ class Diagnosis:
         return np.where(empty, np.nan, np.moveaxis(quantiles, 0, -1))
 
     @property
+    def decision(self) -> str:
+        """With which window to train, in words; only outside of jit and vmap."""
+        return decide(self)
+
+    @property
     def advice(self) -> tuple[Advice, ...]:
         """What to change, each with the number that says so; only outside of jit and vmap."""
         return advise(self)
+
+    def to_xarray(self) -> Any:
+        """An `xarray.Dataset` over `lag`, `leaf`, `window`, `error` and `part`; needs xarray.
+
+        Costs, if measured, over `estimator` and `repeat`. Under vmap what is found of each comes
+        with axes in front.
+        """
+        return diagnosis_dataset(self)
+
+    def explain(self) -> str:
+        """The page, with what each line means and how it was found; not under jit and vmap."""
+        return write_page(self, explain=True)
 
     def __str__(self) -> str:
         return write_page(self) if np.ndim(self.loss) == 0 else repr(self)

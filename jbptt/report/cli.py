@@ -114,7 +114,7 @@ def _commands(arguments: list[str]) -> Any:
         Args:
             out: the folder to write; files of an earlier report in it are replaced at the very end.
             cores: CPU cores used as devices, over which the runs are spread; all of them if not
-            given.
+                given.
         """
         return lambda: run_report(settings, out=out, cores=cores, command=command)
 
@@ -127,6 +127,8 @@ def _commands(arguments: list[str]) -> Any:
         learning_rate: float | None = None,
         no_measure: bool = False,
         plans: bool = False,
+        explain: bool = False,
+        out: Path | None = None,
     ):
         """Print the diagnosis of your own model: how far its gradient reaches, which window it
         needs, what to change.
@@ -135,17 +137,21 @@ def _commands(arguments: list[str]) -> Any:
             model: MODULE:FUNCTION or FILE.py:FUNCTION; the function takes nothing and returns
                 (step, loss, params, carry, batch).
             max_window: the largest lag and sliding window considered; all steps, 512 at most, if
-            not given. learning_rate: of your optimizer, to be held against the curvature of the
-            loss. no_measure: leave out the time and memory of windows, which takes less time.
+                not given.
+            learning_rate: of your optimizer, to be held against the curvature of the loss.
+            no_measure: leave out the time and memory of windows, which takes less time.
             plans: time the ways to compute the full gradient (segment lengths, devices) and print
-            the fastest.
+                the fastest.
+            explain: print what each line means and how it was found, too.
+            out: a folder to write diagnosis.txt, diagnosis.json and diagnosis.svg into; nothing is
+                written if not given.
         """
         options = {
             "max_window": max_window,
             "learning_rate": learning_rate,
             "measure": not no_measure,
         }
-        return lambda: run_diagnosis(model, plans=plans, **options)
+        return lambda: run_diagnosis(model, plans=plans, explain=explain, out=out, **options)
 
     @commands.command(name="compare")
     def compare(
@@ -160,7 +166,7 @@ def _commands(arguments: list[str]) -> Any:
 
         Args:
             out: a folder to write comparison.json and comparison.svg into; nothing is written if
-            not given.
+                not given.
         """
         return lambda: run_compare(settings, out=out, command=command)
 
@@ -201,20 +207,32 @@ def run_compare(settings: Any, *, out: Path | None = None, command: str = "jbptt
     return 0
 
 
-def run_diagnosis(model: str, *, plans: bool = False, **options: Any) -> int:
+def run_diagnosis(
+    model: str,
+    *,
+    plans: bool = False,
+    explain: bool = False,
+    out: Path | None = None,
+    **options: Any,
+) -> int:
     """Diagnoses the model that a user's function returns and prints the page, and the plans if they
-    are asked for.
+    are asked for; writes what was asked for.
 
     Raises: UsageError, for whatever the user can put right.
     """
     from jbptt.analysis.plan_search import choose_plan
     from jbptt.diagnosis.question import diagnose
+    from jbptt.report import diagnosing, output
     from jbptt.report.user_models import describe, is_own, load_problem
 
+    stopped = f"the diagnosis of {model} was stopped before it was finished"
     try:
-        with interruption.unfinished(
-            f"the diagnosis of {model} was stopped before it was finished"
-        ):
+        if out is not None:
+            output.check_target(Path(out), diagnosing.FILES)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    try:
+        with interruption.unfinished(stopped):
             problem = load_problem(model)
             found = diagnose(*problem, **options)
             fastest, cost = choose_plan(*problem) if plans else (None, None)
@@ -225,9 +243,15 @@ def run_diagnosis(model: str, *, plans: bool = False, **options: Any) -> int:
     except (Exception, SystemExit) as error:
         said = isinstance(error, ValueError) and is_own(error)
         raise UsageError(str(error) if said else f"{model} failed: {describe(error)}") from error
-    print(found)
+    page = found.explain() if explain else str(found)
     if fastest is not None:
-        print(f"\nFastest full gradient here: {fastest}.\n{cost}")
+        page += f"\n\nFastest full gradient here: {fastest}.\n{cost}"
+    if out is not None:
+        try:
+            output.write_files(diagnosing.texts_of(found, page), Path(out))
+        except OSError as error:
+            raise UsageError(str(error)) from error
+    print(page)
     return 0
 
 
