@@ -31,7 +31,7 @@ def with_blocks(rough, fine, **changes):
 
 COST = Cost(
     ("full", "block 2", "block 8"),
-    np.array([[1.0, 1, 1, 1], [2, 2.1, 2.2, 2.3], [0.9, 1.1, 0.9, 1.1]]),
+    np.array([[1.0, 2, 1, 1], [2, 4.2, 2.2, 2.3], [0.9, 2.2, 0.9, 1.1]]),
     np.array([100, 10, 50]),
 )
 
