@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import problems
 import pytest
+from jax.experimental import sparse
 from jax.flatten_util import ravel_pytree
 from problems import one_update, usual, usual_rows
 
 from jbptt import Batch, diagnose, full_bptt
 from jbptt.analysis.lags import linearise
-from jbptt.diagnosis import block_windows, resampling
+from jbptt.diagnosis import batch_parts, block_windows, resampling
 from jbptt.diagnosis.batch_parts import parts_of_batch
 from jbptt.problem import problem_of
 
@@ -143,6 +144,44 @@ def test_what_cannot_be_divided_by_examples(step):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # as many examples as features: which are which?
         windows_of(step, loss, params, jnp.zeros((size, size)), batch)
+
+
+@jax.custom_vjp
+def on_the_host(w):
+    """A derivative that JAX has one by one alone."""
+    return 1 * w
+
+
+on_the_host.defvjp(
+    lambda w: (1 * w, None),
+    lambda _, bar: (jax.pure_callback(np.asarray, jax.ShapeDtypeStruct(bar.shape, bar.dtype), bar),),
+)
+PLACES = sparse.BCOO.fromdense(jnp.eye(4)).indices
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [on_the_host, lambda w: sparse.BCOO((jnp.diagonal(w), PLACES), shape=w.shape)],
+    ids=["a callback in a rule", "sparse weights"],
+)
+def test_one_part_where_the_derivative_has_no_vmap(weight):
+    step = lambda params, h, x: ((h_ := jnp.tanh(x + h @ weight(params["w"]))), h_)
+    loss = lambda y, target: jnp.sum((y - target) ** 2, -1)
+    xs, targets = np.random.default_rng(0).normal(size=(2, 9, 3, 4))
+    found = windows_of(step, loss, {"w": 0.5 * jnp.eye(4)}, jnp.zeros((3, 4)), Batch(xs, targets))
+    assert found.part_norms.shape == (1,)
+
+
+@pytest.mark.parametrize(("where", "kind"), [("layout_of", ValueError), ("_way_back", TypeError)])
+def test_a_mistake_is_no_missing_rule(monkeypatch, where, kind):
+    """It is raised, and does not end in one part."""
+
+    def mistaken(*_):
+        raise kind("a mistake")
+
+    monkeypatch.setattr(batch_parts, where, mistaken)
+    with pytest.raises(kind, match="a mistake"):
+        diagnose(*problems.make("tanh", 4), measure=False)
 
 
 def test_a_gap_in_the_mask_ends_no_lags():

@@ -447,10 +447,10 @@ def test_what_arrives_is_what_the_flow_of_single_losses_says(num_steps):
     for k in range(int(found.num_lags)):
         wanted = np.trace(flow, -k) / np.trace(flow[k:, k:])
         np.testing.assert_allclose(found.flow.arrives[k], wanted, rtol=1e-9)
-    assert int(found.num_lags) == num_steps and in_one_line(found)
+    assert int(found.num_lags) == num_steps and f"Gradient over {num_steps} steps: " in in_one_line(found)
 
 
-@pytest.mark.parametrize("length", usual([20], [3, 20, 60]))
+@pytest.mark.parametrize("length", [3, 20, 60])
 @pytest.mark.more("test_what_is_said_of")
 def test_a_plateau_of_any_length(length):
     found = diagnose(*linear_problem(np.diag(np.ones(length - 1), 1), np.eye(length)[-1]), measure=False)
@@ -458,7 +458,7 @@ def test_a_plateau_of_any_length(length):
     assert "where it is cut" in in_one_line(found)
 
 
-@pytest.mark.parametrize("share", usual([0.2], [0.01, 0.02, 0.05, 0.2]))
+@pytest.mark.parametrize("share", [0.01, 0.02, 0.05, 0.2])
 @pytest.mark.more("test_what_is_said_of")
 def test_two_time_scales_in_any_mixture(share):
     found = diagnose(*linear_problem(np.diag([0.5, 2**-0.01]), [1 - share, share]), measure=False)

@@ -48,11 +48,11 @@ def test_the_decision_names_the_block_that_does():
     assert with_blocks(8, 16).decision == (
         "Train with full BPTT, or with blocks of 8 steps where memory is short: they keep the gradient within 10 %."
     )
-    tried = dict(blocks_tried=np.array([2, 4, 8, 12, 16]), blocks_upper_error=np.array([0.5, np.nan, 0.123, 0.1, 0]))
+    tried = dict(blocks_upper_error=np.array([np.nan, 0.5, np.nan, 0.123, 0.1, 0]))  # of 1, 2, 4, 8, 12, 16
     words = "Train with full BPTT: no block of at most half the 16 steps keeps the gradient within 10 %"
     assert with_blocks(12, 16, **tried).decision == f"{words} (8 steps: 12 %)."
-    for few in ([np.nan, np.nan, np.nan, 0.1, 0], [np.nan, np.nan, 0.046, 0.04, 0]):
-        tried["blocks_upper_error"] = np.array(few)  # good enough here, and refused for want of cuts
+    for few in ([np.nan, np.nan, 0.1, 0], [np.nan, 0.046, 0.04, 0]):
+        tried["blocks_upper_error"] = np.array([np.nan, np.nan, *few])  # good enough here, and refused for want of cuts
         assert with_blocks(12, 16, **tried).decision.startswith("Train with full BPTT: so few blocks are cut")
     for one_part, why in ((True, "one part of it carries nearly all"), (False, "its parts cancel to rounding")):
         untold = with_blocks(0, 0, told=np.array(False), one_part=np.array(one_part))
@@ -95,7 +95,8 @@ def test_explain_says_what_each_line_means():
     assert max(map(len, short + long)) <= page.WIDTH
     assert [line for line in long if line in short] == short
     labels = [line[2:12].strip() for line in short if line.startswith("  ") and line[2] != " "]
-    for label in {"loss", "sources", "decay", "arrives", "state"} & set(labels):
+    assert {"loss", "sources", "decay", "arrives", "state"} <= set(labels)
+    for label in ("loss", "sources", "decay", "arrives", "state"):
         (at,) = (i for i, line in enumerate(long) if line[2:12].strip() == label)
         assert any(line.startswith(" " * 14) for line in long[at + 1 : at + 3]), label
 
@@ -105,7 +106,7 @@ def test_the_sources_are_the_windows_of_the_curve():
     errors = np.asarray(one.curve.relative_error)
     first = lambda level: next(w for w in range(1, 17) if np.all(errors[w - 1 :][~np.isnan(errors[w - 1 :])] <= level))
     assert f"90 % from the last {first(0.1)}, 99 % from the last {first(0.01)}" in in_one_line(one)
-    all_needed = replace(one, curve=one.curve._replace(relative_error=np.where(np.arange(16) < 15, 2.0, 0.0)))
+    all_needed = replace(one, windows=one.windows._replace(sources=np.array([16, 16, 16])))
     assert "only all steps together give half of this batch's gradient" in in_one_line(all_needed)
 
 
@@ -237,6 +238,8 @@ def test_a_diagnosis_as_a_dataset():
     pytest.importorskip("xarray")
     one = replace(with_blocks(2, 8), cost=COST)
     data = one.to_xarray()
+    assert int(data.sources.sel(share=0.9)) == int(one.windows.sources[1])
+    assert data.block.values.tolist() == [1, 2, 4, 8, 12, 16] and data.blocks_upper_error.dims == ("block",)
     assert int(data.block_window.sel(error=0.01)) == 8 and data.attrs["verdict"] == one.verdict
     np.testing.assert_array_equal(data.arrives, one.flow.arrives)
     np.testing.assert_array_equal(data.relative_error.sel(window=3), one.curve.relative_error[2])

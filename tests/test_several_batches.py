@@ -61,7 +61,7 @@ def test_one_batch_alone_or_twice_is_the_same_but_for_the_windows(carry):
     for name in ("loss", "constant_loss", "gradient_norm", "half_life", "exponent", "reach"):
         np.testing.assert_allclose(getattr(two, name), getattr(one, name), rtol=1e-9, err_msg=name)
     np.testing.assert_allclose(two.flow.arrives, one.flow.arrives, rtol=1e-9)
-    np.testing.assert_allclose(two.curve.relative_error, one.curve.relative_error, rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(two.curve.relative_error, one.curve.relative_error, rtol=1e-9, atol=1e-12)
     assert two.flow.by_example.shape == (NUM_STEPS, 2, EXAMPLES)
     assert look((batch,)).sliding_window.tolist() == one.sliding_window.tolist()
 

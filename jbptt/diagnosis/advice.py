@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from jbptt.diagnosis.baseline import is_trained
 
+SHARES = (0.5, 0.9, 0.99)  # of the gradient, whose sources are told
 TOLERANCES = (0.1, 0.01)  # the gradient errors that windows are recommended for
 CHANGE = (
     10.0  # the factor over the measured lags from which on a gradient is said to vanish or explode
@@ -18,6 +19,11 @@ EVEN = 0.1
 KEEPS = 0.5  # units keep themselves where more than this of a step's Jacobian is on its diagonal
 STUCK = 0.25  # this share of dead or saturated units is too much
 STABLE_CURVATURE = 2.0  # gradient descent overshoots where learning rate · curvature is larger
+
+
+def steps(number: int) -> str:
+    """`1 step`, `2 steps`."""
+    return f"{number} step{'s' * (number != 1)}"
 
 
 class Advice(NamedTuple):
@@ -123,10 +129,9 @@ def _gated_cell(found: Any) -> Advice | None:
         return None
     if not mixes(found):
         return None
-    reach = int(found.reach)
     remedy = (
-        f"where more than {reach} step{'s' * (reach > 1)} of memory would help, gru, or lstm with "
-        "a larger forget_bias"
+        f"where more than {steps(int(found.reach))} of memory would help, gru, or lstm with a "
+        "larger forget_bias"
     )
     return Advice("gated cell", "half-life / steps", share, "<", SHORT, remedy)
 

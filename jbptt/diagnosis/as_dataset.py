@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 
 from jbptt.datasets import dataset, variables
-from jbptt.diagnosis.advice import TOLERANCES
+from jbptt.diagnosis.advice import SHARES, TOLERANCES
+from jbptt.diagnosis.block_windows import candidate_windows
 
 SCALARS = ("loss", "constant_loss", "gradient_norm", "num_used_steps")
 
@@ -60,12 +61,14 @@ def named_numbers(found: Any) -> tuple[dict, dict, dict]:
         variables("half_life_interval", interval, "bound"),
     ]
     variable += [
-        variables("blocks_tried", found.windows.blocks_tried, "candidate"),
-        variables("blocks_upper_error", found.windows.blocks_upper_error, "candidate"),
+        variables("blocks_upper_error", found.windows.blocks_upper_error, "block"),
+        variables("sources", found.windows.sources, "share"),
     ]
     coords = {
         "lag": np.arange(np.shape(flow["arrives"])[-1]),
         "leaf": list(found.carry_names),
+        "block": candidate_windows(found.num_steps),
+        "share": list(SHARES),
         "window": windows.reshape(-1, windows.shape[-1])[0],
         "error": list(TOLERANCES),  # `tolerance` is a word of xarray's own
     }

@@ -83,12 +83,8 @@ class Layout(NamedTuple):
 
 def _filled(leaf: jax.Array, axis: int, length: int, with_zero: bool) -> jax.Array:
     short = length - leaf.shape[axis]
-    if not short:
-        return leaf
     widths = [(0, short if i == axis else 0) for i in range(leaf.ndim)]
-    if with_zero:
-        return jnp.pad(leaf, widths)
-    return jnp.take(leaf, np.minimum(np.arange(length), leaf.shape[axis] - 1), axis=axis)
+    return jnp.pad(leaf, widths, mode="constant" if with_zero else "edge") if short else leaf
 
 
 def layout_of(problem: Problem, batches: int = 1) -> Layout:
@@ -174,10 +170,12 @@ def parts_of_batch(
     The carries that enter its steps and the core's outputs are known.
     """
     known = problem, carries, outputs, outputs_bar
+    layout = layout_of(problem, batches)
     try:
-        return divide(*known, layout_of(problem, batches))
-    except (NotImplementedError, TypeError, ValueError):
-        # JAX has no rule to vmap it: sparse weights, a callback in a derivative.
+        return divide(*known, layout)
+    except (NotImplementedError, ValueError):
+        # JAX has the derivative of a step, but not that of its vmap: a ValueError for products with
+        # sparse weights, NotImplementedError for a callback in a rule, as in the engine.
         return divide(*known, Layout(1, 1, problem.num_steps, 1, batches))
 
 

@@ -26,16 +26,14 @@ class Blocks(NamedTuple):
         underflow; 1 for zeros.
       window: for each tolerance the shortest window tried that keeps it, T if none does.
       errors: theirs.
-      tried: the windows that may be tried, `[C]`, T the last one.
-      tried_errors: theirs; NaN where a window was not tried.
+      tried_upper: the upper errors of all `candidate_windows`; NaN where one was not tried.
     """
 
     exact: list[jax.Array]
     scale: jax.Array
     window: jax.Array
     errors: Errors
-    tried: jax.Array
-    tried_errors: Errors
+    tried_upper: jax.Array
 
 
 def find_blocks(
@@ -97,8 +95,7 @@ def find_blocks(
     bounds = jnp.full(len(tolerances), -1), jnp.full(len(tolerances), num_tried)
     start = 0, none, none, *bounds, [leaf.astype(scale.dtype) for leaf in exact], scale, one_on
     _, here, upper, _, high, exact, scale, _ = lax.while_loop(unfinished, look, start)
-    found, all_tried = Errors(here[high], upper[high]), Errors(here, upper)
-    return Blocks(exact, scale, windows[high], found, windows, all_tried)
+    return Blocks(exact, scale, windows[high], Errors(here[high], upper[high]), upper)
 
 
 def candidate_windows(num_steps: int) -> list[int]:

@@ -6,7 +6,7 @@ With D_k the gradient at lag k (`lags`), g the exact gradient and p a part of th
     sliding windows:   R_n[p] = g[p] − Σ_{k<n} D_k[p]
     blocks:            R_n[p] = what flows across their cuts
 
-    error of a batch of parts, each drawn m_p times:   ‖Σ_p m_p R_n[p]‖ / ‖Σ_p m_p g[p]‖
+    error of a batch drawn from them (`resampling`):   ‖Σ_p w_p R_n[p]‖ / ‖Σ_p w_p g[p]‖
 """
 
 from typing import NamedTuple

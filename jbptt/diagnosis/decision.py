@@ -4,8 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from jbptt.diagnosis.advice import TOLERANCES
+from jbptt.diagnosis.advice import TOLERANCES, steps
 from jbptt.diagnosis.baseline import LEARNT, is_untrained
+from jbptt.diagnosis.block_windows import candidate_windows
 
 NO_FLOW = "Any window will do: no gradient flows back through the carry."
 MEND_FIRST = "Mend what is not finite first: no window can be recommended."
@@ -28,8 +29,7 @@ def decide(found: Any) -> str:
     """
     if found.verdict == "non-finite":
         return MEND_FIRST
-    flows = np.any(np.asarray(found.profile.cotangent_norms)[: int(found.num_lags)] > 0)
-    if not flows:
+    if not flows_back(found):
         return NO_FLOW if float(found.gradient_norm) > 0 else NOTHING
     if found.num_steps == 1:
         return ONE_STEP
@@ -48,6 +48,11 @@ def decide(found: Any) -> str:
     return " ".join(words)
 
 
+def flows_back(found: Any) -> bool:
+    """Whether an adjoint reaches the carry at any lag."""
+    return bool(np.any(np.asarray(found.profile.cotangent_norms)[: int(found.num_lags)] > 0))
+
+
 def _blocks(found: Any) -> str:
     half = found.num_steps / 2
     rough, fine = (int(window) for window in found.block_window)
@@ -63,8 +68,8 @@ def _blocks(found: Any) -> str:
             f"Train with full BPTT, or with blocks of {steps(rough)} where memory is short: they "
             f"keep the gradient within 10 %{_savings(found, rough)}."
         )
-    tried = np.asarray(found.windows.blocks_tried), np.asarray(found.windows.blocks_upper_error)
-    errors = [(int(w), float(e)) for w, e in zip(*tried, strict=True) if w <= half and e == e]
+    errors = zip(candidate_windows(found.num_steps), found.windows.blocks_upper_error, strict=True)
+    errors = [(w, float(error)) for w, error in errors if w <= half and not np.isnan(error)]
     if not errors or errors[-1][1] <= TOLERANCES[0]:
         return f"Train with full BPTT: {TOO_FEW_CUTS}."
     window, error = errors[-1]
@@ -72,11 +77,6 @@ def _blocks(found: Any) -> str:
         f"Train with full BPTT: no block of at most half the {found.num_steps} steps keeps the "
         f"gradient within 10 % ({steps(window)}: {100 * error:.0f} %)."
     )
-
-
-def steps(number: int) -> str:
-    """`1 step`, `2 steps`."""
-    return f"{number} step{'s' * (number != 1)}"
 
 
 def _savings(found: Any, window: int) -> str:

@@ -196,7 +196,10 @@ def own_path(linearised: Linearised, counted: list[bool]) -> jax.Array:
 
 
 def _signs(leaf: jax.Array, seed: int) -> jax.Array:
-    """±1 for each entry, by an integer hash: JAX's generators take long to compile."""
+    """±1 for each entry, by an integer hash.
+
+    `jax.random.rademacher` takes 0.6 to 0.7 s to compile, this 0.08.
+    """
     bits = jnp.arange(leaf.size, dtype=jnp.uint32) * np.uint32(0x9E3779B1) + np.uint32(seed)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
         bits = (bits ^ (bits >> shift)) * np.uint32(factor)

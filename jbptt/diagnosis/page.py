@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jbptt.diagnosis import meanings
-from jbptt.diagnosis.advice import STUCK, TOLERANCES
+from jbptt.diagnosis.advice import SHARES, STUCK, TOLERANCES, steps
 from jbptt.diagnosis.decay_shapes import shape_of
-from jbptt.diagnosis.decision import decide, steps, time_ratios
+from jbptt.diagnosis.decision import decide, flows_back, time_ratios
 
 NO_PATH = (
     "every gradient is exactly zero; the loss ignores y or has no weight, all units are dead, or "
@@ -28,7 +28,6 @@ CAPTION = (
     "error: ‖ĝ − g‖ / ‖g‖, kept on 95 % of the batches like this one (bootstrap over its parts)",
 )
 WIDTH, INDENT = 100, 12
-SHARES = (0.5, 0.9, 0.99)  # of the gradient, whose windows a page names
 UNLIKE = 4.0  # leaves whose half-lives differ by this factor are told apart
 SOME = 0.1  # a kind of examples is named above this share of them
 NEARLY_ALL = 0.8
@@ -96,7 +95,7 @@ def _verdict_and_reach(found: Any) -> str:
 
 def _title_and_lines(found: Any) -> tuple[str, list[Line]]:
     lags = int(found.num_lags)
-    span = f"{found.num_steps} step{'s' * (found.num_steps > 1)}"
+    span = steps(found.num_steps)
     norms = np.asarray(found.profile.cotangent_norms)[:lags]
     lines = [_loss(found)]
     if found.unread:
@@ -110,10 +109,10 @@ def _title_and_lines(found: Any) -> tuple[str, list[Line]]:
         lines.append(Line("", "a loss, an adjoint or the gradient is NaN or infinite"))
         if found.nonfinite.found:
             lines.append(Line("", str(found.nonfinite)))
-    elif norms.max() == 0 and found.gradient_norm == 0:
+    elif not flows_back(found) and found.gradient_norm == 0:
         title, words = _no_gradient(found)
         lines.append(Line("", words))
-    elif norms.max() == 0:
+    elif not flows_back(found):
         title = "no gradient path through the carry"
         lines.append(Line("", NO_CARRY))
     elif found.num_steps == 1:
@@ -168,14 +167,16 @@ def _reach(found: Any, norms: np.ndarray) -> list[Line]:
 
 def _sources(found: Any) -> str:
     """How many of the last steps half of the gradient comes from, and nearly all of it."""
-    windows = [_window_for(found, 1 - share) for share in SHARES]
-    if windows[0] == f"{found.num_steps}":
+    half, *most = (int(window) for window in found.windows.sources)
+    if half == found.num_steps:
         return "only all steps together give half of this batch's gradient"
-    more, _, number = windows[0].rpartition("more than ")
-    few = f"{'more than ' if more or windows[0].startswith('more') else ''}the last "
-    few += "step" if number == "1" else f"{number} steps"
-    pairs = zip(SHARES[1:], windows[1:], strict=True)
-    shares = [f"{100 * share:.0f} % from the last {window}" for share, window in pairs]
+    largest = int(found.curve.windows[-1])
+    few = f"the last {steps(half)}" if half else f"more than the last {steps(largest)}"
+    few = "the last step" if half == 1 else few
+    shares = [
+        f"{100 * share:.0f} % from " + (f"the last {w}" if w else f"more than the last {largest}")
+        for share, w in zip(SHARES[1:], most, strict=True)
+    ]
     return f"half of this batch's gradient comes from {few}, {', '.join(shares)}"
 
 
@@ -186,17 +187,6 @@ def _decay(found: Any) -> str:
     if shape.kind == "one exponential":  # whose half-life is told already
         return f"{words}: one exponential"
     return f"{words}; {shape.words}" if shape.words else words
-
-
-def _window_for(found: Any, tolerance: float) -> str:
-    """The window from which on this batch's error stays within the tolerance."""
-    windows, errors = (np.asarray(a) for a in (found.curve.windows, found.curve.relative_error))
-    known = ~np.isnan(errors)
-    bad = np.flatnonzero((errors > tolerance) & (windows < found.num_steps))  # NaN is not
-    number = bad[-1] + 1 if len(bad) else 0
-    if number < len(windows) and known[number]:
-        return f"{windows[number]}"
-    return f"more than {windows[known].max(initial=1)}"
 
 
 def _half_life(found: Any) -> str:
@@ -296,8 +286,7 @@ def _dynamics(found: Any) -> list[Line]:
 
 
 def _has_windows(found: Any) -> bool:
-    norms = np.asarray(found.profile.cotangent_norms)[: int(found.num_lags)]
-    return found.verdict != "non-finite" and norms.max() > 0 and found.num_steps > 1
+    return found.verdict != "non-finite" and flows_back(found) and found.num_steps > 1
 
 
 def _windows(found: Any) -> list[str]:
@@ -308,11 +297,11 @@ def _windows(found: Any) -> list[str]:
     rows = []
     for kind, windows in (("sliding", found.sliding_window), ("block", found.block_window)):
         for tolerance, window in zip(TOLERANCES, windows, strict=True):
-            steps = f"{int(window)}" if int(window) else f"> {int(found.curve.windows[-1])}"
+            number = f"{int(window)}" if int(window) else f"> {int(found.curve.windows[-1])}"
             cells = _cells(costs, f"{kind} {int(window)}")
             if kind == "block" and window == found.num_steps:
                 cells = "   (full BPTT)"
-            rows.append(f"  {f'{tolerance:.0%} {kind}':<18}{steps:>6}{cells}")
+            rows.append(f"  {f'{tolerance:.0%} {kind}':<18}{number:>6}{cells}")
     if not found.windows.told:
         heading, rows = f"  {'':<18}{'steps':>6}" + heading[26:], []
     rows.append(f"  {'full BPTT':<18}{found.num_steps:>6}{_cells(costs, 'full')}")

@@ -18,7 +18,7 @@ from jbptt.analysis.costs import measure_cost
 from jbptt.analysis.lags import LagProfile, TruncationCurve, linearise
 from jbptt.analysis.nonfinite import nonfinite_of
 from jbptt.arrays import align_leading, is_inexact, one_if_zero, weighted_mean
-from jbptt.diagnosis.advice import TOLERANCES, is_worth_trying
+from jbptt.diagnosis.advice import SHARES, TOLERANCES, is_worth_trying
 from jbptt.diagnosis.baseline import constant_loss
 from jbptt.diagnosis.batch_parts import parts_of_batch
 from jbptt.diagnosis.block_windows import find_blocks
@@ -132,12 +132,12 @@ def diagnose(
     largest = min(validation.check_positive_integer("max_window", largest), problem.num_steps)
 
     def ask(problem):
-        return answer(_read, problem, largest, len(batches), given=(learning_rate,))
+        with nullcontext() if traced else _nan_is_an_answer():
+            return answer(_read, problem, largest, len(batches), given=(learning_rate,))
 
     with waiting(False if traced else progress) as tell:
         tell("compile, and measure the gradient by lag")
-        with nullcontext() if traced else _nan_is_an_answer():
-            found = ask(problem)
+        found = ask(problem)
         if isinstance(found.verdict_index, Tracer):  # or what the step closes over is traced
             if measure:
                 raise ValueError(MEASURES_ARRAYS)
@@ -153,8 +153,7 @@ def diagnose(
             return found
         if is_worth_trying(found):
             tell("try what may be advised")
-            with _nan_is_an_answer():
-                found = replace(found, trials=try_remedies(found, problem, ask))
+            found = replace(found, trials=try_remedies(found, problem, ask))
         tell("time full BPTT and the windows")
         return _with_cost(found, step, loss, params, carry, batches[0], num_repeats)
 
@@ -174,7 +173,11 @@ def _read(
     passed, weights, carries = linearised.passed, linearised.weights, linearised.carries
     parts = parts_of_batch(problem, passed.carries, passed.outputs, passed.outputs_bar, num_batches)
     blocks = find_blocks(linearised, parts, TOLERANCES)
-    influences = _influences(problem)
+    # Of the leaves of (params, carry, input), on what a step emits, and in its matrix products.
+    at_first = problem.params, problem.carry, jax.tree.map(lambda a: a[0], problem.inputs)
+    influences, factors = engine.dependences_and_factors(
+        lambda *args: problem.parts.core(*args)[0], *at_first
+    )
     counted = _counted(problem, influences)
     lags = look_back(linearised, parts, blocks, largest, counted)
 
@@ -193,6 +196,8 @@ def _read(
     inexact = (lags.upper_error > LEFT) & (windows < problem.num_steps)
     told = told | ~jnp.any(inexact)  # every window is as good as exact
     sliding = first_windows(lags.upper_error, windows, TOLERANCES, problem.num_steps)
+    left = tuple(1 - share for share in SHARES)
+    sources = first_windows(lags.relative_error, windows, left, problem.num_steps)
     curvature = None
     if learning_rate is not None:
         learning_rate = jnp.asarray(learning_rate)
@@ -215,11 +220,11 @@ def _read(
             jnp.where(broken | ~told, 0, sliding),
             jnp.where(broken | ~told, 0, blocks.window),
             block_error,
-            blocks.tried,
-            jnp.where(broken, jnp.nan, blocks.tried_errors.upper),
+            jnp.where(broken, jnp.nan, blocks.tried_upper),
             lags.upper_error,
             told,
             one_part,
+            sources,
         ),
         dynamics=Dynamics(
             *leading_exponent(linearised, counted),
@@ -238,34 +243,20 @@ def _read(
         num_used_steps=_used_steps(weights, problem.batch.mask),
         num_steps=problem.num_steps,
         carry_names=_carry_names(problem),
-        recurrent_weights=recurrent_matrices(problem, influences, _factors(problem)),
+        recurrent_weights=recurrent_matrices(problem, influences, factors),
         unread=problem.live.unread,
     )
-
-
-def _step_at_first(problem: Problem) -> tuple:
-    """What a step that emits the carry takes: (params, carry, input)."""
-    return problem.params, problem.carry, jax.tree.map(lambda a: a[0], problem.inputs)
-
-
-def _influences(problem: Problem) -> list[frozenset[int]]:
-    """For each leaf of the carry that a step emits, the leaves of (params, carry, input) that have
-    an influence on it.
-    """
-    arguments = _step_at_first(problem)
-    return engine.dependences(lambda *args: problem.parts.core(*args)[0], *arguments)
-
-
-def _factors(problem: Problem) -> set[tuple[frozenset[int], frozenset[int]]]:
-    """The same of both sides of each matrix product of a step."""
-    arguments = _step_at_first(problem)
-    return engine.factors(lambda *args: problem.parts.core(*args)[0], *arguments)
 
 
 def _counted(problem: Problem, influences: list[frozenset[int]]) -> list[bool]:
     """Which inexact leaves of the carry count: those on which a parameter has an influence.
 
     All of them if there is none. What flows back through the others reaches no parameter.
+
+    Args:
+      problem: the recurrence.
+      influences: for each leaf of the carry that a step emits, which leaves of (params, carry,
+        input) have an influence on it.
     """
     num_params = len(jax.tree.leaves(problem.params))
     reached = [False] * len(influences)

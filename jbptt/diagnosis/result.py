@@ -46,30 +46,32 @@ class Flow(NamedTuple):
 class Windows(NamedTuple):
     """Windows that keep a gradient error of 10 % and of 1 %, `[2]` each.
 
-    The errors that they rest on are those that 95 % of the batches have that are drawn from the
-    parts of this one, with replacement: groups of examples, and stretches of time where there are
+    The errors that they rest on are those that 95 % of the batches stay below that are drawn from
+    the parts of this one (`resampling`): groups of examples, and stretches of time where there are
     fewer than 16 examples.
 
     Attributes:
       sliding: from this window on, of those measured, the error is kept; 0: none, or no telling.
       block: the shortest window tried that keeps it, T where none does; 0: no telling.
       block_error: the error of those blocks on this batch.
-      blocks_tried, blocks_upper_error: `[C]`, other blocks, and the error that 95 % of the batches
-        stay below; NaN where one was not tried.
+      blocks_upper_error: of all `candidate_windows` of blocks: 95 % of the batches are below; NaN
+        where one was not tried.
       upper_error: `[W]`, of the sliding windows in `curve.windows`: 95 % of the batches are below.
       told: whether this batch can tell: False where one part carries nearly all of the gradient,
         and where its parts cancel to rounding.
       one_part: whether it is the former.
+      sources: `[3]`, the windows from which on sliding ones give 50, 90 and 99 % of the gradient on
+        this batch; 0: none of those measured.
     """
 
     sliding: jax.Array
     block: jax.Array
     block_error: jax.Array
-    blocks_tried: jax.Array
     blocks_upper_error: jax.Array
     upper_error: jax.Array
     told: jax.Array
     one_part: jax.Array
+    sources: jax.Array
 
 
 class Dynamics(NamedTuple):

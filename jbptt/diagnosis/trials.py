@@ -80,6 +80,8 @@ def try_remedies(found: Any, problem: Problem, ask: Callable[[Problem], Any]) ->
       problem: with arrays.
       ask: the same diagnosis of another problem; it compiles nothing.
     """
+    from scipy.linalg import polar  # JAX brings it; few diagnoses need it
+
     factor = math.exp(-float(found.exponent))
     names = ", ".join(found.recurrent_weights)
 
@@ -93,20 +95,12 @@ def try_remedies(found: Any, problem: Problem, ask: Callable[[Problem], Any]) ->
 
         return jax.tree_util.tree_map_with_path(one, problem.params)
 
-    def orthogonal(matrix):
-        left, _, right = np.linalg.svd(matrix)
-        return left @ right
-
     trials = []
     for remedy, change in (
         (f"{names} × {factor:.3g}", lambda matrix: matrix * factor),
-        (f"{names} orthogonal", orthogonal),
+        (f"{names} orthogonal", lambda matrix: polar(matrix)[0]),
     ):
-        try:
-            params = changed_by(change)
-        except np.linalg.LinAlgError:  # of what is not finite
-            continue
-        tried = ask(replace(problem, params=params))
+        tried = ask(replace(problem, params=changed_by(change)))
         half_life, exponent = float(tried.half_life), float(tried.exponent)
         trials.append(Trial(remedy, tried.verdict, half_life, exponent))
     return tuple(trials)

@@ -8,7 +8,7 @@ and a warning says so once.
     segment_vjp(step, …)                    many steps one after another, and the way back
     pullback(step, …), parallel_pullback    one step, or many side by side: windows that overlap,
                                             and most analyses
-    paths, dependences, factors, …          questions to a program, answered without running it
+    paths, dependences, …                   questions to a program, answered without running it
                                             (`dependence`, `facts`)
 
 Every way back adds to a running total of the gradient, and gives (total, cotangents of the carry).
@@ -50,7 +50,14 @@ from jax import lax
 
 from jbptt.arrays import widened
 from jbptt.engine import plain
-from jbptt.engine.dependence import Paths, chosen, dependences, factors, paths, replaced
+from jbptt.engine.dependence import (
+    Paths,
+    chosen,
+    dependences,
+    dependences_and_factors,
+    paths,
+    replaced,
+)
 from jbptt.engine.facts import calls, draws, same_under_vmap
 from jbptt.types import Carry, Params, PyTree, Step
 
@@ -65,8 +72,8 @@ __all__ = [
     "calls",
     "chosen",
     "dependences",
+    "dependences_and_factors",
     "draws",
-    "factors",
     "fast",
     "fast_or_plain",
     "parallel_pullback",

@@ -23,15 +23,16 @@ def dependences(function: Callable, *arguments: Any) -> list[Sources]:
     return jax.tree.leaves(_dependence_tree(function, *arguments))
 
 
-def factors(function: Callable, *arguments: Any) -> set[tuple[Sources, Sources]]:
-    """For each matrix product of a program, the inputs that its left and its right side depend on.
+def dependences_and_factors(
+    function: Callable, *arguments: Any
+) -> tuple[list[Sources], set[tuple[Sources, Sources]]]:
+    """`dependences`, and for each matrix product on the way the inputs of its left and right side.
 
-    Those of inner programs included, where they are known to be programs (`dependences`).
+    Those of inner programs included, where they are known to be programs.
     """
     closed = jax.make_jaxpr(function)(*arguments)
     inputs, seen = [frozenset([i]) for i in range(len(closed.jaxpr.invars))], set()
-    _sources_of_outputs(closed.jaxpr, inputs, seen)
-    return seen
+    return _sources_of_outputs(closed.jaxpr, inputs, seen), seen
 
 
 def _dependence_tree(function: Callable, *arguments: Any) -> PyTree:

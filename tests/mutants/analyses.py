@@ -461,7 +461,6 @@ ANALYSES = (
     Mutant("own_path_of_the_leaf_s_size", DYNAMICS, "own_path", "sign * back", "back"),
     Mutant("a_decision_for_any_block", DECISION, "_blocks", "fine <= half", "fine <= 2 * half"),
     Mutant("times_beside_the_longest", DECISION, "time_ratios", "one / full", "one / full.max()"),
-    Mutant("sources_of_the_first_crossing", PAGE, "_window_for", "bad[-1]", "bad[0]"),
     Mutant("leaves_forget_at_one_pace", PAGE, "crossing", "arrives[0] / 2", "arrives[0]"),
     Mutant("several_scatter_like_one", RESAMPLING, "errors_of", "batches ** 0.5", "1"),
     Mutant("a_dataset_of_other_windows", AS_DATASET, "named_numbers", "found.windows.block,", "found.windows.sliding,"),
