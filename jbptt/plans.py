@@ -194,7 +194,7 @@ def check_division(problem: Problem, num_shards: int) -> None:
     share = _Share(problem, num_examples // num_shards)
     try:
         fits = share.fits(share.inputs)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # whatever the user's functions raise at shapes that do not fit
         refuse(f"step or loss does not take {share.size} of the examples alone", cause=error)
     if not fits:
         refuse(f"of {share.size} examples alone, step or loss does not give one result each")
@@ -264,7 +264,7 @@ class _Share:
                 continue
             try:
                 fits = self.fits([*self.inputs[:i], self.whole[i], *self.inputs[i + 1 :]])
-            except (TypeError, ValueError):  # as it should be
+            except Exception:  # as it should be, whatever the user's functions raise
                 continue
             found += [name] if fits else []
         return found

@@ -16,6 +16,7 @@ from jbptt import Batch, diagnose, full_bptt
 from jbptt.analysis.lags import linearise
 from jbptt.diagnosis import batch_parts, block_windows, resampling
 from jbptt.diagnosis.batch_parts import parts_of_batch
+from jbptt.plans import check_division
 from jbptt.problem import problem_of
 
 
@@ -170,6 +171,27 @@ def test_one_part_where_the_derivative_has_no_vmap(weight):
     xs, targets = np.random.default_rng(0).normal(size=(2, 9, 3, 4))
     found = windows_of(step, loss, {"w": 0.5 * jnp.eye(4)}, jnp.zeros((3, 4)), Batch(xs, targets))
     assert found.part_norms.shape == (1,)
+
+
+def checked(y, target):
+    """As optax's losses do since 0.2.5, and no later: by an AssertionError."""
+    assert y.shape == target.shape, (y.shape, target.shape)
+    return jnp.sum((y - target) ** 2, -1)
+
+
+def test_a_loss_may_assert_its_shapes():
+    """What is tried with more or fewer examples may raise anything."""
+    step, _, params, carry, batch = problems.make("tanh", 9, examples=4)
+    assert windows_of(step, checked, params, carry, batch).part_norms.shape == (4,)
+    check_division(problem_of(step, checked, params, carry, batch), 2)
+
+    def takes_all_alone(params, h, x):
+        assert len(x) == 4
+        return step(params, h, x)
+
+    with pytest.raises(ValueError, match="does not take 2 of the examples alone"):
+        check_division(problem_of(takes_all_alone, checked, params, carry, batch), 2)
+    assert windows_of(takes_all_alone, checked, params, carry, batch).part_norms.shape == (9,)
 
 
 @pytest.mark.parametrize(("where", "kind"), [("layout_of", ValueError), ("_way_back", TypeError)])
