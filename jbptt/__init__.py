@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from jbptt.recurrence import unroll
     from jbptt.report import plots
     from jbptt.scanning import scan
+    from jbptt.sweeps.points import grid
+    from jbptt.sweeps.sweeping import SweepStopped, load_sweep, sweep
     from jbptt.types import Batch, Carry, Estimate, Estimator, Loss, Params, Step
 
     __version__: str
@@ -51,6 +53,8 @@ _get, __dir__, __all__ = lazy.attach(
         "plans": "Plan",
         "recurrence": "unroll",
         "scanning": "scan",
+        "sweeps.points": "grid",
+        "sweeps.sweeping": "SweepStopped load_sweep sweep",
         "types": "Batch Carry Estimate Estimator Loss Params Step",
     },
     modules={

@@ -25,6 +25,7 @@ CORE = [
     "arrays",
     "types",
     "datasets",
+    "progress",
     "norms",
     "engine.primitives",
     "engine.dependence",
@@ -67,8 +68,9 @@ CORE = [
     "testing",
 ]
 # Interop is a wing of the core, a room a library.
-FLOORS = ["core", "interop", "analysis", "diagnosis", "experiments", "report"]
-OPTIONAL = {"matplotlib", "rich", "tyro", "jinja2", "torch", "xarray", "zarr", "flax", "haiku", "equinox"}
+FLOORS = ["core", "interop", "analysis", "diagnosis", "experiments", "sweeps", "report"]
+OPTIONAL = {"matplotlib", "rich", "tyro", "jinja2", "torch", "xarray", "flax", "haiku", "equinox"}
+OPTIONAL |= {"zarr", "icechunk", "dask", "distributed"}
 INTEROP = {"interop.nnx": "flax", "interop.linen": "flax", "interop.haiku": "haiku", "interop.equinox": "equinox"}
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted(ROOT.rglob("*.py"))}
 DOORS = {"__init__", "__main__"}  # what only opens the house to its users
@@ -231,8 +233,9 @@ analysis cells clipping experiments interop plots powers tasks testing truncatio
 Batch Carry Estimate Estimator Loss Params Step
 scan unroll full_bptt truncated_bptt gated_bptt randomized_bptt adaptive_bptt Plan choose_plan
 adjoints gradient_flow lag_profile truncation_curve diagnose find_nonfinite compare measure_cost
-step_jacobians jacobian_products lyapunov_spectrum train
+step_jacobians jacobian_products lyapunov_spectrum train grid sweep load_sweep
 Adjoints LagProfile TruncationCurve Diagnosis NonFinite Comparison Cost JacobianProducts LyapunovSpectrum History
+SweepStopped
 """
 
 

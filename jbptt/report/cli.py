@@ -262,8 +262,9 @@ def run_report(
 
     Raises: UsageError, before anything runs where that can be known.
     """
+    from jbptt.progress import ProgressDisplay
     from jbptt.report import output, study
-    from jbptt.report.display import ProgressDisplay, print_summary
+    from jbptt.report.display import print_summary
 
     target = Path(out)
     try:

@@ -1,0 +1,218 @@
+"""The compiled program of runs that stand side by side, one after the other, or on several devices.
+
+`width` runs are one vmapped program; on each of several devices stand as many. The program reads
+which runs they are, so one program serves all runs of a combination of static settings.
+"""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from jbptt.executables import WeakCache
+from jbptt.sweeps.points import RESERVED, Combination, Runs
+
+AXIS = "jbptt_runs"
+_PROGRAMS = WeakCache()
+
+
+class Job(NamedTuple):
+    """What a program of runs is made of, beside the function; plain data, so that it travels.
+
+    Attributes:
+      settings: static settings by name.
+      names: of the point's entries, in order.
+      key: data and implementation of the sweep's key.
+    """
+
+    settings: tuple[tuple[str, Any], ...]
+    names: tuple[str, ...]
+    key: tuple[tuple[int, ...], str | None]
+
+
+class Program(NamedTuple):
+    """Compiled for so many runs at once.
+
+    Attributes:
+      compiled: `(key, indices [n], columns [n, ...]) -> outputs [n, ...]`.
+      num_runs: n, of all devices.
+      temporary_bytes: what it needs beside its data, on one device; NaN where not told.
+      compiling: seconds that it took to compile.
+    """
+
+    compiled: Callable
+    num_runs: int
+    temporary_bytes: float
+    compiling: float
+
+    def __call__(self, job: Job, indices: np.ndarray, columns: dict) -> dict[str, np.ndarray]:
+        """The outputs of at most `num_runs` runs; the call is filled up with the last of them."""
+        number = len(indices)
+        fill = np.minimum(np.arange(self.num_runs), number - 1)
+        data = indices[fill].astype(np.uint32), {n: v[fill] for n, v in columns.items()}
+        outputs = self.compiled(key_of(job), *data)
+        return {name: np.asarray(value)[:number] for name, value in outputs.items()}
+
+
+def key_of(job: Job) -> jax.Array:
+    """The sweep's key."""
+    data, implementation = job.key
+    array = jnp.asarray(np.asarray(data, np.uint32))
+    if implementation is None:
+        return array
+    return jax.random.wrap_key_data(array, impl=implementation)
+
+
+def one_run(run_fn: Callable, job: Job, key: jax.Array, index: Any, columns: dict) -> dict:
+    """What run `index` gives: `run_fn(point, fold_in(key, index))`, as arrays."""
+    settings = dict(job.settings)
+    point = {name: settings[name] if name in settings else columns[name] for name in job.names}
+    outputs = run_fn(point, jax.random.fold_in(key, index))
+    check_outputs(outputs)
+    return {name: jnp.asarray(value) for name, value in outputs.items()}
+
+
+def check_outputs(outputs: Any) -> None:
+    """A ValueError unless run_fn returned a dict of arrays."""
+    wanted = 'run_fn must return a dict of arrays, as {"loss": loss}'
+    if not isinstance(outputs, dict) or not outputs:
+        raise ValueError(f"{wanted}; got {type(outputs).__name__} {outputs!r:.80}")
+    for name, value in outputs.items():
+        if not isinstance(name, str) or name in RESERVED:
+            raise ValueError(
+                f"{wanted}, with names other than {', '.join(sorted(RESERVED))}; got {name!r}"
+            )
+        array = isinstance(
+            value, jax.Array | np.ndarray | np.generic | bool | int | float | complex
+        )
+        if not array or jnp.issubdtype(jnp.result_type(value), jax.dtypes.extended):
+            raise ValueError(
+                f"{wanted}; {name!r} is {type(value).__name__}: return its leaves by names of "
+                "their own (of a key jax.random.key_data)"
+            )
+
+
+def program_of(
+    run_fn: Callable, job: Job, shapes: dict, width: int, devices: tuple | None
+) -> Program:
+    """The program for `width` runs on each device, compiled once while `run_fn` lives.
+
+    Args:
+      shapes: of one run's columns, by name.
+      devices: None: the default device.
+    """
+    number = width * len(devices or (None,))
+
+    def make(run_fn):
+        def share(key, indices, columns):
+            one = partial(one_run, run_fn, job, key)
+            if len(indices) > 1:
+                return jax.vmap(one)(indices, columns)
+            first = one(indices[0], {name: column[0] for name, column in columns.items()})
+            return {name: value[None] for name, value in first.items()}
+
+        program = share
+        if devices is not None:
+            mesh = Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
+            runs, all_ = PartitionSpec(AXIS), PartitionSpec()
+            program = jax.shard_map(
+                share, mesh=mesh, in_specs=(all_, runs, runs), out_specs=runs, check_vma=False
+            )
+        arguments = (
+            jax.eval_shape(lambda: key_of(job)),
+            jax.ShapeDtypeStruct((number,), np.uint32),
+            {n: jax.ShapeDtypeStruct((number, *s.shape), s.dtype) for n, s in shapes.items()},
+        )
+        began = time.perf_counter()
+        compiled = jax.jit(program).lower(*arguments).compile()
+        compiling = time.perf_counter() - began
+        memory = compiled.memory_analysis()
+        size = np.nan if memory is None else memory.temp_size_in_bytes
+        return Program(compiled, number, size, compiling)
+
+    flags = tuple(number_settings().values())
+    settings = job._replace(key=(np.shape(job.key[0]), job.key[1]))
+    of_columns = tuple((name, *_signature(shape)) for name, shape in shapes.items())
+    return _PROGRAMS.find((run_fn,), (settings, of_columns, width, devices, flags), make)
+
+
+def number_settings() -> dict[str, Any]:
+    """The settings of JAX on which numbers depend; a worker has the same."""
+    names = "jax_enable_x64", "jax_default_matmul_precision", "jax_threefry_partitionable"
+    return {name: getattr(jax.config, name) for name in names}
+
+
+def _signature(shape: jax.ShapeDtypeStruct) -> tuple:
+    return shape.shape, str(shape.dtype)
+
+
+def column_shapes(columns: dict[str, np.ndarray]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Of one run's data, as JAX will have it."""
+    return {
+        name: jax.ShapeDtypeStruct(values.shape[1:], jax.dtypes.canonicalize_dtype(values.dtype))
+        for name, values in columns.items()
+    }
+
+
+def job_of(runs: Runs, combination: Combination, key: jax.Array) -> Job:
+    """What the program of a combination is made of."""
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    data = np.asarray(jax.random.key_data(key) if typed else key)
+    implementation = str(jax.random.key_impl(key)) if typed else None
+    return Job(
+        tuple(combination.settings.items()),
+        tuple(runs.coords),
+        (tuple(data.tolist()), implementation),
+    )
+
+
+def output_shapes(run_fn: Callable, runs: Runs, key: jax.Array) -> dict[str, jax.ShapeDtypeStruct]:
+    """Of one run's outputs; nothing is computed.
+
+    Raises:
+      ValueError: run_fn returns something else than a dict of arrays, or its shapes depend on the
+        static settings. What run_fn raises is raised, with a note of the settings.
+    """
+    found: dict = {}
+    first = ""
+    for combination in runs.combinations:
+        job, shapes = job_of(runs, combination, key), column_shapes(runs.columns)
+        index = jax.ShapeDtypeStruct((), np.uint32)
+        try:
+            of_key = jax.eval_shape(lambda job=job: key_of(job))
+            outputs = jax.eval_shape(partial(one_run, run_fn, job), of_key, index, shapes)
+        except Exception as error:
+            error.add_note(
+                f"jbptt.sweep called run_fn with {_words(combination)}point entries "
+                f"{', '.join(runs.coords)} and a key, under jit."
+            )
+            raise
+        if not found:
+            found, first = outputs, str(combination)
+        if differing := _difference(found, outputs):
+            raise ValueError(
+                "run_fn must return the same names, shapes and dtypes for all static settings; "
+                f"{differing}, with {first} and with {combination}. Pad what differs, or return a "
+                "number in its place"
+            )
+    return found
+
+
+def _words(combination: Combination) -> str:
+    return f"{combination}, " if combination.settings else ""
+
+
+def _difference(a: dict, b: dict) -> str:
+    """What differs first between two dicts of shapes, in words; "" for nothing."""
+    if a.keys() != b.keys():
+        return f"got {sorted(a)} and {sorted(b)}"
+    for name in a:
+        two = [f"{s.dtype.name}{list(s.shape)}" for s in (a[name], b[name])]
+        if two[0] != two[1]:
+            return f"{name} is {two[0]} and {two[1]}"
+    return ""

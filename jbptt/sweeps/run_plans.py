@@ -1,0 +1,204 @@
+"""How the runs of one program are computed: how many side by side, on how many devices."""
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jbptt.sweeps.programs import Job, Program, column_shapes, program_of
+
+FIRST_WIDTH = 16
+GROWTH = 4
+WIDEST = 4096
+WORTH = 5.0
+"""Another width is tried where what is left takes so many times as long as compiling did."""
+SECONDS = 5.0
+"""A chunk takes about so long: what a kill loses, and what one waits for after Ctrl-C."""
+CHUNK_BYTES = 2**26
+"""The outputs of a chunk hold at most so much."""
+
+
+class RunPlan(NamedTuple):
+    """How the runs of one combination of static settings are computed.
+
+    Attributes:
+      width: runs side by side on each device, under vmap; 1: one after the other.
+      chunk: runs that are computed, kept and handed to a worker together.
+      num_devices: how many have `width` runs in every call.
+    """
+
+    width: int
+    chunk: int
+    num_devices: int = 1
+
+    def __str__(self) -> str:
+        side = "one after the other" if self.width == 1 else f"{self.width} side by side"
+        where = "" if self.num_devices == 1 else f" on each of {self.num_devices} devices"
+        return f"{side}{where}, in chunks of {self.chunk}"
+
+
+class Limits(NamedTuple):
+    """What a plan may not exceed.
+
+    Attributes:
+      memory_budget: bytes on one device, beside the data; None: half of the host's memory, 0.8 of
+        a device's.
+      most_per_chunk: runs.
+      run_bytes: what one run's outputs take.
+      width, chunk: those of the plan, where they were asked for.
+    """
+
+    memory_budget: float | None
+    most_per_chunk: int
+    run_bytes: int
+    width: int | None = None
+    chunk: int | None = None
+
+
+class Measured(NamedTuple):
+    """One width: seconds of a run and of compiling, and the outputs of the first runs."""
+
+    width: int
+    seconds: float
+    compiling: float
+    outputs: dict[str, np.ndarray]
+
+
+def find_plan(
+    run_fn: Callable,
+    job: Job,
+    indices: np.ndarray,
+    columns: dict[str, np.ndarray],
+    devices: tuple | None,
+    limits: Limits,
+) -> tuple[RunPlan, dict[str, np.ndarray]]:
+    """The plan for these runs, and the outputs of the first of them, computed under it.
+
+    A few side by side are measured on the first runs. Then more, then one after the other, where
+    compiling is little beside what is left to compute. Of two equally fast ones noise decides.
+    """
+    num_runs, num_devices = len(indices), len(devices or (None,))
+    share = -(-num_runs // num_devices)
+    widest = min(share, max(1, limits.most_per_chunk // num_devices), WIDEST)
+
+    def measure(width: int) -> Measured:
+        if limits.width is None:
+            width = -(-share // -(-share // width))  # so that the last call is not half empty
+        program = _that_fits(run_fn, job, columns, width, devices, limits)
+        own = slice(0, min(program.num_runs, num_runs))
+        first = indices[own], {name: values[own] for name, values in columns.items()}
+        width, seconds, outputs = _timed(
+            run_fn, job, program.num_runs // num_devices, first, devices
+        )
+        return Measured(width, seconds, program.compiling, outputs)
+
+    def pays(best: Measured) -> bool:
+        return best.seconds * num_runs > WORTH * best.compiling
+
+    if limits.width is not None:
+        best = measure(limits.width)
+    else:
+        best = first = measure(min(FIRST_WIDTH, widest))
+        wanted = GROWTH * first.width
+        while wanted <= widest and pays(best):
+            other = measure(wanted)
+            if other.seconds >= best.seconds:
+                break
+            best, wanted = other, GROWTH * wanted
+        if best is first and first.width > 1 and pays(best):
+            best = min(best, measure(1), key=lambda measured: measured.seconds)
+    if limits.chunk is not None:
+        return RunPlan(best.width, limits.chunk, num_devices), best.outputs
+    per_call = best.width * num_devices
+    most = min(limits.most_per_chunk, CHUNK_BYTES // max(limits.run_bytes, 1)) // per_call
+    calls = min(SECONDS / (best.seconds * per_call), most, -(-num_runs // per_call))
+    return RunPlan(best.width, max(1, int(calls)) * per_call, num_devices), best.outputs
+
+
+def compute(
+    run_fn: Callable,
+    job: Job,
+    plan: RunPlan,
+    indices: np.ndarray,
+    columns: dict[str, np.ndarray],
+    devices: tuple | None,
+) -> tuple[dict[str, np.ndarray], int]:
+    """The outputs of these runs, `[n, ...]` by name, and the width that they were computed with.
+
+    That is the plan's, or half of it as often as the device has not enough memory.
+    """
+    pieces: list[dict] = []
+    shapes, width, at = column_shapes(columns), plan.width, 0
+    while at < len(indices):
+        try:
+            program = program_of(run_fn, job, shapes, width, devices)
+            own = slice(at, at + program.num_runs)
+            data = indices[own], {name: values[own] for name, values in columns.items()}
+            pieces.append(program(job, *data))
+            at += program.num_runs
+        except jax.errors.JaxRuntimeError as error:
+            width = _half(width, error)
+    return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}, width
+
+
+def _half(width: int, error: Exception) -> int:
+    """Half the width where the device was out of memory; else the error again."""
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        raise error
+    if width == 1:
+        raise MemoryError(
+            "a single run takes more memory than the device has; make the model, the batch or the "
+            "sequence smaller, or take a plan with shorter segments"
+        ) from error
+    return -(-width // 2)
+
+
+def _timed(
+    run_fn: Callable, job: Job, width: int, data: tuple, devices: tuple | None
+) -> tuple[int, float, dict[str, np.ndarray]]:
+    """The width that fits, seconds of a run, and the outputs; what is short is done again."""
+    seconds: list[float] = []
+    outputs: dict[str, np.ndarray] = {}
+    while not seconds or (sum(seconds) < 0.1 and len(seconds) < 5):
+        began = time.perf_counter()
+        outputs, used = compute(run_fn, job, RunPlan(width, 0), data[0], data[1], devices)
+        if used == width:
+            seconds.append(time.perf_counter() - began)
+        width = used  # the device was out of memory, and one call of this does not count
+    return width, min(seconds) / len(data[0]), outputs
+
+
+def _that_fits(
+    run_fn: Callable,
+    job: Job,
+    columns: dict[str, np.ndarray],
+    width: int,
+    devices: tuple | None,
+    limits: Limits,
+) -> Program:
+    """The program of this width, or of the widest that needs no more than the budget, by XLA's
+    count.
+    """
+    budget = _memory() if limits.memory_budget is None else limits.memory_budget
+    while True:
+        program = program_of(run_fn, job, column_shapes(columns), width, devices)
+        needed = program.temporary_bytes + width * limits.run_bytes
+        if not needed > budget:  # NaN where the backend does not tell
+            return program
+        if width == 1:
+            raise ValueError(
+                f"memory_budget must be at least {needed:.3g} bytes, which one run takes, got "
+                f"{budget:.3g}; allow more, or make the model, the batch or the sequence smaller"
+            )
+        width = max(1, min(width - 1, int(width * budget / needed)))
+
+
+def _memory() -> float:
+    """Bytes that programs take if nobody says otherwise: 0.8 of a device's, half of the host's."""
+    statistics: dict[str, Any] = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in statistics:
+        return 0.8 * statistics["bytes_limit"]
+    return 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
