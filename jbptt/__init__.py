@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from jbptt.diagnosis.result import Diagnosis
     from jbptt.estimators import full_bptt, gated_bptt, randomized_bptt, truncated_bptt
     from jbptt.experiments import tasks
+    from jbptt.experiments.chunks import Chunk, train_in_chunks
     from jbptt.experiments.training import History, train
     from jbptt.plans import Plan
     from jbptt.recurrence import unroll
@@ -47,6 +48,7 @@ _get, __dir__, __all__ = lazy.attach(
         "diagnosis.question": "diagnose",
         "diagnosis.result": "Diagnosis",
         "estimators": "full_bptt gated_bptt randomized_bptt truncated_bptt",
+        "experiments.chunks": "Chunk train_in_chunks",
         "experiments.training": "History train",
         "plans": "Plan",
         "recurrence": "unroll",
