@@ -16,7 +16,6 @@ from jbptt.experiments.training import (
     History,
     Policy,
     check_batches,
-    check_count,
     check_evaluation,
     check_policy,
     train,
@@ -107,7 +106,7 @@ def train_in_chunks(
     every = check_positive_integer("every", every)
     evaluation = check_evaluation(eval_fn, eval_every)
     check_policy(nonfinite)
-    check_count("num_done", num_done)
+    num_done = check_positive_integer("num_done", num_done, smallest=0)
     if evaluation and every % evaluation:
         raise ValueError(
             f"every must be a multiple of eval_every, got every={every} and "
@@ -144,15 +143,19 @@ def train_in_chunks(
         tuple(map(_lasting, functions)),
         (evaluation, nonfinite),
         jax.tree.map(_typed, running),
+        num_done,
         pieces,
     )
 
 
 def _loop(
-    functions: tuple, settings: tuple, running: dict[str, Any], pieces: Iterator[Batch]
+    functions: tuple,
+    settings: tuple,
+    running: dict[str, Any],
+    num_done: int,
+    pieces: Iterator[Batch],
 ) -> Iterator[Chunk]:
     """Trains on one piece after another; holds the functions, which their program does not."""
-    num_done = int(running["num_done"])
     for batches in pieces:
         num_done += len(jax.tree.leaves(batches)[0])
         params, history = run(train_chunk, functions, settings, running, batches)
