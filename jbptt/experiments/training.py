@@ -64,8 +64,8 @@ class History(NamedTuple):
         """An `xarray.Dataset` over `update` and, of what `eval_fn` gave, `eval_update`; needs
         xarray.
 
-        Both count the updates that the parameters had seen. Further axes of a leaf of `info` or
-        `evals` are called by its name, those of a vmapped call `axis_0`.
+        Both count updates from the first call on. Further axes of a leaf of `info` or `evals` are
+        called by its name, those of a vmapped call `axis_0`.
         """
         front = np.ndim(self.loss) - 1
         series = "loss", "grad_norm", "finite", "applied"
@@ -139,7 +139,7 @@ def train(
         what has been trained so far, and the live carry.
       eval_every: evaluates after every `eval_every` updates of this call: `N // eval_every` times,
         and not behind the updates left over. Under vmap too an evaluation is computed only there.
-        One more program is compiled for the updates left over, if any.
+        The update is compiled once more for those left over, if there are any.
       nonfinite: what happens to an update whose loss or gradient holds NaN or inf; the history's
         `finite` is False in any case.
         "propagate": it is made, and stays visible;
