@@ -285,6 +285,25 @@ def as_bits(tree, i):
     return jax.tree.map(lambda a: np.asarray(keys(a[i])), tree)
 
 
+@pytest.mark.more("test_a_run_that_breaks_leaves_its_neighbours_alone")
+@pytest.mark.parametrize("policy", ["propagate", "skip", "stop"])
+def test_runs_on_devices_break_by_themselves(policy):
+    """In a shard_map, whose types say what differs between devices, `stopped` too."""
+    step, loss, params, carry, batches, _ = stacked_problem("tanh")
+    options = {"nonfinite": policy, "eval_fn": lambda params, carry: carry, "eval_every": 2}
+    run = functools.partial(train, full_bptt(step, loss), optax.sgd(0.1), **options)
+
+    def one(params, carry):
+        own = jax.tree.map(lambda a: a[0], (params, carry))
+        return jax.tree.map(lambda a: a[None], run(*own, batches)[1].applied)
+
+    mesh = jax.make_mesh((1,), ("runs",), axis_types=(jax.sharding.AxisType.Auto,))
+    runs = jax.sharding.PartitionSpec("runs")
+    mapped = jax.shard_map(one, mesh=mesh, in_specs=runs, out_specs=runs)
+    given = jax.tree.map(lambda a: a[None], (params, carry))
+    assert jax.eval_shape(mapped, *given).shape == (1, NUM_BATCHES)
+
+
 def test_one_broken_entry_of_a_large_gradient_is_found():
     """The loss is finite, and XLA's maximum on CPU does not see the NaN."""
     params = jnp.ones(5000)
@@ -296,9 +315,9 @@ def test_one_broken_entry_of_a_large_gradient_is_found():
     assert np.isfinite(found).all()
 
 
+@pytest.mark.more("test_evaluations_are_those_of_a_loop")
 @pytest.mark.parametrize(
-    ("name", "policy"),
-    usual_rows([("full", "skip")], [("full", "skip"), ("full", "stop"), ("sliding, windows over batches", "skip")]),
+    ("name", "policy"), [("full", "skip"), ("full", "stop"), ("sliding, windows over batches", "skip")]
 )
 def test_a_learned_start_is_evaluated_and_skipped_too(name, policy):
     """Its first update stands before the scan; kept out, the carry is the start's value."""
