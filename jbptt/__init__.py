@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from jbptt.estimators import full_bptt, gated_bptt, randomized_bptt, truncated_bptt
     from jbptt.experiments import tasks
     from jbptt.experiments.training import History, train
+    from jbptt.experiments.training_chunks import TrainingChunk, train_in_chunks
     from jbptt.plans import Plan
     from jbptt.recurrence import unroll
     from jbptt.report import plots
@@ -49,6 +50,7 @@ _get, __dir__, __all__ = lazy.attach(
         "diagnosis.question": "diagnose",
         "diagnosis.result": "Diagnosis",
         "estimators": "full_bptt gated_bptt randomized_bptt truncated_bptt",
+        "experiments.training_chunks": "TrainingChunk train_in_chunks",
         "experiments.training": "History train",
         "plans": "Plan",
         "recurrence": "unroll",

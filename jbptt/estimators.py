@@ -126,8 +126,8 @@ def gated_bptt(
       step: `(params, carry, x) -> (carry, y)`.
       loss: `(y, target) -> [*batch]`, or that and aux.
       gates_fn: `(key, T) -> gates`, `[T]` or `[T, *batch]`; windows, phases and keep probabilities
-        in it may be traced. The key is split off the state's, new for every update; None without
-        one.
+        in it may be traced (docs/recipes.md, "Windows as data"). The key is split off the state's,
+        new for every update; None without one.
       plan: as in `full_bptt`.
 
     Raises:

@@ -233,9 +233,9 @@ analysis cells clipping experiments interop plots powers tasks testing truncatio
 Batch Carry Estimate Estimator Loss Params Step
 scan unroll full_bptt truncated_bptt gated_bptt randomized_bptt adaptive_bptt Plan choose_plan
 adjoints gradient_flow lag_profile truncation_curve diagnose find_nonfinite compare measure_cost
-step_jacobians jacobian_products lyapunov_spectrum train grid sweep load_sweep
+step_jacobians jacobian_products lyapunov_spectrum train train_in_chunks grid sweep load_sweep
 Adjoints LagProfile TruncationCurve Diagnosis NonFinite Comparison Cost JacobianProducts LyapunovSpectrum History
-SweepStopped
+TrainingChunk SweepStopped
 """
 
 

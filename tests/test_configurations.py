@@ -358,7 +358,8 @@ def explicitly(step, loss, params, carry, batch):
         batches = jax.tree.map(lambda a: jnp.stack([a, a]), problem[2])
         for name in ESTIMATORS if FULL else SOME:
             estimator = ESTIMATORS[name].make(step, loss)
-            train = lambda *args, e=estimator: jbptt.train(e, optax.sgd(0.1), *args, key=jax.random.key(0))
+            options = {"nonfinite": "stop", "eval_fn": lambda params, carry: carry, "eval_every": 1}
+            train = functools.partial(jbptt.train, estimator, optax.sgd(0.1), key=jax.random.key(0), **options)
             jax.eval_shape(train, *problem[:2], batches)
 
 

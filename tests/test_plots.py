@@ -71,7 +71,7 @@ def test_a_picture_of_every_result(results, name):
 
 def test_every_plot_is_tried():
     found = {name.removeprefix("plot_") for name in dir(plots) if name.startswith("plot_")}
-    assert found == {*NAMES, "diagnosis", "remedies", "comparison", "schedule"}
+    assert found == {*NAMES, "diagnosis", "remedies", "comparison", "schedule", "history"}
 
 
 def test_the_lines_are_the_numbers(results):
@@ -150,3 +150,24 @@ def test_a_comparison_has_bias_and_spread():
     np.testing.assert_allclose([np.ptp(segment[:, 0]) for segment in bars], [0.8, 2.0], rtol=1e-6)
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
     ax.figure.draw_without_rendering()
+
+
+def test_a_history_shows_what_broke_and_what_was_evaluated():
+    numbers = jnp.array([[4.0, 3.0, jnp.nan, 1.0], [1.0, 0.0, 0.0, 0.5]])
+    whole, applied = jnp.isfinite(numbers[0]), jnp.isfinite(numbers[0])
+    evals = {"held out": jnp.array([2.0, 1.5]), "profile": jnp.ones((2, 3)), "norm": jnp.array([jnp.nan, 0.7])}
+    found = jbptt.History(*numbers, {}, None, None, whole, applied, jnp.arange(4), evals, jnp.array([2, 4]))
+    ax = plots.plot_history(found, ax=(given := Figure().subplots()))
+    assert ax is given and ax.get_xlabel() == "updates" and ax.get_yscale() == "log"
+    lines = {line.get_label(): np.asarray(line.get_xydata()).T.tolist() for line in ax.get_lines()}
+    assert lines["loss, before the update"][1][:2] == [4, 3] and lines["loss, before the update"][0] == [0, 1, 2, 3]
+    assert np.isnan(lines["gradient norm"][1][2]) and lines["gradient norm"][1][3] == 0.5
+    assert lines["evaluation ['held out']"] == [[2, 4], [2.0, 1.5]] and lines["not finite"][0] == [2]
+    assert len(lines) == 5  # of the profile there is none
+    ax.figure.draw_without_rendering()
+    plain = found._replace(loss=-found.loss, finite=applied | True, evals=None, eval_updates=None)
+    ax = plots.plot_history(plain)
+    assert ax.get_yscale() == "linear" and len(ax.get_lines()) == 2
+    ax.figure.draw_without_rendering()
+    with pytest.raises(ValueError, match=r"history must be that of one run, got losses of shape \(2, 4\); pass"):
+        plots.plot_history(jax.tree.map(lambda a: jnp.stack([a, a]), found))

@@ -39,6 +39,7 @@ HOST = {
     "tasks.count_symbols": "counts the characters of a text",
     "tasks.read_text": "reads a file",
     "tasks.text": "cuts a text up",
+    "train_in_chunks": "a loop on the host over what is lowered as train",
 }
 
 

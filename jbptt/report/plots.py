@@ -24,6 +24,7 @@ from jbptt.report.axes import (
     rule_tolerances,
     visible,
 )
+from jbptt.report.history_plots import plot_history as plot_history
 from jbptt.report.themes import LIGHT, Theme
 
 _SIZE = (7.0, 4.4)

@@ -1,19 +1,84 @@
 """The experiments."""
 
 from . import Mutant
-from .rooms import OUTCOMES, TASKS, TRAINING, TREATMENTS
+from .rooms import OUTCOMES, TASKS, TRAINING, TRAINING_CHUNKS, TREATMENTS
 
 EXPERIMENTS = (
     # experiments
-    Mutant("training_resets_the_state", TRAINING, "train", "estimate, state", "estimate, _"),
+    Mutant("training_resets_the_state", TRAINING, "_update", "estimate, state", "estimate, _"),
+    Mutant("training_follows_the_sum", TRAINING, "_update", "grads, opt_state", "grad_sum, opt_state"),
+    Mutant("training_resets_the_optimizer", TRAINING, "_update", "updates, opt_state", "updates, _"),
     Mutant(
-        "training_follows_the_sum",
+        "skipped_updates_move_the_carry",
         TRAINING,
-        "train",
-        "grads, opt_state",
-        "grad_sum, opt_state",
+        "_update",
+        "_without_start(running), running.opt_state",
+        "state, running.opt_state",
     ),
-    Mutant("training_resets_the_optimizer", TRAINING, "train", "updates, opt_state", "updates, _"),
+    Mutant(
+        "skipped_updates_move_the_optimizer",
+        TRAINING,
+        "_update",
+        "_without_start(running), running.opt_state",
+        "_without_start(running), opt_state",
+    ),
+    Mutant("stopped_runs_go_on", TRAINING, "_update", "~applied if", "~finite if"),
+    Mutant("only_losses_are_asked", TRAINING, "_update", "(estimate.loss, estimate.grads)", "estimate.loss"),
+    Mutant(
+        "only_largest_entries_are_asked",
+        TRAINING,
+        "_all_finite",
+        "jnp.isfinite(leaf).all()",
+        "jnp.isfinite(jnp.max(jnp.abs(leaf)))",
+    ),
+    Mutant("evaluations_counted_from_zero", TRAINING, "train", "1 + counts", "counts"),
+    Mutant("training_counts_from_zero", TRAINING, "train", "jnp.asarray(num_done, int) +", ""),
+    Mutant("updates_left_over_are_not_made", TRAINING, "_scan_in_groups", "if num_left", "if False"),
+    Mutant(
+        "evaluations_see_the_first_carry",
+        TRAINING,
+        "_scan_in_groups.group",
+        "running, seen = _scan(update, running, batches)",
+        "before = running\nrunning, seen = _scan(update, running, batches)\n"
+        "running, before = running, running._replace(state=before.state)\n"
+        "return running, (seen, eval_fn(before.params, before.state.carry))",
+    ),
+    Mutant(
+        "chunks_keep_the_first_states",
+        TRAINING_CHUNKS,
+        "_loop",
+        "chunk.checkpoint | {'key': None}",
+        "running | {'params': params}",
+    ),
+    Mutant("chunks_count_from_zero", TRAINING_CHUNKS, "_loop", "num_done +=", "num_done ="),
+    Mutant(
+        "last_chunk_is_dropped",
+        TRAINING_CHUNKS,
+        "_cut",
+        "range(0, number, every)",
+        "range(0, number + 1 - every, every)",
+    ),
+    Mutant(
+        "checkpoints_forget_a_stop",
+        TRAINING_CHUNKS,
+        "TrainingChunk.checkpoint",
+        "self.history.stopped",
+        "np.asarray(False)",
+    ),
+    Mutant(
+        "streams_are_read_ahead",
+        TRAINING_CHUNKS,
+        "_collected",
+        "iter(next_piece, None)",
+        "iter(list(iter(next_piece, None)))",
+    ),
+    Mutant(
+        "weak_types_of_the_first_chunk",
+        TRAINING_CHUNKS,
+        "_typed",
+        "jnp.asarray(leaf, jnp.result_type(leaf))",
+        "jnp.asarray(leaf)",
+    ),
     Mutant("evaluation_resets_the_carry", TRAINING, "mean_loss", "carry, ys", "_, ys"),
     Mutant(
         "evaluation_averages_batches",

@@ -72,6 +72,7 @@ DEPENDENCE = Room("dependence", ("test_unread_leaves", "test_validation", "test_
 TREATMENTS = Room("treatments", ("test_remedies",))
 OUTCOMES = Room("outcomes", ("test_remedies",))
 TRAINING = Room("training", ("test_training", "test_tasks"))
+TRAINING_CHUNKS = Room("training_chunks", ("test_training_chunks",))
 TASKS = Room("tasks", ("test_tasks", "test_training"))
 CALLS = Room("calls", ("test_interop_refusals", "test_interop"))
 NNX = Room("nnx", ("test_interop_refusals", "test_interop"))
