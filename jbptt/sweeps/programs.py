@@ -144,7 +144,9 @@ def program_of(
 def number_settings() -> dict[str, Any]:
     """The settings of JAX on which numbers depend; a worker has the same."""
     names = "jax_enable_x64", "jax_default_matmul_precision", "jax_threefry_partitionable"
-    return {name: getattr(jax.config, name) for name in names}
+    found = {name: getattr(jax.config, name) for name in names}  # of this thread
+    flag = "jax_disable_most_optimizations"
+    return found | {flag: jax.config.values[flag]}
 
 
 def _signature(shape: jax.ShapeDtypeStruct) -> tuple:

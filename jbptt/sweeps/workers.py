@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -46,13 +46,17 @@ def in_worker(function: bytes, settings: dict[str, Any], work: Callable, *argume
 
 
 @contextlib.contextmanager
-def _configured(settings: dict[str, Any]):
-    """These settings of JAX for a while; what a worker's process had is put back."""
+def _configured(settings: dict[str, Any]) -> Iterator[None]:
+    """These settings of JAX for a while, in this thread alone where JAX can do that."""
     before = number_settings()
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
+    with contextlib.ExitStack() as stack:
+        for name, value in settings.items():
+            if value == before[name]:
+                continue
+            local = getattr(jax, name.removeprefix("jax_"), None)
+            if local is not None:
+                stack.enter_context(local(value))
+                continue
             jax.config.update(name, value)
+            stack.callback(jax.config.update, name, before[name])
+        yield
