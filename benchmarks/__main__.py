@@ -1,6 +1,6 @@
 """The command line: `python -m benchmarks WHAT [--quick] [--device cpu|gpu] [--out FOLDER]`.
 
-WHAT is speed, scan, memory, analysis or accuracy.
+WHAT is speed, scan, memory, analysis, sweep or accuracy.
 """
 
 import importlib
@@ -13,7 +13,8 @@ import tyro
 
 def main(
     what: Annotated[
-        Literal["speed", "scan", "memory", "analysis", "accuracy"], tyro.conf.Positional
+        Literal["speed", "scan", "memory", "analysis", "sweep", "accuracy"],
+        tyro.conf.Positional,
     ],
     /,
     quick: bool = False,

@@ -120,6 +120,7 @@ def test_a_damaged_chunk_alone_is_computed_again(tmp_path, kind, counted):
     path, points = tmp_path / "store", grid(size=[2, 3], rate=[0.1, 0.4], seed=range(4))
     ask = functools.partial(sweep, walk, points, key=KEY, static="size", progress=False, width=3, chunk=6)
     wanted, files = ask(store=path), chunk_files(path)
+    assert len(files) == 2 * (3 * 2 + 3)  # of two settings: two chunks of three arrays, and what differs
     for place in range(len(files)):
         copy = tmp_path / "copy"
         shutil.copytree(path, copy)

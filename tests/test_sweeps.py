@@ -151,7 +151,7 @@ def test_the_plan_is_the_fastest(monkeypatch):
 
     assert choice(lambda width: 1 / width, 1024)[0] == (1024, 1024, 1)
     plan, asked = choice(lambda width: 0.01 * abs(np.log(width / 60)) + 0.01, 1024)
-    assert plan.width == 64 and asked == [16, 64, 256] and plan.chunk == 448  # five seconds of 10.6 ms
+    assert plan.width == 64 and asked == [32, 128] and plan.chunk == 320  # five seconds of 16 ms
     assert choice(lambda width: float(width))[0] == (1, 5, 1)
     assert choice(lambda width: 1e-3, compiling=0.3)[1] == [16]  # one second is left: nothing is tried
     assert choice(lambda width: 1e-3, compiling=0.1)[1] == [16, 63, 1]

@@ -10,10 +10,10 @@ import numpy as np
 
 from jbptt.sweeps.programs import Job, Program, column_shapes, program_of
 
-FIRST_WIDTH = 16
+FIRST_WIDTH = 32
 GROWTH = 4
-WIDEST = 4096
-WORTH = 5.0
+WIDEST = 2**14
+WORTH = 4.0
 """Another width is tried where what is left takes so many times as long as compiling did."""
 SECONDS = 5.0
 """A chunk takes about so long: what a kill loses, and what one waits for after Ctrl-C."""
