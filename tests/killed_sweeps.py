@@ -1,8 +1,9 @@
-"""Processes that sweep, and are killed or run out of disk: what `test_sweep_stores` starts.
+"""Processes that sweep, are killed, run out of disk or are several: what tests of sweeps start.
 
 Nothing is computed on import, so that a process can fork before JAX has threads.
 """
 
+import functools
 import os
 import random
 import resource
@@ -16,9 +17,11 @@ import icechunk
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import xarray  # noqa: F401
 import zarr  # noqa: F401
 
+import jbptt
 from jbptt import grid, sweep
 from jbptt.sweeps import programs, run_plans, stores
 
@@ -139,6 +142,28 @@ def check_log(lines):
         elif word == "compute":
             assert not kept & set(map(int, numbers)), line
     assert kept == set(range(40))
+
+
+def in_step(i, number, port):
+    """One of so many processes, each with a device."""
+    i, number, port = map(int, (i, number, port))
+    if number > 1:
+        jax.distributed.initialize(f"localhost:{port}", number, i)
+    cell = jbptt.cells.with_linear_readout(jbptt.cells.rnn(2, 3), 1)
+    estimator = jbptt.full_bptt(cell.step, jbptt.tasks.squared_error, plan=jbptt.Plan(num_shards=number))
+
+    def run(point, key):
+        batches = jbptt.Batch(jax.random.normal(key, (2, 5, 2, 2)), jnp.ones((2, 5, 2, 1)))
+        carry = cell.initial_carry((2,))
+        _, history = jbptt.train(estimator, optax.sgd(point["rate"]), cell.init(key), carry, batches)
+        return {"loss": history.loss}
+
+    ask = functools.partial(sweep, run, grid(rate=[0.1, 0.2]), key=jax.random.key(1), progress=False)
+    try:
+        print(number == 1 or ask(store="here"))
+    except ValueError as error:
+        print(error)
+    print("losses", *ask().loss.values.ravel())
 
 
 if __name__ == "__main__":

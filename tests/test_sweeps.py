@@ -2,11 +2,13 @@
 
 import functools
 import os
+import socket
 import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
+import killed_sweeps
 import numpy as np
 import optax
 import problems
@@ -151,10 +153,10 @@ def test_the_plan_is_the_fastest(monkeypatch):
 
     assert choice(lambda width: 1 / width, 1024)[0] == (1024, 1024, 1)
     plan, asked = choice(lambda width: 0.01 * abs(np.log(width / 60)) + 0.01, 1024)
-    assert plan.width == 64 and asked == [32, 128] and plan.chunk == 320  # five seconds of 16 ms
+    assert plan.width == 32 and asked == [32, 128, 1] and plan.chunk == 288  # five seconds of 16 ms
     assert choice(lambda width: float(width))[0] == (1, 5, 1)
-    assert choice(lambda width: 1e-3, compiling=0.3)[1] == [16]  # one second is left: nothing is tried
-    assert choice(lambda width: 1e-3, compiling=0.1)[1] == [16, 63, 1]
+    assert choice(lambda width: 1e-3, compiling=0.3)[1] == [32]  # one second is left: nothing is tried
+    assert choice(lambda width: 1e-3, compiling=0.1)[1] == [32, 125, 1]
     assert choice(lambda width: 1 / width, 10)[0] == (10, 10, 1)
     assert choice(lambda width: 1 / width, most_per_chunk=20)[0].chunk <= 20
     assert choice(lambda width: 1e-6, run_bytes=2**20)[0].chunk <= 64
@@ -347,6 +349,24 @@ def on_devices(number):
         assert many.plan.startswith(f"{side} on each of {number} devices") and one.equals(many)
     np.testing.assert_allclose(quietly(descent, POINTS, mesh=mesh).end, of_descent()["end"].reshape(3, 5), rtol=1e-12)
     print(f"the same on {number} devices")
+
+
+ALONE_AND_TWO = (0, 1), (0, 2), (1, 2)  # which process, of how many
+
+
+@pytest.mark.more("test_several_devices")
+def test_two_processes_of_one_program():
+    """`jax.distributed`, each example of a batch on a device of another process: the same dataset."""
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    commands = [[sys.executable, killed_sweeps.__file__, "in_step", *map(str, (*of, port))] for of in ALONE_AND_TWO]
+    processes = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
+    ended = [process.communicate(timeout=120) for process in processes]
+    alone, *together = [output.split("losses")[-1].split() for output, _ in ended]
+    for losses, (output, errors) in zip(together, ended[1:], strict=True):
+        assert "store must be None under jax.distributed" in output, errors[-3000:]
+        np.testing.assert_allclose(np.array(losses, float), np.array(alone, float), rtol=1e-6)
+    assert len(alone) == 4
 
 
 def sized(run_fn, point, key):

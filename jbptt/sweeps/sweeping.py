@@ -84,7 +84,8 @@ def sweep(
       memory_budget: bytes that a program may take on one device; None: half of the host's memory,
         0.8 of another device's.
       progress: whether the plan, what is done and the time left are told on standard error.
-      width: runs side by side on each device; 1: one after the other; None: the fastest, measured.
+      width: runs side by side on each device; 1: one after the other; None: the fastest, measured
+        (under `jax.distributed` 1).
       chunk: runs that are computed and kept together; None: about five seconds of them.
       changed: of a store with another `version` or other settings of JAX: "refuse", "keep" what it
         holds, or "restart".
@@ -115,6 +116,9 @@ def sweep(
     for name, number in {"width": width, "chunk": chunk}.items():
         if number is not None:
             validation.check_positive_integer(name, number)
+    if jax.process_count() > 1:  # nobody may decide by a clock of its own
+        _check_alone(store, executor)
+        width, chunk = width or 1, chunk or len(runs)
     shapes = output_shapes(run_fn, runs, key)
     results = Results(runs, shapes, output_dims(dims, runs, shapes))
     num_chunks = 1 if executor is None else CHUNKS_FOR_WORKERS
@@ -188,6 +192,16 @@ def _as_asked(chunk: Chunk, limits: Limits, place: Workplace) -> Chunk:
     width = chunk.plan.width if limits.width is None else limits.width
     num_devices = len(place.devices or (None,))
     return chunk._replace(plan=chunk.plan._replace(width=width, num_devices=num_devices))
+
+
+def _check_alone(store: Any, executor: Any) -> None:
+    """A ValueError for what several processes of `jax.distributed` cannot do in step."""
+    for name, value in {"store": store, "executor": executor}.items():
+        if value is not None:
+            raise ValueError(
+                f"{name} must be None under jax.distributed, where all processes compute every "
+                f"run together, got {value!r}; keep what each returns, or sweep from one process"
+            )
 
 
 def _check(run_fn: Any, key: Any, executor: Any, mesh: Any, changed: Any, version: Any) -> None:
