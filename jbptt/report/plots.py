@@ -24,6 +24,7 @@ from jbptt.report.axes import (
     rule_tolerances,
     visible,
 )
+from jbptt.report.sweep_pictures import plot_sweep as plot_sweep
 from jbptt.report.themes import LIGHT, Theme
 
 _SIZE = (7.0, 4.4)
