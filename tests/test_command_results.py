@@ -25,7 +25,7 @@ def run(point, key):
     """A loss that falls to what its median is for, by hand; one run is not finite."""
     del key
     rate, seed = jnp.asarray(point.get("rate", 0.1), float), point.get("seed", 1)
-    last = jnp.abs(rate - 0.1) + 0.01 * seed + 0.005 * (point["window"] - 2)
+    last = jnp.abs(rate - 0.1) + 0.01 * seed + 0.0075 * (point["window"] - 2)
     loss = jnp.where((rate > 0.3) & (seed == 0), jnp.nan, last + jnp.arange(2.0, -1.0, -1.0))
     return {"score": 1 - last, "loss": loss, "matrix": jnp.zeros((2, 2)), "updates": jnp.asarray(3)}
 
@@ -65,17 +65,17 @@ def test_the_tables_of_a_grid(store, capsys):
         "loss (last entry, step 2): median and quartiles over seed",
         "  rate  window  median  quartiles         runs",
         "  0.01  2       0.11    0.1 to 0.12       5",
-        "  0.01  4       0.12    0.11 to 0.13      5",
+        "  0.01  4       0.125   0.115 to 0.135    5",
         "  0.1   2       0.02    0.01 to 0.03      5",
-        "  0.1   4       0.03    0.02 to 0.04      5",
+        "  0.1   4       0.035   0.025 to 0.045    5",
         "  0.4   2       0.325   0.3175 to 0.3325  4 of 5",
-        "  0.4   4       0.335   0.3275 to 0.3425  4 of 5",
+        "  0.4   4       0.34    0.3325 to 0.3475  4 of 5",
         "2 runs are not finite here and left out of medians.",
         "Smallest median: 0.02 at rate=0.1, window=2.",
         "No different by their quartiles, which overlap with its: rate=0.1, window=4.",
     ]
     assert score.startswith("score: median") and "Smallest" not in score
-    assert "0.4   2       0.68    0.67 to 0.69  5" in score  # finite where the loss is not
+    assert "0.4   2       0.68    0.67 to 0.69    5" in score  # finite where the loss is not
     assert updates == "updates: 3 in all 30 finite runs"
     assert rest.startswith("Not shown: matrix, as it has the axes matrix_0 (2), matrix_1 (2) of its own")
 
@@ -124,7 +124,7 @@ def test_plain_points_are_a_table_of_runs(plain, capsys):
 ROWS = [
     (
         grid(rate=[0.01, 0.1], window=[2, 4]),
-        ["loss (last entry, step 2): one run each", "  0.1   2       0.01", "  0.1   4       0.02"],
+        ["loss (last entry, step 2): one run each", "  0.1   2       0.01", "  0.1   4       0.025"],
         "Smallest loss: 0.01 at rate=0.1, window=2; one run each says nothing of the spread between runs.",
     ),
     (
@@ -137,12 +137,12 @@ ROWS = [
     ),
     (
         grid(window=4, seed=[1, 2, 3]),
-        ["loss (last entry, step 2): median and quartiles over seed", "  4       0.03    0.025 to 0.035  3"],
+        ["loss (last entry, step 2): median and quartiles over seed", "  4       0.035   0.03 to 0.04  3"],
         None,
     ),
     (
-        grid(rate=[0.1, 0.4], window=2, seed=[0, 6, 7, 8]),
-        ["  0.1   2       0.065   0.045 to 0.0725  4", "Smallest median: 0.065 at rate=0.1, window=2."],
+        grid(rate=[-0.3, 0.4], window=2, seed=[0, 6, 7, 8]),
+        ["  -0.3  2       0.465   0.445 to 0.4725  4", "Smallest median: 0.465 at rate=-0.3, window=2."],
         "Not compared, with fewer than 4 finished and finite runs: rate=0.4, window=2.",
     ),
     (
@@ -178,6 +178,7 @@ def test_a_store_that_is_being_written_is_read(tmp_path, capsys, monkeypatch):
     (status, first), (second_status, second) = seen[0], seen[-1]
     assert status == 2 and first.err.count("\n") == 1 and "holds no finished run of 8 yet" in first.err
     assert second_status == 0 and "8 runs, 4 finished so far, all finite" in second.out
+    assert "not finite" not in second.out
     assert re.search(r"\n  0.1 +2 +0.015 .* 4\n  0.2 +2 +not finished +0 of 4\n", second.out)
     assert [entry.name for entry in sorted(tmp_path.glob("out*"))] == [f"out-{len(seen) - 1}"]
     rows = list(csv.DictReader((tmp_path / f"out-{len(seen) - 1}" / "results.csv").open()))
@@ -209,6 +210,15 @@ def test_damage_is_said_beside_what_is_left(store, tmp_path, capsys):
     page = capsys.readouterr()
     assert page.err.startswith(f"jbptt: store {path}: runs 2 to 3 of window=2 are damaged (")
     assert page.err.count("\n") == 1 and "4 runs, 2 finished so far" in page.out
+    for folder, words in {
+        "chunks": r"runs 0 to 1 of window=2 are damaged \(.*\), and none of the 4 is left; call sweep again",
+        "snapshots": r"store \S+ cannot be read: \w.*; name another",
+    }.items():
+        for file in (path / folder).iterdir():
+            file.write_bytes(b"")
+        assert cli.main(["results", str(path)]) == 2
+        page = capsys.readouterr()
+        assert page.out == "" and page.err.count("\n") == 1 and re.search(words, page.err), page.err
 
 
 WRONG = [

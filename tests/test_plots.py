@@ -199,6 +199,10 @@ def test_the_lines_of_a_history_go_along_its_own_axis():
     np.testing.assert_allclose(first.get_ydata(), np.median(loss[0], 0))
     np.testing.assert_allclose(second.get_ydata(), np.median(loss[1, 1:], 0))
     np.testing.assert_array_equal(first.get_xdata(), range(7))
+    again = plots.plot_sweep(found.transpose("step", "seed", "cell")).get_lines()
+    np.testing.assert_array_equal([line.get_ydata() for line in again], [first.get_ydata(), second.get_ydata()])
+    (alone,) = plots.plot_sweep(found.sel(cell="gru", seed=1)).get_lines()
+    np.testing.assert_array_equal(alone.get_ydata(), loss[0, 1])
     ax = plots.plot_sweep(found, x="cell")  # the last entries, at equal distances
     np.testing.assert_allclose(ax.get_lines()[0].get_ydata(), [np.median(loss[0, :, 6]), np.median(loss[1, 1:, 6])])
     assert ax.get_ylabel() == "loss (last entry, step 6)"
@@ -211,6 +215,7 @@ def test_plain_points_of_a_sweep_are_dots():
     found = found.assign_coords(finished=("run", [True, False, True, True]))
     ax = plots.plot_sweep(found)
     dots = {t.get_label(): (list(t.get_xdata()), list(t.get_ydata()), t.get_linestyle()) for t in ax.get_lines()}
+    assert plots.plot_sweep(found, x="seed").get_xlabel() == "seed"
     assert dots == {"4": ([0.1], [1.0], "None"), "8": ([0.3], [90.0], "None")} and ax.get_yscale() == "log"
     assert ax.get_title() == "one dot for each run\n1 of 4 runs not finite, left out; 1 of 4 not finished"
 

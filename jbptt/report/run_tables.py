@@ -38,8 +38,9 @@ class Output(NamedTuple):
 
     @property
     def entry(self) -> str:
-        """Which entry `last` is, in words; "" for a number."""
-        return f"last entry, {self.own} {text_of(self.places[-1])}" if self.own else ""
+        """What `last` is, in words; "" for a plain number."""
+        which = [f"last entry, {self.own} {text_of(self.places[-1])}"] if self.own else []
+        return "; ".join([*which, *(["1 is true"] if self.values.dtype.kind == "b" else [])])
 
 
 class Group(NamedTuple):
@@ -176,8 +177,8 @@ def _by_run(array: Any, dims: list[str], dataset: Any) -> np.ndarray:
     further = array.shape[len(of_runs) :]
     spread = [dataset.sizes[dim] if dim in of_runs else 1 for dim in dims]
     full = [dataset.sizes[dim] for dim in dims]
-    values = array.values.reshape(*spread, *further)
-    return np.broadcast_to(values, (*full, *further)).reshape(-1, *further)
+    values = np.reshape(array.values, (*spread, *further))
+    return np.broadcast_to(values, (*full, *further)).reshape((-1, *further))
 
 
 def is_loss(name: str) -> bool:

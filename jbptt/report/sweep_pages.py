@@ -58,11 +58,15 @@ def page_of_store(
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         dataset = _loaded(store)
+    damaged = [str(warning.message) for warning in seen if "are damaged" in str(warning.message)]
     table = run_table(dataset)
     if not table.finished.any():
+        number = len(table.finished)
         raise ValueError(
-            f"store {store} holds no finished run of {len(table.finished):,} yet; wait for its "
-            "first chunk, or call sweep again"
+            f"{damaged[0]}, and none of the {number:,} is left; call sweep again"
+            if damaged
+            else f"store {store} holds no finished run of {number:,} yet; wait for its first "
+            "chunk, or call sweep again"
         )
     check_axis(table, table.output(variable), x)
     data = {"store": str(store), "command": command} | results_of(table, variable, x)
@@ -74,8 +78,7 @@ def page_of_store(
         numbers = json.dumps(plain_numbers(data), indent=1, ensure_ascii=False, allow_nan=False)
         texts = csv_of(table), numbers + "\n", picture
         files.write_files(dict(zip(FILES, texts, strict=True)), out)
-    of_store = [str(w.message) for w in seen if "are damaged" in str(w.message)]
-    return page_of(data), of_store
+    return page_of(data), damaged
 
 
 def _loaded(store: Path) -> Any:
@@ -84,7 +87,8 @@ def _loaded(store: Path) -> Any:
     try:
         return stores.loaded(store)
     except IcechunkError as error:
-        reason = next(filter(None, map(str.strip, str(error).splitlines())), "damaged")
+        lines = [line.strip(" x").strip() for line in str(error).splitlines()]  # its list of causes
+        reason = next(filter(None, lines), type(error).__name__)
         raise OSError(f"store {store} cannot be read: {reason}; name another") from error
 
 

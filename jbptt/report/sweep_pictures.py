@@ -68,6 +68,7 @@ def plot_sweep(
     spots = _spots(ax, own, places, log=not along_own)
     colours = _colours(table, second, len(shown), theme)
     dots = not along_own and not table.is_grid
+    strength = 0.18 if len(shown) <= 3 else 0.1
     names = [*([] if along_own else [own]), *([] if second is None else [second])]
     groups = [] if dots else grouped(table, output, values, names)
     where = dict(zip(places.tolist(), spots.tolist(), strict=True))
@@ -87,10 +88,12 @@ def plot_sweep(
             of_line.sort(key=lambda group: where[group.at[own]])
             at = np.array([where[group.at[own]] for group in of_line])
             median, low, high = np.array([(g.median, g.low, g.high) for g in of_line]).T
-        marker = {"marker": "o", "markersize": 3.5} if len(at) <= 30 else {}
-        ax.plot(at, median, color=colour, **marker, **name)
+        marks = {"marker": "o", "markersize": 3.5} if len(at) <= 30 else {}
+        if not is_numeric(places):  # nothing lies between two names
+            marks["linestyle"] = ":"
+        ax.plot(at, median, color=colour, **marks, **name)
         if np.any(high > low):
-            ax.fill_between(at, low, high, color=colour, alpha=0.18, linewidth=0)
+            ax.fill_between(at, low, high, color=colour, alpha=strength, linewidth=0)
         drawn += [median, low, high]
     _dress(ax, own, output, along_own, np.concatenate([*drawn, np.zeros(0)]))
     if second is not None:
@@ -181,7 +184,8 @@ def _is_wide(values: np.ndarray) -> bool:
 
 
 def _dress(ax: Any, own: str, output: Output, along_own: bool, drawn: np.ndarray) -> None:
-    ax.set_ylabel(output.name if along_own or not output.own else f"{output.name} ({output.entry})")
+    what = "" if along_own or not output.entry else f" ({output.entry})"
+    ax.set_ylabel(output.name + what)
     if _is_wide(drawn):
         finite = drawn[np.isfinite(drawn)]
         log_scale(ax, "y", drawn.tolist(), (1,) if finite.max() > 1e3 * finite.min() else (1, 2, 5))

@@ -29,8 +29,9 @@ from .core import CORE
 from .edits import check_table, mutated, path_of, plain
 from .experiments import EXPERIMENTS
 from .interop import INTEROP
+from .report import REPORT
 
-MUTANTS = CORE + ANALYSES + EXPERIMENTS + INTEROP
+MUTANTS = CORE + ANALYSES + EXPERIMENTS + INTEROP + REPORT
 ROOT = Path(__file__).resolve().parents[2]
 LEFT_OUT = shutil.ignore_patterns(
     ".*",
