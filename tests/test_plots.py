@@ -71,7 +71,7 @@ def test_a_picture_of_every_result(results, name):
 
 def test_every_plot_is_tried():
     found = {name.removeprefix("plot_") for name in dir(plots) if name.startswith("plot_")}
-    assert found == {*NAMES, "diagnosis", "remedies", "comparison", "schedule", "history"}
+    assert found == {*NAMES, "diagnosis", "remedies", "comparison", "schedule", "history", "sweep"}
 
 
 def test_the_lines_are_the_numbers(results):
@@ -171,3 +171,92 @@ def test_a_history_shows_what_broke_and_what_was_evaluated():
     ax.figure.draw_without_rendering()
     with pytest.raises(ValueError, match=r"history must be that of one run, got losses of shape \(2, 4\); pass"):
         plots.plot_history(jax.tree.map(lambda a: jnp.stack([a, a]), found))
+
+
+def swept(axes, *, run=False, **outputs):
+    """What `sweep` returns of these axes and arrays; further axes of an array are called `step`."""
+    xarray = pytest.importorskip("xarray")
+    dims = ("run",) if run else tuple(axes)
+    variables = {name: ((*dims, *["step"] * (a.ndim - len(dims))), a) for name, a in outputs.items()}
+    coords = {name: ("run" if run else name, np.asarray(values)) for name, values in axes.items()}
+    finite = np.all([np.isfinite(a).reshape(*a.shape[: len(dims)], -1).all(-1) for a in outputs.values()], axis=0)
+    return xarray.Dataset(variables, coords | {"finite": (dims, finite)})
+
+
+RATES = [0.1, 0.001, 0.01]
+
+
+def test_the_lines_of_a_sweep_are_medians_and_its_bands_quartiles():
+    score, loss = np.random.default_rng(0).uniform(1, 2, (2, 3, 2, 5))
+    loss[0, 1, 3] = np.nan
+    found = swept({"rate": RATES, "window": [4, 16], "seed": range(5)}, score=score, loss=loss)
+    ax = Figure().subplots()
+    assert plots.plot_sweep(found, ax=ax) is ax
+    assert ax.get_xlabel() == "rate" and ax.get_ylabel() == "loss"  # before the score
+    assert ax.get_xscale() == "log" and ax.get_yscale() == "linear" and list(ax.get_xticks()) == sorted(RATES)
+    assert ax.get_title() == "median and quartiles over seed\n1 of 30 runs not finite, left out"
+    legend = ax.get_legend()
+    assert legend.get_title().get_text() == "window" and [t.get_text() for t in legend.get_texts()] == ["4", "16"]
+    for j, (line, band) in enumerate(zip(ax.get_lines(), ax.collections, strict=True)):
+        low, median, high = np.nanquantile(loss[[1, 2, 0], j], [0.25, 0.5, 0.75], axis=-1)
+        np.testing.assert_array_equal(line.get_xdata(), sorted(RATES))
+        np.testing.assert_allclose(line.get_ydata(), median)
+        corners = band.get_paths()[0].vertices
+        for x, *edges in zip(sorted(RATES), low, high, strict=True):
+            at = corners[corners[:, 0] == x, 1]
+            np.testing.assert_allclose([at.min(), at.max()], edges)
+    ax = plots.plot_sweep(found.sel(rate=0.1), "score", x="seed")
+    np.testing.assert_allclose([line.get_ydata() for line in ax.get_lines()], score[0])
+    assert "median" not in ax.get_title() and len(ax.collections) == 0  # one run each
+
+
+def test_the_lines_of_a_history_go_along_its_own_axis():
+    loss = np.random.default_rng(0).uniform(1, 2, (2, 3, 7))
+    loss[1, 0, 4] = np.inf  # all of this run is left out
+    found = swept({"cell": ["gru", "lstm"], "seed": range(3)}, loss=loss)
+    ax = plots.plot_sweep(found)
+    assert ax.get_xlabel() == "step" and ax.get_legend().get_title().get_text() == "cell"
+    first, second = ax.get_lines()
+    np.testing.assert_allclose(first.get_ydata(), np.median(loss[0], 0))
+    np.testing.assert_allclose(second.get_ydata(), np.median(loss[1, 1:], 0))
+    np.testing.assert_array_equal(first.get_xdata(), range(7))
+    again = plots.plot_sweep(found.transpose("step", "seed", "cell")).get_lines()
+    np.testing.assert_array_equal([line.get_ydata() for line in again], [first.get_ydata(), second.get_ydata()])
+    (alone,) = plots.plot_sweep(found.sel(cell="gru", seed=1)).get_lines()
+    np.testing.assert_array_equal(alone.get_ydata(), loss[0, 1])
+    ax = plots.plot_sweep(found, x="cell")  # the last entries, at equal distances
+    np.testing.assert_allclose(ax.get_lines()[0].get_ydata(), [np.median(loss[0, :, 6]), np.median(loss[1, 1:, 6])])
+    assert ax.get_ylabel() == "loss (last entry, step 6)"
+    assert [(t.get_position()[0], t.get_text()) for t in ax.get_xticklabels()] == [(0, "gru"), (1, "lstm")]
+
+
+def test_plain_points_of_a_sweep_are_dots():
+    rate, loss = np.array([0.1, 0.5, 0.2, 0.3]), np.array([1.0, 2.0, np.nan, 90.0])
+    found = swept({"rate": rate, "window": [4, 4, 8, 8], "seed": range(4)}, run=True, loss=loss)
+    found = found.assign_coords(finished=("run", [True, False, True, True]))
+    ax = plots.plot_sweep(found)
+    dots = {t.get_label(): (list(t.get_xdata()), list(t.get_ydata()), t.get_linestyle()) for t in ax.get_lines()}
+    assert plots.plot_sweep(found, x="seed").get_xlabel() == "seed"
+    assert dots == {"4": ([0.1], [1.0], "None"), "8": ([0.3], [90.0], "None")} and ax.get_yscale() == "log"
+    assert ax.get_title() == "one dot for each run\n1 of 4 runs not finite, left out; 1 of 4 not finished"
+
+
+def test_of_many_lines_of_a_sweep_eight_are_drawn():
+    found = swept({"rate": [1, 2], "window": range(20)}, error=np.arange(40.0).reshape(2, 20))
+    ax = plots.plot_sweep(found)
+    assert [line.get_ydata()[0] for line in ax.get_lines()] == [0, 3, 5, 8, 11, 14, 16, 19]
+    assert ax.get_legend().get_title().get_text() == "window\n(8 of 20 values)"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"variable": "los"}, "variable must be one of loss, got 'los'"),
+        ({"x": "wide"}, "x must be one of rate, got 'wide'"),
+        ({"dataset": {}}, "dataset must be what jbptt.sweep or load_sweep returns"),
+    ],
+)
+def test_what_is_no_sweep_is_not_drawn(options, message):
+    options = {"dataset": swept({"rate": RATES}, loss=np.ones(3))} | options
+    with pytest.raises(ValueError, match=message):
+        plots.plot_sweep(**options)

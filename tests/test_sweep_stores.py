@@ -80,6 +80,13 @@ def test_a_store_in_memory_and_with_plain_points(counted):
     assert load_sweep(storage).equals(found)
 
 
+def test_a_store_is_read_without_x64():
+    storage, run = icechunk.in_memory_storage(), lambda point, key: {"rest": point["seed"] % 7}
+    found = sweep(run, grid(seed=[2**40, 1]), key=KEY, store=storage, progress=False)
+    with jax.enable_x64(False):
+        assert load_sweep(storage).identical(found)
+
+
 def interrupted(monkeypatch, path, at):
     real = programs.Program.__call__
 

@@ -17,6 +17,7 @@ from jbptt.report import interruption
 
 DESCRIPTION = """How far back does the gradient of a recurrent model reach, and what does each
 truncation of backpropagation through time cost? `jbptt --version` prints the version."""
+COMMANDS = ("report", "diagnose", "compare", "results")
 NEEDED = ("tyro", "rich", "matplotlib", "jinja2")
 
 
@@ -41,10 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(sys.argv[1:], interruption.ends_this_process())
     except BrokenPipeError:
-        for stream in (
-            sys.stdout,
-            sys.stderr,
-        ):  # Python would try once more to write what is left, when it ends
+        # Python would try once more to write what is left, when it ends.
+        for stream in (sys.stdout, sys.stderr):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return 128 + 13  # as of a command that SIGPIPE ended
 
@@ -170,6 +169,28 @@ def _commands(arguments: list[str]) -> Any:
         """
         return lambda: run_compare(settings, out=out, command=command)
 
+    @commands.command(name="results")
+    def results(
+        store: tyro.conf.Positional[Path],
+        /,
+        *,
+        variable: str | None = None,
+        x: str | None = None,
+        out: Path | None = None,
+    ):
+        """Print and plot the results of a sweep in a store, also of one that is still running.
+
+        Args:
+            store: the folder that was passed to sweep.
+            variable: an output of the runs; all of them in the tables and the first one in the
+                picture, losses and errors before others, if not given.
+            x: the axis that the picture goes along; the first axis of numbers but seed, or a
+                history's own, if not given.
+            out: a folder to write results.csv, results.json and results.svg into; nothing is
+                written if not given.
+        """
+        return lambda: run_results(store, variable=variable, x=x, out=out, command=command)
+
     return commands
 
 
@@ -255,6 +276,21 @@ def run_diagnosis(
     return 0
 
 
+def run_results(store: Path, *, out: Path | None = None, **options: Any) -> int:
+    """Prints what a store holds, and writes what was asked for. Raises: UsageError."""
+    from jbptt.report import sweep_pages
+
+    try:
+        with interruption.unfinished(f"the results of {store} were not shown to the end"):
+            page, warned = sweep_pages.page_of_store(Path(store), out=out, **options)
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
+    for line in warned:
+        print(f"jbptt: {line}", file=sys.stderr)
+    print(page)
+    return 0
+
+
 def run_report(
     settings: Any, *, out: Path, cores: int | None = None, command: str = "jbptt report"
 ) -> int:
@@ -315,9 +351,7 @@ def _use_cores(cores: int | None) -> None:
 
 
 def _available_cores() -> int:
-    """The cores that this process may use, fewer than the machine's under a scheduler or in a
-    container.
-    """
+    """The cores that this process may use; a scheduler or a container allows fewer than all."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -328,10 +362,8 @@ def _device_errors() -> tuple[type[Exception], ...]:
 
 
 def _one_line(message: str, arguments: list[str]) -> str:
-    """The first paragraph of a boxed message without the box, and what may have been meant
-    instead.
-    """
-    command = arguments[0] if arguments[:1] in (["report"], ["diagnose"], ["compare"]) else ""
+    """The first paragraph of a boxed message without its box, and what may have been meant."""
+    command = arguments[0] if arguments and arguments[0] in COMMANDS else ""
     paragraphs = _paragraphs(message)
     text = " ".join(paragraphs[0]) if paragraphs else "the command line was not understood"
     parts = [text.rstrip("."), *_meant(paragraphs[1:], command)]
@@ -343,9 +375,8 @@ def _paragraphs(message: str) -> list[list[str]]:
     paragraphs: list[list[str]] = [[]]
     for line in message.splitlines()[1:]:  # the first holds the title
         line = line.strip("│|╭╮╰╯+ ")
-        if re.search(
-            r"─{3,}|-{3,}", line
-        ):  # a border or a rule; ASCII where the terminal has no lines to draw with
+        # A border or a rule; ASCII where the terminal has no lines to draw with.
+        if re.search(r"─{3,}|-{3,}", line):
             paragraphs.append([])
         elif line:
             paragraphs[-1].append(line)
@@ -353,9 +384,7 @@ def _paragraphs(message: str) -> list[list[str]]:
 
 
 def _meant(paragraphs: list[list[str]], command: str) -> list[str]:
-    """The options of this command that are like the one that it lacks, or the commands that
-    exist.
-    """
+    """The options of this command that are like the one it lacks, or the commands there are."""
     found, option = [], ""
     for lines in paragraphs:
         if lines[0].startswith("Available subcommands"):

@@ -25,6 +25,7 @@ from jbptt.report.axes import (
     visible,
 )
 from jbptt.report.history_plots import plot_history as plot_history
+from jbptt.report.sweep_pictures import plot_sweep as plot_sweep
 from jbptt.report.themes import LIGHT, Theme
 
 _SIZE = (7.0, 4.4)

@@ -192,14 +192,17 @@ def runs_of(points: Any, static: Any) -> Runs:
             f"{', '.join(map(repr, unknown))}; pass static={{name: values}} for settings of their "
             "own"
         )
-    return numbered(dims, coords, names)
+    runs = numbered(dims, coords, names)
+    for name, values in runs.columns.items():
+        _check_data(name, values)
+    return runs
 
 
 def numbered(dims: dict[str, int], coords: dict, names: set[str]) -> Runs:
     """The runs of these dimensions and coordinates; `names` are the static ones.
 
     Raises:
-      ValueError: a static setting that is no single value, data that JAX would change.
+      ValueError: a static setting that is no single value.
     """
     shape, order = tuple(dims.values()), list(dims)
     columns: dict[str, np.ndarray] = {}
@@ -216,8 +219,6 @@ def numbered(dims: dict[str, int], coords: dict, names: set[str]) -> Runs:
                 f"{columns[name].shape[1:]}; number its values"
             )
     data = {name: values for name, values in columns.items() if name not in names}
-    for name, values in data.items():
-        _check_data(name, values)
     return Runs(dims, coords, data, _combinations(columns, [n for n in coords if n in names]))
 
 
