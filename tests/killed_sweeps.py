@@ -37,8 +37,8 @@ def walk(point, key):
 
 def ask(chunk=6, **options):
     """The sweep of `walk`, in chunks of so many runs."""
-    options = {"key": jax.random.key(3), "chunk": chunk, "dims": {"path": "step"}, "progress": False} | options
-    return sweep(walk, POINTS, static="size", width=3, **options)
+    usual = {"key": jax.random.key(3), "width": 3, "dims": {"path": "step"}, "progress": False}
+    return sweep(walk, POINTS, static="size", chunk=chunk, **usual | options)
 
 
 def on_a_full_disk(path):
@@ -67,7 +67,7 @@ def kill_at_random(folder, num_kills, seed):
     reference = os.fork()
     if not reference:
         jax.config.update("jax_enable_x64", True)
-        np.save(folder / "wanted.npy", ask(1).path.values)
+        np.save(folder / "wanted.npy", ask(3).path.values)
         os._exit(0)
     assert os.waitpid(reference, 0)[1] == 0
     while kills < num_kills or not finished_stores:
@@ -128,7 +128,7 @@ def sweep_with_a_log(path, log):
         telling(stores.Store, "write", "write", "kept")
         telling(icechunk.Session, "commit", "commit")
         print("begin", file=file)
-        np.save(f"{path}.npy", ask(1, store=path).path.values)
+        np.save(f"{path}.npy", ask(3, store=path).path.values)
 
 
 def check_log(lines):

@@ -17,7 +17,7 @@ from killed_sweeps import ask, walk
 from problems import usual
 
 from jbptt import grid, load_sweep, sweep
-from jbptt.sweeps import programs, stores
+from jbptt.sweeps import programs, repositories
 
 icechunk, zarr = pytest.importorskip("icechunk"), pytest.importorskip("zarr")
 KEY, MOVED = jax.random.key(3), grid(size=[2, 3], rate=[0.1, 0.5], seed=range(10))
@@ -206,7 +206,7 @@ def test_a_change_that_is_wanted(tmp_path, monkeypatch, counted):
 
 
 def write_manifest(path, text):
-    repository = stores._repository(path, "store")
+    repository = repositories.repository_of(path, "store")
     session = repository.writable_session("main")
     zarr.open_group(session.store, mode="a").attrs["jbptt"] = text
     session.commit("edited")
@@ -237,11 +237,87 @@ def test_what_is_no_store(tmp_path):
                 read(empty)
 
 
+def test_nothing_beside_a_store_is_touched(tmp_path):
+    """Neither what is called like it, nor by another way to the same folder."""
+    for name in ("store.new", "store.lock.d", ".store.jbptt"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.tex").write_text("x")
+    ask(store=tmp_path / "store")
+    (tmp_path / "link").symlink_to(tmp_path / "store")
+    assert len(list(tmp_path.glob("*/thesis.tex"))) == 3 and not list(tmp_path.glob(".store.jbptt-*"))
+    with repositories.locked(tmp_path / "store", "store"), pytest.raises(ValueError, match="by another process"):
+        ask(store=tmp_path / "link", changed="restart")
+
+
+def test_paths_of_stores(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert ask(store="~/deep/../store/").identical(of_walk()) and (tmp_path / "store" / "refs").is_dir()
+    assert load_sweep("store").equals(of_walk())
+    for store in ("", 5):
+        with pytest.raises(ValueError, match=r"store must be a path or an icechunk.Storage, got"):
+            ask(store=store)
+
+
+def test_a_read_that_fails_is_no_damage(tmp_path, monkeypatch, counted):
+    """As of a network that is gone for a moment: nothing is thrown away."""
+    path = tmp_path / "store"
+    ask(store=path)
+    counted.clear()
+    with monkeypatch.context() as patch:
+
+        def broken(self, *_):
+            raise OSError("connection reset by peer")
+
+        patch.setattr(zarr.Array, "__getitem__", broken)
+        for read in (load_sweep, lambda path: ask(store=path)):
+            with pytest.raises(OSError, match=r"cannot be read: connection reset by peer; try again"):
+                read(path)
+    assert ask(store=path).identical(of_walk()) and not counted
+
+
+@pytest.mark.parametrize("kind", ["manifests", "snapshots"])
+def test_damage_beyond_chunks_is_said(tmp_path, kind, counted):
+    """What holds many chunks together: nothing is computed, nothing taken away, and a reader is told what to do."""
+    path = tmp_path / "store"
+    ask(store=path)
+    counted.clear()
+    newest = max((path / kind).iterdir(), key=lambda file: file.stat().st_mtime_ns)
+    for damage in (lambda: newest.write_bytes(newest.read_bytes()[:-20]), newest.unlink):
+        damage()
+        for read in (load_sweep, lambda path: ask(store=path)):
+            with pytest.raises(OSError, match=r"cannot be read: .*(history|try again)") as error:
+                read(path)
+            assert len(str(error.value).splitlines()) == 1
+    assert not counted
+
+
+def test_many_points_are_kept_once(tmp_path):
+    """Not in every commit's copy of the manifest."""
+    points = {"rate": np.arange(3000.0), "seed": np.arange(3000)}
+    ask = functools.partial(sweep, lambda p, key: {"x": p["rate"] * 2}, points, key=KEY, progress=False, chunk=300)
+    found = ask(store=tmp_path / "a", width=300)
+    assert load_sweep(tmp_path / "a").equals(found)
+    assert max(file.stat().st_size for file in (tmp_path / "a" / "snapshots").iterdir()) < 8000
+    with pytest.raises(ValueError, match=r"points\.seed\.sha256 is"):
+        sweep(ask.args[0], points | {"seed": np.arange(1, 3001)}, key=KEY, store=tmp_path / "a")
+
+
+def test_the_widths_that_were_used_are_told(tmp_path, monkeypatch):
+    path = tmp_path / "store"
+    interrupted(monkeypatch, path, 8)
+    found = ask(store=path, width=2)
+    some = "3 side by side, in chunks of 6 (some of them 2 side by side)"
+    assert found.plan == f"size=2: {some}; size=3: 2 side by side, in chunks of 6"
+    assert load_sweep(path).plan == found.plan
+    np.testing.assert_allclose(found.path, of_walk().path, rtol=1e-12)
+
+
 def test_one_writer_at_a_time(tmp_path):
     path = tmp_path / "store"
     code = (
-        "import sys, time; from pathlib import Path; from jbptt.sweeps import stores\n"
-        "with stores._locked(Path(sys.argv[1]), 'store'):\n    print('locked', flush=True); time.sleep(60)"
+        "import sys, time; from pathlib import Path; from jbptt.sweeps import repositories\n"
+        "with repositories.locked(Path(sys.argv[1]), 'store'):\n    print('locked', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "locked\n"

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -140,9 +140,9 @@ def test_a_lost_worker_is_replaced(tmp_path, kept):
         return killing(pools[0], notes) if len(pools) == 1 else pools[-1]
 
     store = tmp_path / "store" if kept else None
-    run = walk(notes)
-    found = ask(run, executor=make, store=store, chunk=2)
+    found = ask(walk(notes), executor=make, store=store, chunk=2)
     assert found.equals(wanted()) and len(pools) == 2
+    assert len(list(notes.iterdir())) <= 32 + 2 * 4  # runs; two chunks at most, of measuring too, are done twice
     if kept:
         assert load_sweep(store).path.equals(wanted().path)
 
@@ -162,6 +162,35 @@ def test_an_executor_that_broke_says_what_to_do(tmp_path):
     assert len(pools) == 3
 
 
+def test_what_was_done_before_a_pool_broke_is_kept(tmp_path):
+    """The third chunk breaks it, when the first two are done but not yet taken."""
+    submitted = []
+
+    class Breaking(ThreadPoolExecutor):
+        def submit(self, work, *arguments):
+            submitted.append(arguments)
+            future = super().submit(work, *arguments)
+            if len(submitted) == 5:
+                future.result()
+                future = Future()
+                future.set_exception(BrokenExecutor("gone"))
+            return future
+
+    store = tmp_path / "store"
+    with Breaking(1) as pool, pytest.raises(RuntimeError, match="takes no more work"):
+        ask(walk(), executor=pool, store=store, chunk=2)
+    assert load_sweep(store).finished.sum() >= 2 * (len(submitted) - 4)
+    submitted.clear()
+    assert ask(walk(), executor=lambda: Breaking(1), chunk=2).equals(wanted())
+    assert len(submitted) <= 2 + 16 + 1
+
+
+def test_what_is_no_executor():
+    assert ask(walk(), executor=ThreadPoolExecutor).equals(wanted())  # a class makes one
+    with pytest.raises(ValueError, match=r"executor must make a concurrent.futures.Executor, got None"):
+        ask(walk(), executor=lambda: None)
+
+
 def test_what_a_run_raises_says_where():
     def run(point, key):
         def fail(x):
@@ -169,9 +198,10 @@ def test_what_a_run_raises_says_where():
 
         return {"x": jax.pure_callback(fail, jax.ShapeDtypeStruct((), float), point["rate"])}
 
-    with ThreadPoolExecutor(1) as executor, pytest.raises(Exception, match="of the user") as error:
-        sweep(run, {"rate": [0.1, 0.2]}, key=jax.random.key(0), executor=executor, progress=False)
-    assert "jbptt.sweep: in runs 0 to 1" in error.value.__notes__
+    for executor in (None, ThreadPoolExecutor):
+        with pytest.raises(Exception, match="of the user") as error:
+            sweep(run, {"rate": [0.1, 0.2]}, key=jax.random.key(0), executor=executor, progress=False, width=1)
+        assert "jbptt.sweep: in runs 0 to 1" in error.value.__notes__
 
 
 def test_a_function_that_cannot_be_pickled():

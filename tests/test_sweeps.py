@@ -98,6 +98,32 @@ def test_static_settings_shape_the_program():
     assert [list(point) for point in kinds[:1]] == [["size", "name", "rate"]]
 
 
+def test_settings_that_are_equal_are_not_the_same():
+    """4 and 4.0, True and 1: other programs, in one process."""
+    kinds = {bool: 0, int: 1, float: 2}
+    run = lambda point, key: {"kind": jnp.asarray(kinds[type(point["p"])])}
+    for values in ([1, 4], [1.0, 4.0], [True, False]):
+        found = quietly(run, {"a": [1, 2]}, static={"p": values})
+        assert (found.kind == kinds[type(values[0])]).all()
+
+
+def test_scalars_and_what_is_listed():
+    """NumPy's and JAX's scalars are one setting of all runs; ranges, generators and views are axes."""
+    run = lambda point, key: {"y": jnp.asarray(point["a"] * point["size"])}
+    for size in (4, np.int64(4), jnp.asarray(4)):
+        found = quietly(run, grid(a=(i for i in range(3))), static={"size": size})
+        assert found.y.dims == ("a",) and found.y.values.tolist() == [0, 4, 8]
+    assert grid(a={1: 0, 2: 0}.keys(), b=map(int, "12")).axes["b"].tolist() == [1, 2]
+
+
+def test_a_setting_of_jax_makes_another_program():
+    run = lambda point, key: {"y": jax.random.normal(jax.random.key(1), ()) + 0 * point["a"]}
+    first = quietly(run, grid(a=[1, 2]))
+    with jax.default_prng_impl("rbg"):
+        assert (quietly(run, grid(a=[1, 2])).y != first.y).all()
+    assert quietly(run, grid(a=[1, 2])).equals(first)
+
+
 def test_points_with_axes_of_their_own():
     points = {"w": np.arange(12.0).reshape(4, 3), "on": np.array([True, False, True, False]), "n": np.arange(4)}
     found = quietly(lambda p, key: {"s": jnp.where(p["on"], p["w"].sum(), p["n"])}, points)
@@ -208,7 +234,7 @@ def test_a_chunk_too_large_for_the_device_is_halved(monkeypatch):
 def refused(words, *args, **options):
     def case():
         run_fn, points = args
-        with pytest.raises(ValueError, match=words), jax.enable_x64("int32" not in words):
+        with pytest.raises(ValueError, match=words), jax.enable_x64("must fit" not in words):
             quietly(run_fn, points() if callable(points) else points, **options)
 
     return words, case
@@ -261,6 +287,20 @@ REFUSED = dict(
             returns(lambda p: {"a": jnp.zeros(2), "b": jnp.zeros(3)}),
             POINTS,
             dims={"a": "i", "b": "i"},
+        ),
+        refused("must not be called 'x_0', as an axis of x is", descent, {"x": np.eye(3)}, static={"x_0": [1, 2]}),
+        refused("must not return 'w_0'", returns(lambda p: {"w_0": 1.0}), {"w": [[1, 2]]}),
+        refused("must not be called 'w_0'", returns(lambda p: {"y": jnp.ones(5)}), {"w": [[1, 2]]}, dims={"y": "w_0"}),
+        refused("must not be called 'run'", returns(lambda p: {"y": jnp.ones(5)}), POINTS, dims={"y": "run"}),
+        refused(
+            "dims of y must be names of its axes, got 5", returns(lambda p: {"y": jnp.ones(5)}), POINTS, dims={"y": 5}
+        ),
+        refused("got 'a/b'", returns(lambda p: {"a/b": 1.0}), POINTS),
+        refused("static must be names of points", descent, POINTS, static=5),
+        refused("a must be in an order, got the set", descent, lambda: grid(a={1, 2})),
+        refused("scale must fit float32, got 1e.300", descent, lambda: grid(scale=[1e300, 1.0])),
+        refused(
+            "chunk must be at least 8, the runs that are computed at once, got 2", descent, POINTS, width=8, chunk=2
         ),
         refused("run_fn must be a function", 3, POINTS),
         refused("executor must be a concurrent.futures.Executor", descent, POINTS, executor=3),

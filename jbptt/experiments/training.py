@@ -39,6 +39,7 @@ class History(NamedTuple):
         (`num_done`) and those that were kept out included.
       evals: what `eval_fn` gave, leaves `[num_evals, ...]`; None without one.
       eval_updates: `[num_evals]`, after how many updates, counted like `updates`; None without one.
+      stopped: bool, whether `nonfinite="stop"` has ended this training.
     """
 
     loss: jax.Array
@@ -51,14 +52,7 @@ class History(NamedTuple):
     updates: jax.Array
     evals: PyTree = None
     eval_updates: jax.Array | None = None
-
-    @property
-    def stopped(self) -> jax.Array:
-        """Whether the last update was kept out: after `nonfinite="stop"`, whether training stopped.
-
-        A scalar, with an axis in front for each vmap.
-        """
-        return ~self.applied[..., -1]
+    stopped: Any = False
 
     def to_xarray(self) -> Any:
         """An `xarray.Dataset` over `update` and, of what `eval_fn` gave, `eval_update`; needs
@@ -182,6 +176,7 @@ def train(
         updates=counts,
         evals=evals,
         eval_updates=eval_updates,
+        stopped=running.stopped,
     )
     return running.params, history
 

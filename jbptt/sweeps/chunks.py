@@ -56,7 +56,10 @@ class Here:
     def submit(self, work: Callable, *arguments: Any) -> futures.Future:
         """A future that is done."""
         future: futures.Future = futures.Future()
-        future.set_result(work(*arguments))
+        try:
+            future.set_result(work(*arguments))
+        except Exception as error:
+            future.set_exception(error)
         return future
 
     def shutdown(self, **_: Any) -> None:
@@ -109,13 +112,14 @@ def computed(place: Workplace, chunks: Iterable[Chunk]) -> Iterator[Planned | Fi
     """
     queue, pending, lost = deque(chunks), {}, 0
     here = place.executor is None
-    made = not here and not hasattr(place.executor, "submit")
+    made = not here and (isinstance(place.executor, type) or not hasattr(place.executor, "submit"))
     payload = () if here else (workers.packed(place.run_fn), number_settings())
     most = 1 if here else MOST_PENDING
-    executor: Any = Here() if here else place.executor() if made else place.executor
+    executor: Any = Here() if here else _made(place.executor) if made else place.executor
+    broken: Exception | None = None
     try:
         while queue or pending:
-            while queue and len(pending) < most:
+            while queue and len(pending) < most and broken is None:
                 chunk = queue.popleft()
                 pending[_submitted(place, executor, payload, chunk)] = chunk
             for future in _first_done(pending):
@@ -127,31 +131,42 @@ def computed(place: Workplace, chunks: Iterable[Chunk]) -> Iterator[Planned | Fi
                         error.add_note(f"jbptt.sweep: in {_words(place.runs, chunk)}")
                         raise
                     queue.appendleft(chunk)
+                    if isinstance(error, futures.BrokenExecutor):
+                        broken = error  # what was done before is taken first
+                        continue
                     lost += 1
-                    broken = isinstance(error, futures.BrokenExecutor)
-                    if lost == MOST_LOST or (broken and not made):
-                        raise RuntimeError(_of_lost(place.runs, chunk, made)) from error
-                    if broken:
-                        queue.extendleft(pending.values())  # they fail as well
-                        pending = {}
-                        executor.shutdown(wait=False, cancel_futures=True)
-                        executor = place.executor()
-                        break
+                    if lost == MOST_LOST:
+                        raise RuntimeError(_of_lost(place.runs, chunk, True)) from error
                     continue
+                lost = 0
                 if chunk.plan is None:
                     plan, begun = result
                     yield Planned(chunk.number, plan)
                     queue.extendleft(reversed(chunks_of(chunk.number, chunk.stop, plan, begun)))
                     continue
-                lost, (outputs, width) = 0, result
+                outputs, width = result
                 yield Finished(chunk, _joined(chunk.begun, outputs), width)
                 if width < chunk.plan.width:
                     queue = deque(_narrowed(queued, chunk.number, width) for queued in queue)
+            if broken is not None and not pending:
+                lost += 1
+                if lost == MOST_LOST or not made:
+                    raise RuntimeError(_of_lost(place.runs, queue[0], made)) from broken
+                executor.shutdown(wait=False)
+                executor, broken = _made(place.executor), None
     finally:
         for future in pending:
             future.cancel()
         if made:
-            executor.shutdown(wait=True, cancel_futures=True)
+            executor.shutdown(wait=True)
+
+
+def _made(make: Callable) -> Any:
+    """A new executor; a ValueError where it is none."""
+    executor = make()
+    if not hasattr(executor, "submit"):
+        raise ValueError(f"executor must make a concurrent.futures.Executor, got {executor!r}")
+    return executor
 
 
 def _submitted(place: Workplace, executor: Any, payload: tuple, chunk: Chunk) -> Any:
@@ -217,9 +232,9 @@ def _words(runs: Runs, chunk: Chunk) -> str:
     return f"runs {numbers[0]} to {numbers[-1]}{of}"
 
 
-def _of_lost(runs: Runs, chunk: Chunk, made: bool) -> str:
+def _of_lost(runs: Runs, chunk: Chunk, again: bool) -> str:
     what = f"the executor's workers were lost while they computed {_words(runs, chunk)}"
-    if made:
+    if again:
         return f"{what}, {MOST_LOST} times in a row; they may need more memory than there is"
     return (
         f"{what}, and it takes no more work; pass a function that makes an executor, as "

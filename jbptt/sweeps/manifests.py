@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from hashlib import sha256
 from typing import Any
 
 import jax
@@ -12,6 +13,8 @@ from jbptt.sweeps.programs import Job, number_settings
 from jbptt.sweeps.results import Results
 
 FORMAT = 1
+MOST_VALUES = 256
+"""Of a coordinate, in the manifest, of which each commit has a copy."""
 CHANGED = ("refuse", "keep", "restart")
 
 
@@ -22,11 +25,7 @@ def manifest_of(runs: Runs, results: Results, job: Job, version: Any) -> dict[st
         "sweep": {
             "dims": runs.dims,
             "points": {
-                name: {
-                    "dims": list(dims),
-                    "dtype": np.asarray(values).dtype.str,
-                    "values": np.asarray(values).tolist(),
-                }
+                name: {"dims": list(dims), **_values(np.asarray(values))}
                 for name, (dims, values) in runs.coords.items()
             },
             "static": sorted(runs.combinations[0].settings),
@@ -44,6 +43,14 @@ def manifest_of(runs: Runs, results: Results, job: Job, version: Any) -> dict[st
         "numbers": number_settings(),
         "made_with": made_with(),
     }
+
+
+def _values(values: np.ndarray) -> dict[str, Any]:
+    """The values themselves, or of many numbers what tells them from others."""
+    dtype = {"dtype": values.dtype.str}
+    if values.size <= MOST_VALUES or values.dtype.kind == "U":
+        return dtype | {"values": values.tolist()}
+    return dtype | {"shape": list(values.shape), "sha256": sha256(values.tobytes()).hexdigest()}
 
 
 def made_with() -> dict[str, str]:

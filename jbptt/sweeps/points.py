@@ -1,7 +1,7 @@
 """What the runs of a sweep differ in: points, axes, and settings that shape the program."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,7 @@ def grid(**axes: Any) -> Points:
 
 def axis_values(name: str, values: Any) -> np.ndarray:
     """`[length]` values that tell runs apart; a ValueError where they do not."""
+    values = _listed(name, values)
     array = column(name, [values] if np.ndim(values) == 0 else values)
     if array.ndim != 1:
         raise ValueError(
@@ -85,8 +86,7 @@ def column(name: str, values: Any) -> np.ndarray:
             f"points must be named by Python names other than {', '.join(sorted(RESERVED))}, got "
             f"{name!r}; rename it"
         )
-    if isinstance(values, range | Iterator):
-        values = list(values)
+    values = _listed(name, values)
     kinds = {_kind(value) for value in values} if isinstance(values, list | tuple) else set()
     if len(kinds) > 1:
         raise ValueError(
@@ -106,6 +106,14 @@ def column(name: str, values: Any) -> np.ndarray:
     if array.dtype.kind == "f" and np.isnan(array).any():
         raise ValueError(f"{name} must not hold NaN, which equals nothing; leave it out")
     return array
+
+
+def _listed(name: str, values: Any) -> Any:
+    """Ranges, generators and the like as lists; a ValueError for sets, which have no order."""
+    if isinstance(values, set | frozenset):
+        raise ValueError(f"{name} must be in an order, got the set {values!r}; sort it")
+    ordered = isinstance(values, str | list | tuple | np.ndarray | np.generic | jax.Array)
+    return values if ordered or not isinstance(values, Iterable) else list(values)
 
 
 def _kind(value: Any) -> str:
@@ -154,10 +162,6 @@ class Runs:
     def __len__(self) -> int:
         return math.prod(self.dims.values())
 
-    def point(self, settings: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-        """What run_fn is given: static settings and data, in the order of the coordinates."""
-        return {name: settings[name] if name in settings else values[name] for name in self.coords}
-
 
 def runs_of(points: Any, static: Any) -> Runs:
     """The runs that `sweep(points=…, static=…)` speaks of.
@@ -171,13 +175,19 @@ def runs_of(points: Any, static: Any) -> Runs:
     if isinstance(static, Mapping):
         for name, values in static.items():
             names.add(name)
-            if isinstance(values, bool | int | float | str):
+            if np.ndim(values := _listed(name, values)) == 0:
                 coords[name] = (), column(name, [values])[0]
                 continue
             coords[name] = (name,), axis_values(name, values)
             dims[name] = len(coords[name][1])
     elif static is not None:
-        names = {static} if isinstance(static, str) else set(static)
+        listed = [static] if isinstance(static, str) else static
+        if not isinstance(listed, Iterable) or not all(isinstance(name, str) for name in listed):
+            raise ValueError(
+                f"static must be names of points, or {{name: values}}, got {static!r}; write "
+                'static="size"'
+            )
+        names = set(listed)
     of_points = _of_points(points)
     if both := sorted(set(coords) & set(of_points)):
         raise ValueError(
@@ -192,6 +202,14 @@ def runs_of(points: Any, static: Any) -> Runs:
             f"{', '.join(map(repr, unknown))}; pass static={{name: values}} for settings of their "
             "own"
         )
+    own = [dim for of, _ in coords.values() for dim in of[1:]]
+    taken = {*coords, *dims}
+    for dim in own:
+        if dim in taken or own.count(dim) > 1:
+            raise ValueError(
+                f"points must not be called {dim!r}, as an axis of {dim[: dim.rindex('_')]} is; "
+                "rename it"
+            )
     runs = numbered(dims, coords, names)
     for name, values in runs.columns.items():
         _check_data(name, values)
@@ -263,6 +281,13 @@ def _check_data(name: str, values: np.ndarray) -> None:
     if dtype.kind in "iu" and not np.array_equal(values.astype(dtype), values):
         raise ValueError(
             f"{name} must fit {dtype.name}, got values from {values.min()} to {values.max()}; use "
+            "smaller numbers, or switch on jax_enable_x64"
+        )
+    with np.errstate(over="ignore"):
+        beyond = dtype.kind == "f" and np.isinf(values.astype(dtype)).sum() > np.isinf(values).sum()
+    if beyond:
+        raise ValueError(
+            f"{name} must fit {dtype.name}, got {np.abs(values[np.isfinite(values)]).max():g}; use "
             "smaller numbers, or switch on jax_enable_x64"
         )
 

@@ -18,6 +18,14 @@ from jbptt.executables import WeakCache
 from jbptt.sweeps.points import RESERVED, Combination, Runs
 
 AXIS = "jbptt_runs"
+OF_THREADS = (
+    "jax_enable_x64",
+    "jax_default_matmul_precision",
+    "jax_threefry_partitionable",
+    "jax_default_prng_impl",
+    "jax_numpy_dtype_promotion",
+)
+OF_PROCESSES = ("jax_random_seed_offset", "jax_disable_most_optimizations")
 _PROGRAMS = WeakCache()
 
 
@@ -83,9 +91,10 @@ def check_outputs(outputs: Any) -> None:
     if not isinstance(outputs, dict) or not outputs:
         raise ValueError(f"{wanted}; got {type(outputs).__name__} {outputs!r:.80}")
     for name, value in outputs.items():
-        if not isinstance(name, str) or name in RESERVED:
+        if not isinstance(name, str) or not name.isidentifier() or name in RESERVED:
             raise ValueError(
-                f"{wanted}, with names other than {', '.join(sorted(RESERVED))}; got {name!r}"
+                f"{wanted}, with Python names other than {', '.join(sorted(RESERVED))}; got "
+                f"{name!r}"
             )
         array = isinstance(
             value, jax.Array | np.ndarray | np.generic | bool | int | float | complex
@@ -135,18 +144,18 @@ def program_of(
         size = np.nan if memory is None else memory.temp_size_in_bytes
         return Program(compiled, number, size, compiling)
 
-    flags = tuple(number_settings().values())
-    settings = job._replace(key=(np.shape(job.key[0]), job.key[1]))
+    flags = *number_settings().values(), getattr(jax.config, "jax_default_device")  # noqa: B009
+    # 4 and 4.0 are equal, and so are True and 1, but not to run_fn.
+    settings = tuple((name, type(value), value) for name, value in job.settings)
+    settings = settings, job.names, np.shape(job.key[0]), job.key[1]
     of_columns = tuple((name, *_signature(shape)) for name, shape in shapes.items())
     return _PROGRAMS.find((run_fn,), (settings, of_columns, width, devices, flags), make)
 
 
 def number_settings() -> dict[str, Any]:
     """The settings of JAX on which numbers depend; a worker has the same."""
-    names = "jax_enable_x64", "jax_default_matmul_precision", "jax_threefry_partitionable"
-    found = {name: getattr(jax.config, name) for name in names}  # of this thread
-    flag = "jax_disable_most_optimizations"
-    return found | {flag: jax.config.values[flag]}
+    found = {name: getattr(jax.config, name) for name in OF_THREADS}
+    return found | {name: jax.config.values[name] for name in OF_PROCESSES}
 
 
 def _signature(shape: jax.ShapeDtypeStruct) -> tuple:

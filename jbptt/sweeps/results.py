@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbptt.datasets import dataset
-from jbptt.sweeps.points import Runs
+from jbptt.sweeps.points import RESERVED, Runs
 
 
 def output_dims(
@@ -27,22 +27,27 @@ def output_dims(
         raise ValueError(
             f"dims must name outputs of run_fn, {', '.join(shapes)}, got {', '.join(unknown)}"
         )
+    of_points = {*RESERVED, *runs.dims, *runs.coords}
+    of_points |= {dim for of, _ in runs.coords.values() for dim in of}
     found: dict[str, tuple[str, ...]] = {}
     lengths: dict[str, tuple[int, str]] = {}
     for name, shape in shapes.items():
-        if name in runs.coords or name in runs.dims:
+        if name in of_points:
             raise ValueError(
                 f"run_fn must not return {name!r}, which points hold already; rename the output"
             )
         own = given.get(name, tuple(f"{name}_{i}" for i in range(len(shape.shape))))
-        own = (own,) if isinstance(own, str) else tuple(own)
+        own = (own,) if isinstance(own, str) else own
+        if not isinstance(own, tuple | list) or not all(isinstance(dim, str) for dim in own):
+            raise ValueError(f"dims of {name} must be names of its axes, got {own!r}")
+        own = tuple(own)
         if len(own) != len(shape.shape) or len(set(own)) < len(own):
             raise ValueError(
                 f"dims of {name} must name {len(shape.shape)} different axes, of lengths "
                 f"{shape.shape}, got {own}"
             )
         for dim, length in zip(own, shape.shape, strict=True):
-            if dim in runs.dims or dim in runs.coords or dim in shapes:
+            if dim in of_points or dim in shapes:
                 raise ValueError(
                     f"dims of {name} must not be called {dim!r}, as points or an output are; "
                     "choose another name"
@@ -77,12 +82,16 @@ class Results:
             self.arrays[name][indices] = values
         self.finished[indices] = True
 
-    def dataset(self, plans: Mapping[int, Any]) -> Any:
+    def dataset(self, plans: Mapping[int, Any], widths: Mapping[int, set[int]]) -> Any:
         """An `xarray.Dataset`; the numbers of runs that are not finished are NaN, 0 or False.
 
         Coordinates `finite` (whether all outputs of a run are) and, where a run is missing,
         `finished` stand beside those of the points. `attrs["plan"]` says how each combination of
         static settings was computed, once where all were alike.
+
+        Args:
+          plans: by combination.
+          widths: what chunks were computed with, by combination.
         """
         shape, of_runs = tuple(self.runs.dims.values()), tuple(self.runs.dims)
         finite = np.ones(len(self.runs), bool)
@@ -99,7 +108,10 @@ class Results:
         coords["finite"] = of_runs, finite.reshape(shape)
         if not self.finished.all():
             coords["finished"] = of_runs, self.finished.reshape(shape)
-        words = {str(self.runs.combinations[number]): str(plan) for number, plan in plans.items()}
+        words = {
+            str(self.runs.combinations[number]): plan.told(widths.get(number, set()))
+            for number, plan in plans.items()
+        }
         if len(set(words.values())) == 1:
             words = {"": next(iter(words.values()))}
         said = "; ".join(f"{of}: {plan}" if of else plan for of, plan in sorted(words.items()))
@@ -107,7 +119,9 @@ class Results:
 
 
 def kept_dtype(dtype: Any) -> np.dtype:
-    """What NumPy, files and xarray have for it: float32 for half precision."""
+    """What NumPy, files and xarray have for it: float32 for half precision, int8 for less."""
+    if jnp.issubdtype(dtype, jnp.integer) and jnp.iinfo(dtype).bits < 8:
+        return np.dtype(np.uint8 if jnp.issubdtype(dtype, jnp.unsignedinteger) else np.int8)
     if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
         return np.dtype(np.float32)
     return np.dtype(dtype)

@@ -39,6 +39,11 @@ class RunPlan(NamedTuple):
         where = "" if self.num_devices == 1 else f" on each of {self.num_devices} devices"
         return f"{side}{where}, in chunks of {self.chunk}"
 
+    def told(self, widths: set[int]) -> str:
+        """The plan, and what other widths some chunks were computed with."""
+        others = ", ".join(map(str, sorted(widths - {self.width})))
+        return f"{self} (some of them {others} side by side)" if others else str(self)
+
 
 class Limits(NamedTuple):
     """What a plan may not exceed.
@@ -82,7 +87,8 @@ def find_plan(
     """
     num_runs, num_devices = len(indices), len(devices or (None,))
     share = -(-num_runs // num_devices)
-    widest = min(share, max(1, limits.most_per_chunk // num_devices), WIDEST)
+    most = min(limits.most_per_chunk, limits.chunk or num_runs)
+    widest = min(share, max(1, most // num_devices), WIDEST)
 
     def measure(width: int) -> Measured:
         if limits.width is None:

@@ -6,24 +6,37 @@ output, `[runs, ...]`, one Zarr chunk for each chunk of runs, with a checksum. T
 """
 
 import contextlib
+import glob
 import json
+import os
 import shutil
+import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
 from jbptt.sweeps.chunks import Chunk, chunks_of
-from jbptt.sweeps.manifests import FORMAT, check_same, made_with
-from jbptt.sweeps.points import Combination, numbered
+from jbptt.sweeps.manifests import check_same, made_with
+from jbptt.sweeps.points import Combination, Runs, numbered
+from jbptt.sweeps.repositories import (
+    BRANCH,
+    first_line,
+    locked,
+    named,
+    read_manifest,
+    reading,
+    repository_of,
+)
 from jbptt.sweeps.results import Results
 from jbptt.sweeps.run_plans import RunPlan
 
-LOCK = "jbptt.lock"
-BRANCH = "main"
+POINTS = "points"
+DAMAGE = ("checksum", "chunks/", "buffer", "Zstd", "Blosc")
+"""What errors say where a chunk's file is not what was written."""
 
 
 class Store:
@@ -32,13 +45,14 @@ class Store:
     def __init__(self, repository: Any, words: str, manifest: dict[str, Any]):
         self.repository, self.words, self.manifest = repository, words, manifest
         self.plans: dict[int, RunPlan] = {}  # by combination, of those that were begun
+        self.widths: dict[int, set[int]] = {}
 
     def unfinished(self, results: Results) -> list[Chunk]:
         """Reads what is finished into `results`; the chunks that are left, or damaged.
 
         Damaged ones are named in a warning, and taken out of the store.
         """
-        left, damaged, self.plans = _read(self.repository, self.words, results)
+        left, damaged, self.plans, self.widths = _read(self.repository, self.words, results)
         if damaged:
             self._forget(damaged, list(results.arrays))
         return left
@@ -61,7 +75,7 @@ class Store:
             )
 
         with self._commit(f"plan of {name}: {plan}") as root:
-            said = {"plan": plan._asdict(), "static": combination.settings}
+            said = {"plan": plan._asdict(), "widths": [], "static": combination.settings}
             attributes = {of: json.dumps(value) for of, value in said.items()}
             group = root.create_group(name, attributes=attributes)
             for of, values in results.arrays.items():
@@ -81,6 +95,9 @@ class Store:
             for of, values in outputs.items():
                 root[name][of][own] = values
             root[name]["finished"][own] = True
+            if width not in (widths := self.widths.setdefault(chunk.number, set())):
+                widths.add(width)
+                root[name].attrs["widths"] = json.dumps(sorted(widths))
 
     def _forget(self, damaged: list[Chunk], outputs: list[str]) -> None:
         """Takes these chunks away, since Zarr reads a chunk at the edge before it writes to it."""
@@ -94,10 +111,14 @@ class Store:
                     place = "/".join(map(str, ["c", row, *[0] * (root[name][of].ndim - 1)]))
                     sync(root.store.delete(f"{name}/{of}/{place}"))
 
-    def begin(self) -> None:
+    def begin(self, runs: Runs) -> None:
         """An empty sweep; what the repository held before stays in its history."""
         with self._commit("a sweep begins", mode="w") as root:
             root.attrs["jbptt"] = json.dumps(self.manifest)
+            group = root.create_group(POINTS)
+            for name, of in self.manifest["sweep"]["points"].items():
+                if "values" not in of:  # as every commit has a copy of the manifest
+                    group.create_array(name, data=runs.coords[name][1])
 
     @contextlib.contextmanager
     def _commit(
@@ -117,67 +138,123 @@ class Store:
             session.commit(words, metadata=metadata)
         except (IcechunkError, OSError) as error:
             raise OSError(
-                f"{self.words} could not be written: {_first_line(error)}; what was kept before is "
+                f"{self.words} could not be written: {first_line(error)}; what was kept before is "
                 "in it, and the same call goes on from there"
             ) from error
 
 
 def loaded(store: Any) -> Any:
     """The dataset of a store; what is missing or damaged is not finished in it."""
-    words = _words(store)
-    if isinstance(store, str | Path) and not Path(store).is_dir():
+    import zarr
+
+    place, words = named(store)
+    if isinstance(place, Path) and not place.is_dir():
         raise ValueError(f"{words} is no folder; name that of a sweep")
-    repository = _repository(store, words, make=False)
+    repository = repository_of(place, words, make=False)
     manifest = read_manifest(repository, words)
     if manifest is None:
         raise ValueError(f"{words} is empty; name that of a sweep")
     what = manifest["sweep"]
-    coords = {
-        name: (tuple(of["dims"]), np.asarray(of["values"], of["dtype"]))
-        for name, of in what["points"].items()
-    }
+    with reading(words):
+        root: Any = zarr.open_group(repository.readonly_session(BRANCH).store, mode="r")
+        coords = {
+            name: (
+                tuple(of["dims"]),
+                np.asarray(of["values"] if "values" in of else root[POINTS][name][:], of["dtype"]),
+            )
+            for name, of in what["points"].items()
+        }
     outputs = what["outputs"]
     runs = numbered(what["dims"], coords, set(what["static"]))
     shapes = {n: jax.ShapeDtypeStruct(of["shape"], of["dtype"]) for n, of in outputs.items()}
     results = Results(runs, shapes, {name: tuple(of["dims"]) for name, of in outputs.items()})
-    plans = _read(repository, words, results)[2]
-    return results.dataset(plans)
+    found = _read(repository, words, results)
+    return results.dataset(found.plans, found.widths)
 
 
-def _read(
-    repository: Any, words: str, results: Results
-) -> tuple[list[Chunk], list[Chunk], dict[int, RunPlan]]:
-    """Reads what is finished into `results`; what chunks are left, which are damaged, the plans.
+class _Read(NamedTuple):
+    """What a store holds beside results: chunks left to compute, the damaged ones of them, and by
+    combination the plans and the widths that were used.
+    """
 
-    A damaged one is named in a warning.
+    left: list[Chunk]
+    damaged: list[Chunk]
+    plans: dict[int, RunPlan]
+    widths: dict[int, set[int]]
+
+
+def _read(repository: Any, words: str, results: Results) -> _Read:
+    """Reads what is finished into `results`; a damaged chunk is named in a warning.
+
+    Raises:
+      OSError: something cannot be read, but not because a chunk is damaged.
     """
     import zarr
 
-    runs, left, damaged, plans = results.runs, [], [], {}
-    root = zarr.open_group(repository.readonly_session(BRANCH).store, mode="r")
+    runs, found = results.runs, _Read([], [], {}, {})
+    with reading(words):
+        root: Any = zarr.open_group(repository.readonly_session(BRANCH).store, mode="r")
+        names = set(root.group_keys())
     for number, combination in enumerate(runs.combinations):
         length = len(combination.indices)
-        if (name := group_name(number)) not in root:
-            left.append(Chunk(number, 0, length))
+        if (name := group_name(number)) not in names:
+            found.left.append(Chunk(number, 0, length))
             continue
-        group: Any = root[name]
-        plan = plans[number] = RunPlan(**json.loads(str(group.attrs["plan"])))
-        for chunk in chunks_of(number, length, plan):
+        with reading(words):
+            group = root[name]
+        plan = found.plans[number] = RunPlan(**json.loads(str(group.attrs["plan"])))
+        found.widths[number] = set(json.loads(str(group.attrs["widths"])))
+        whole = Chunk(number, 0, length, plan)
+        chunks = chunks_of(number, length, plan)
+        try:
+            # At once, which takes a hundredth of the time of chunk by chunk.
+            finished = _outputs(group, whole, ["finished"], words)["finished"]
+            outputs = _outputs(group, whole, results.arrays, words)
+        except _Damaged:
+            finished, outputs = None, {}
+        for chunk in chunks:
             own = slice(chunk.start, chunk.stop)
             try:
-                if np.asarray(group["finished"][own]).all():
-                    outputs = {of: group[of][own] for of in results.arrays}
-                    results.put(combination.indices[own], outputs)
-                    continue
-            except Exception as error:  # of Zarr, its codecs or Icechunk: no class in common
-                damaged.append(chunk)
+                if finished is None:
+                    done = _outputs(group, chunk, ["finished"], words)["finished"].all()
+                    pieces = _outputs(group, chunk, results.arrays, words) if done else {}
+                else:
+                    done = finished[own].all()
+                    pieces = {of: values[own] for of, values in outputs.items()}
+            except _Damaged as error:
+                found.damaged.append(chunk)
                 warnings.warn(
                     f"{words}: runs {chunk.start} to {chunk.stop - 1}{_of(combination)} are "
-                    f"damaged ({_first_line(error)})",
+                    f"damaged ({error})",
                     stacklevel=2,
                 )
-            left.append(chunk)
-    return left, damaged, plans
+                done, pieces = False, {}
+            if done:
+                results.put(combination.indices[own], pieces)
+            else:
+                found.left.append(chunk)
+    return found
+
+
+class _Damaged(Exception):
+    """A chunk's file is not what was written."""
+
+
+def _outputs(group: Any, chunk: Chunk, names: Iterable[str], words: str) -> dict[str, np.ndarray]:
+    """Arrays of a group by name, of the runs of a chunk.
+
+    Raises:
+      _Damaged: a file is shorter, other than its checksum says, or gone.
+      OSError: anything else.
+    """
+    own = slice(chunk.start, chunk.stop)
+    try:
+        return {name: np.asarray(group[name][own]) for name in names}
+    except Exception as error:  # of Zarr, its codecs or Icechunk: no class in common
+        text = first_line(error)
+        if any(word in str(error) for word in DAMAGE):
+            raise _Damaged(text) from error
+        raise OSError(f"{words} cannot be read: {text}; try again") from error
 
 
 def group_name(number: int) -> str:
@@ -189,14 +266,8 @@ def _of(combination: Combination) -> str:
     return f" of {combination}" if combination.settings else ""
 
 
-def _first_line(error: Exception) -> str:
-    """What happened, without the places in Icechunk where it did."""
-    lines = [line.strip(" x").strip() for line in str(error).splitlines()]
-    return next(filter(None, lines), type(error).__name__)
-
-
 @contextlib.contextmanager
-def opened(store: Any, manifest: dict[str, Any], changed: str) -> Iterator[Store]:
+def opened(store: Any, manifest: dict[str, Any], runs: Runs, changed: str) -> Iterator[Store]:
     """The store of this sweep, new or to go on with; on a local path nobody else writes meanwhile.
 
     Raises:
@@ -204,112 +275,45 @@ def opened(store: Any, manifest: dict[str, Any], changed: str) -> Iterator[Store
         process writes to it; it was written by a newer version.
       OSError: it cannot be written.
     """
-    words = _words(store)
+    place, words = named(store)
     with contextlib.ExitStack() as stack:
-        if isinstance(store, str | Path):
-            path = Path(store).absolute()
-            stack.enter_context(_locked(path, words))
-            if not path.exists() or not any(path.iterdir()):
-                _make_folder(path, words, manifest)
-                yield Store(_repository(path, words), words, manifest)
+        if isinstance(place, Path):
+            stack.enter_context(locked(place, words))
+            if not place.exists() or not any(place.iterdir()):
+                _make_folder(place, words, manifest, runs)
+                yield Store(repository_of(place, words), words, manifest)
                 return
-        kept = Store(_repository(store, words), words, manifest)
+        kept = Store(repository_of(place, words), words, manifest)
         before = read_manifest(kept.repository, words)
         if before is None or changed == "restart":
-            kept.begin()
+            kept.begin(runs)
         else:
             check_same(before, manifest, words, changed)
         yield kept
 
 
-def _make_folder(path: Path, words: str, manifest: dict[str, Any]) -> None:
-    """A repository with a manifest in it, beside its place and then moved there: never half."""
-    beside = path.with_name(path.name + ".new")
+def _make_folder(path: Path, words: str, manifest: dict[str, Any], runs: Runs) -> None:
+    """A repository with a manifest in it, made beside its place and then moved there: never half.
+
+    What a killed process left of it is swept away, by a name that is nobody else's.
+    """
+    prefix = f".{path.name}.jbptt-"
+    for left in path.parent.glob(f"{glob.escape(prefix)}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    beside = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
     try:
-        shutil.rmtree(beside, ignore_errors=True)
-        Store(_repository(beside, words), words, manifest).begin()
+        Store(repository_of(beside, words), words, manifest).begin(runs)
         if path.exists():
             path.rmdir()
+        beside.chmod(0o777 & ~_umask())
         beside.rename(path)
     except OSError:
         shutil.rmtree(beside, ignore_errors=True)
         raise
 
 
-@contextlib.contextmanager
-def _locked(path: Path, words: str) -> Iterator[None]:
-    """Refuses a second writer, by a file beside the folder; a lock dies with its process."""
-    from filelock import FileLock, Timeout
-
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"{words} is a file; name a folder")
-    if path.is_dir() and any(path.iterdir()) and not (path / "refs").is_dir():
-        raise ValueError(f"{words} holds other files; name a new folder")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        place = path.with_name(path.name + ".lock")
-        place.touch()  # where it cannot be, FileLock would say that another process holds it
-        lock = FileLock(place, blocking=False)
-        lock.acquire()
-    except Timeout:
-        raise ValueError(
-            f"{words} is being written by another process; wait for it, or name another folder"
-        ) from None
-    except OSError as error:
-        reason = error.strerror or error
-        raise OSError(f"{words} cannot be written: {reason}; name another folder") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _repository(store: Any, words: str, make: bool = True) -> Any:
-    """The Icechunk repository; a new one where there is none."""
-    import icechunk
-
-    config = icechunk.RepositoryConfig.default()
-    config.inline_chunk_threshold_bytes = 0  # a file for each chunk, so that one is lost alone
-    try:
-        if isinstance(store, str | Path):
-            icechunk.set_logs_filter("error")  # it warns of two writers, who are refused here
-            store = icechunk.local_filesystem_storage(str(store))
-            icechunk.set_logs_filter(None)
-        if icechunk.Repository.exists(store):
-            return icechunk.Repository.open(store, config=config)
-        if make:
-            return icechunk.Repository.create(store, config=config)
-    except icechunk.IcechunkError as error:
-        raise OSError(f"{words} cannot be opened: {_first_line(error)}") from error
-    raise ValueError(f"{words} is no Icechunk repository; name that of a sweep")
-
-
-def read_manifest(repository: Any, words: str) -> dict[str, Any] | None:
-    """What a store says of its sweep; None where nothing was ever written.
-
-    Raises:
-      ValueError: it is no sweep's, damaged, or of a newer version.
-    """
-    import zarr
-
-    if len(list(repository.ancestry(branch=BRANCH))) == 1:
-        return None
-    try:
-        root = zarr.open_group(repository.readonly_session(BRANCH).store, mode="r")
-        manifest = json.loads(str(root.attrs["jbptt"]))
-        number = manifest["format"]
-    except Exception as error:
-        raise ValueError(
-            f"{words} is no sweep's, or its manifest is damaged ({_first_line(error)}); name "
-            "another"
-        ) from error
-    if not isinstance(number, int) or number > FORMAT:
-        raise ValueError(
-            f"{words} was written in format {number}, and this jbptt reads up to {FORMAT}; "
-            "install a newer one"
-        )
-    return manifest
-
-
-def _words(store: Any) -> str:
-    return f"store {store}" if isinstance(store, str | Path) else "store"
+def _umask() -> int:
+    """Of this process; folders of `tempfile` are closed to all others."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

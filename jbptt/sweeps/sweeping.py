@@ -66,7 +66,8 @@ def sweep(
     0.0
 
     Args:
-      run_fn: `(point, key) -> {name: array}`, pure. `point` is a dict: numbers that are data are
+      run_fn: `(point, key) -> {name: array}`, pure; as under jit, what it closes over is read once.
+        `point` is a dict: numbers that are data are
         arrays `()`, static settings are Python's own. Shapes may not depend on the point.
       points: `grid(…)`, one labelled dimension for each axis; or a dict of arrays `[N, ...]`, one
         dimension `run`.
@@ -116,6 +117,12 @@ def sweep(
     for name, number in {"width": width, "chunk": chunk}.items():
         if number is not None:
             validation.check_positive_integer(name, number)
+    per_call = (width or 1) * (1 if mesh is None else mesh.size)
+    if width is not None and chunk is not None and chunk < per_call:
+        raise ValueError(
+            f"chunk must be at least {per_call}, the runs that are computed at once, got {chunk}; "
+            "leave one of width and chunk out"
+        )
     if jax.process_count() > 1:  # nobody may decide by a clock of its own
         _check_alone(store, executor)
         width, chunk = width or 1, chunk or len(runs)
@@ -123,7 +130,7 @@ def sweep(
     results = Results(runs, shapes, output_dims(dims, runs, shapes))
     num_chunks = 1 if executor is None else CHUNKS_FOR_WORKERS
     run_bytes = sum(values[:1].nbytes for values in results.arrays.values())
-    limits = Limits(memory_budget, -(-len(runs) // num_chunks), run_bytes, width, chunk)
+    limits = Limits(memory_budget, max(1, len(runs) // num_chunks), run_bytes, width, chunk)
     jobs = tuple(job_of(runs, combination, key) for combination in runs.combinations)
     devices = None if mesh is None else tuple(mesh.devices.flat)
     place = Workplace(run_fn, runs, jobs, devices, limits, executor)
@@ -131,7 +138,7 @@ def sweep(
         everything = [Chunk(i, 0, len(c.indices)) for i, c in enumerate(runs.combinations)]
         return _all(place, results, everything, None, progress)
     manifest = manifests.manifest_of(runs, results, jobs[0], version)
-    with stores.opened(store, manifest, changed) as kept:
+    with stores.opened(store, manifest, runs, changed) as kept:
         left = [_as_asked(chunk, limits, place) for chunk in kept.unfinished(results)]
         return _all(place, results, left, kept, progress)
 
@@ -156,7 +163,7 @@ def load_sweep(store: Any) -> Any:
 def _all(place: Workplace, results: Results, left: list[Chunk], kept: Any, progress: bool) -> Any:
     """Computes what is left and keeps it; the dataset of everything."""
     plans: dict[int, RunPlan] = {} if kept is None else kept.plans
-    plans |= {chunk.number: chunk.plan for chunk in left if chunk.plan is not None}
+    widths: dict[int, set[int]] = {} if kept is None else kept.widths
     with Reporter(results, place.runs, progress) as tell:
         try:
             for event in computed(place, left):
@@ -169,15 +176,16 @@ def _all(place: Workplace, results: Results, left: list[Chunk], kept: Any, progr
                 chunk = event.chunk
                 if kept is not None:
                     kept.write(chunk, event.outputs, event.width)
+                widths.setdefault(chunk.number, set()).add(event.width)
                 own = place.runs.combinations[chunk.number].indices[chunk.start : chunk.stop]
                 results.put(own, event.outputs)
                 tell.progress()
         except KeyboardInterrupt:
             where = "in this error's results" if kept is None else f"in {kept.words}"
             raise SweepStopped(
-                f"{tell.counted()}; they are {where}", results.dataset(plans)
+                f"{tell.counted()}; they are {where}", results.dataset(plans, widths)
             ) from None
-    return results.dataset(plans)
+    return results.dataset(plans, widths)
 
 
 def _as_asked(chunk: Chunk, limits: Limits, place: Workplace) -> Chunk:

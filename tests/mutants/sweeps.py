@@ -1,7 +1,7 @@
 """Sweeps."""
 
 from . import Mutant
-from .rooms import CHUNKS, MANIFESTS, POINTS, PROGRAMS, RESULTS, RUN_PLANS, STORES, SWEEPING, WORKERS
+from .rooms import CHUNKS, MANIFESTS, POINTS, PROGRAMS, REPOSITORIES, RESULTS, RUN_PLANS, STORES, SWEEPING, WORKERS
 
 SWEEPS = (
     Mutant("points_run_the_first_axis_fastest", POINTS, "Points.__getitem__", "(i, shape)", "(i, shape, 'F')"),
@@ -19,21 +19,29 @@ SWEEPS = (
     Mutant("devices_compute_the_same_runs", RUN_PLANS, "compute", "at += program.num_runs", "at += width"),
     Mutant("later_chunks_are_as_wide_as_before", CHUNKS, "_narrowed", "chunk.plan.width <= width", "True"),
     Mutant("lost_chunks_stay_lost", CHUNKS, "computed", "queue.appendleft(chunk)", "None"),
-    Mutant("pending_chunks_of_a_broken_pool_stay_lost", CHUNKS, "computed", "extendleft(pending.values())", "copy()"),
     Mutant("first_runs_stand_last", CHUNKS, "_joined", "[begun[name], outputs[name]]", "[outputs[name], begun[name]]"),
     Mutant("all_runs_are_finished_by_one", RESULTS, "Results.put", "finished[indices]", "finished[:]"),
     Mutant("one_output_makes_a_run_finite", RESULTS, "Results.dataset", "finite &=", "finite |="),
     Mutant("chunks_have_no_checksum", STORES, "Store.plan", "ZstdCodec(level=1), Crc32cCodec()", "ZstdCodec(level=1)"),
     Mutant(
         "chunks_stand_in_the_manifest",
-        STORES,
-        "_repository",
+        REPOSITORIES,
+        "repository_of",
         "inline_chunk_threshold_bytes = 0",
         "inline_chunk_threshold_bytes = 4096",
     ),
     Mutant("damaged_chunks_stay", STORES, "Store.unfinished", "if damaged", "if not left"),
-    Mutant("two_writers_at_a_time", STORES, "_locked", "lock.acquire()", "None"),
-    Mutant("a_store_appears_half", STORES, "_make_folder", "path.name + '.new'", "path.name"),
+    Mutant("two_writers_at_a_time", REPOSITORIES, "locked", "lock.acquire()", "None"),
+    Mutant("failed_reads_are_damage", STORES, "_outputs", "if any((word in str(error) for word in DAMAGE))", "if True"),
+    Mutant("points_stand_in_every_commit", MANIFESTS, "_values", "values.size <= MOST_VALUES", "True"),
+    Mutant("equal_settings_are_one_program", PROGRAMS, "program_of", "(name, type(value), value)", "(name, value)"),
+    Mutant(
+        "what_was_done_is_lost",
+        CHUNKS,
+        "computed",
+        "if broken is not None and (not pending)",
+        "if broken is not None",
+    ),
     Mutant("other_settings_are_kept", MANIFESTS, "check_same", "changed == 'refuse'", "changed == 'restart'"),
     Mutant("settings_stay_at_home", WORKERS, "_configured", "value == before[name]", "True"),
     Mutant("functions_are_unpacked_each_time", WORKERS, "in_worker", "_FUNCTIONS[digest]", "_FUNCTIONS['']"),
