@@ -15,7 +15,7 @@ from problems import one_update, usual, usual_rows
 from jbptt import Batch, diagnose, full_bptt
 from jbptt.analysis.lags import linearise
 from jbptt.diagnosis import batch_parts, block_windows, resampling
-from jbptt.diagnosis.batch_parts import parts_of_batch
+from jbptt.diagnosis.batch_parts import layout_of, parts_of_batch
 from jbptt.plans import check_division
 from jbptt.problem import problem_of
 
@@ -182,7 +182,7 @@ def checked(y, target):
 def test_a_loss_may_assert_its_shapes():
     """What is tried with more or fewer examples may raise anything."""
     step, _, params, carry, batch = problems.make("tanh", 9, examples=4)
-    assert windows_of(step, checked, params, carry, batch).part_norms.shape == (4,)
+    assert layout_of(problem_of(step, checked, params, carry, batch)).groups == 4
     check_division(problem_of(step, checked, params, carry, batch), 2)
 
     def takes_all_alone(params, h, x):
@@ -191,7 +191,7 @@ def test_a_loss_may_assert_its_shapes():
 
     with pytest.raises(ValueError, match="does not take 2 of the examples alone"):
         check_division(problem_of(takes_all_alone, checked, params, carry, batch), 2)
-    assert windows_of(takes_all_alone, checked, params, carry, batch).part_norms.shape == (9,)
+    assert layout_of(problem_of(takes_all_alone, checked, params, carry, batch)).groups == 1
 
 
 @pytest.mark.parametrize(("where", "kind"), [("layout_of", ValueError), ("_way_back", TypeError)])

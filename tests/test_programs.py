@@ -40,6 +40,9 @@ HOST = {
     "tasks.read_text": "reads a file",
     "tasks.text": "cuts a text up",
     "train_in_chunks": "a loop on the host over what is lowered as train",
+    "grid": "names and numbers",
+    "sweep": "a loop on the host over programs of the user's function",
+    "load_sweep": "reads files",
 }
 
 
