@@ -8,13 +8,12 @@ output, `[runs, ...]`, one Zarr chunk for each chunk of runs, with a checksum. T
 import contextlib
 import glob
 import json
-import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from uuid import uuid4
 
 import jax
 import numpy as np
@@ -300,20 +299,12 @@ def _make_folder(path: Path, words: str, manifest: dict[str, Any], runs: Runs) -
     prefix = f".{path.name}.jbptt-"
     for left in path.parent.glob(f"{glob.escape(prefix)}*"):
         shutil.rmtree(left, ignore_errors=True)
-    beside = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
+    beside = path.parent / f"{prefix}{uuid4().hex}"
     try:
         Store(repository_of(beside, words), words, manifest).begin(runs)
         if path.exists():
             path.rmdir()
-        beside.chmod(0o777 & ~_umask())
         beside.rename(path)
     except OSError:
         shutil.rmtree(beside, ignore_errors=True)
         raise
-
-
-def _umask() -> int:
-    """Of this process; folders of `tempfile` are closed to all others."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

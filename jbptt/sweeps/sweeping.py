@@ -67,8 +67,8 @@ def sweep(
 
     Args:
       run_fn: `(point, key) -> {name: array}`, pure; as under jit, what it closes over is read once.
-        `point` is a dict: numbers that are data are
-        arrays `()`, static settings are Python's own. Shapes may not depend on the point.
+        `point` is a dict: numbers that are data are arrays `()`, static settings are Python's own.
+        Shapes may not depend on the point.
       points: `grid(…)`, one labelled dimension for each axis; or a dict of arrays `[N, ...]`, one
         dimension `run`.
       key: of all runs.
