@@ -72,7 +72,7 @@ def test_the_tables_of_a_grid(store, capsys):
         "  0.4   4       0.34    0.3325 to 0.3475  4 of 5",
         "2 runs are not finite here and left out of medians.",
         "Smallest median: 0.02 at rate=0.1, window=2.",
-        "No different by their quartiles, which overlap with its: rate=0.1, window=4.",
+        "Quartiles overlap those of the smallest median: rate=0.1, window=4.",
     ]
     assert score.startswith("score: median") and "Smallest" not in score
     assert "0.4   2       0.68    0.67 to 0.69    5" in score  # finite where the loss is not

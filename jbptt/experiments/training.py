@@ -33,12 +33,13 @@ class History(NamedTuple):
       info: the estimates' `info`, leaves `[N, ...]`; `info["aux"]` where the loss returns aux.
       state: the estimator's last state (`.carry` is the live carry); pass it on to continue.
       opt_state: the optimizer's last state; pass it on to continue.
-      finite: bool, whether loss and gradient were.
+      finite: bool, whether loss and gradient were finite.
       applied: bool, whether the update was made; False where the policy kept it out.
-      updates: how many updates there had been before each of these, those of earlier calls
-        (`num_done`) and those that were kept out included.
+      updates: the number of updates before each loss, 0, 1, 2, …; those of earlier calls
+        (`num_done`) and those that were kept out count.
       evals: what `eval_fn` gave, leaves `[num_evals, ...]`; None without one.
-      eval_updates: `[num_evals]`, after how many updates, counted like `updates`; None without one.
+      eval_updates: `[num_evals]`, the number of updates before each evaluation: equal numbers mean
+        the same parameters; None without one.
       stopped: bool, whether `nonfinite="stop"` has ended this training.
     """
 
@@ -109,15 +110,18 @@ def train(
 ) -> tuple[Params, History]:
     """One update for each batch, the carry kept from batch to batch: a pure `lax.scan`.
 
-    jit, vmap (over seeds, say) or shard the whole call. A call continues an earlier one with
-    `state`, `opt_state`, `num_done=` the updates so far and, after "stop",
-    `stopped=history.stopped`; `train_in_chunks` does so.
+    Wrap the call in jit; vmap (over seeds, say) or shard it. The carry goes on from batch to batch,
+    as in one long stream: begin sequences of their own with `cells.with_reset`.
+
+    To continue, pass the returned `params`, `state=history.state`, `opt_state=history.opt_state`,
+    `num_done=` the updates so far and `stopped=history.stopped`; `carry` and `key` are then not
+    read. `train_in_chunks` does so.
 
     Aux that the loss returns beside its value is averaged by the weights of each batch and stacked
     in `history.info["aux"]`.
 
     Args:
-      estimator: any.
+      estimator: of `full_bptt`, `truncated_bptt` or any other.
       optimizer: any optax transformation.
       params: where to start.
       carry: what enters the first batch, or a function of the parameters that gives it; not read
@@ -131,25 +135,25 @@ def train(
       stopped: whether an earlier call stopped; read by "stop" alone; may be traced.
       eval_fn: `(params, carry) -> tree of arrays`, pure: a held-out loss, a lag profile. It gets
         what has been trained so far, and the live carry.
-      eval_every: evaluates after every `eval_every` updates of this call: `N // eval_every` times,
-        and not behind the updates left over. Under vmap too an evaluation is computed only there.
-        The update is compiled once more for those left over, if there are any.
+      eval_every: evaluates after updates eval_every, 2·eval_every, …: not before the first, and not
+        after a remainder. With fewer updates there is no evaluation. A remainder costs one more
+        compilation. Under vmap, too, nothing is evaluated elsewhere.
       nonfinite: what happens to an update whose loss or gradient holds NaN or inf; the history's
         `finite` is False in any case.
         "propagate": it is made, and stays visible;
         "skip": it is not: parameters, optimizer and estimator (carry and key too) stay as before,
         as if the batch had not come;
-        "stop": nor is any later one; their losses and gradients are those of what stays.
-        An update that is kept out takes as long as any other. If it is a run's first, and the carry
-        a function, later updates begin at its value and do not train it. ("zero" and "raise" are
-        policies of single gradients: `jbptt.clipping`; `optax.apply_if_finite` spares the
-        parameters and the optimizer, not the carry.)
+        "stop": no later update is made either.
+        What is kept out takes as long as any other: its loss is that of the parameters as they
+        stay. With a learned start: if the first update is kept out, the start is never trained.
+        ("zero" and "raise" are policies of single gradients: `jbptt.clipping`;
+        `optax.apply_if_finite` spares the parameters and the optimizer, not the carry.)
 
     Returns:
       The trained parameters and the `History`.
 
     Raises:
-      ValueError: batches that are none, or of different number; eval_fn without eval_every, or the
+      ValueError: no batches, or leaves of different N; eval_fn without eval_every, or the
         reverse; another policy; what the estimator's init raises.
     """
     num_batches = check_batches(batches)

@@ -74,20 +74,21 @@ def train_in_chunks(
     """`train` as a loop on the host that yields a `TrainingChunk` after every `every` updates.
 
     For whatever is no pure function: a log, a checkpoint, a line of progress. To stop early, leave
-    the loop. Nothing is trained before the next chunk is asked for, and nothing waits for a chunk's
-    numbers but who reads them.
+    the loop. A chunk is trained when the loop asks for it. JAX computes in the background: your
+    code waits only where it reads a value.
 
         for chunk in train_in_chunks(estimator, optimizer, params, carry, batches, every=100):
             print(chunk.num_done, chunk.history.loss.mean())
 
     From a saved `chunk.checkpoint`, and the batches that were still to come, a run goes on with the
-    same bits as one that was never broken off:
+    same bits as one that was never broken off (with the same `every`, on the same machine):
 
         train_in_chunks(estimator, optimizer, carry=None, batches=rest, every=100, **checkpoint)
 
     One program is compiled for all chunks, one more for a last chunk that is shorter, one for a
-    first that begins with a learned start. A later call with the same functions and shapes finds
-    them again. In memory are the batches of one chunk, of NumPy arrays and iterators.
+    first that begins with a learned start. A later call with the same function objects (estimator,
+    optimizer, eval_fn) and shapes compiles nothing. Of NumPy arrays and iterators the batches of
+    one chunk are on the device; JAX arrays stay there as a whole.
 
     Args:
       estimator, optimizer, params, key, state, opt_state, stopped, nonfinite: as in `train`.
@@ -97,7 +98,7 @@ def train_in_chunks(
       every: updates of a chunk. The last has what is left.
       num_done: updates of earlier calls.
       eval_fn: as in `train`.
-      eval_every: as in `train`, counted from the start of the call; divides `every`.
+      eval_every: as in `train`, counted from the start of the call; it must divide `every`.
 
     Raises:
       ValueError: at the call, what `train` raises, for one batch; an `every` that `eval_every` does

@@ -284,7 +284,7 @@ def _best(output: dict[str, Any], single: bool) -> list[str]:
     lines = [said + "."]
     if found["overlapping"]:
         named = _named(rows, found["overlapping"])
-        lines.append(f"No different by their quartiles, which overlap with its: {named}.")
+        lines.append(f"Quartiles overlap those of the smallest median: {named}.")
     elif len(rows) - len(found["not_compared"]) > 1:
         lines.append("No other quartiles overlap with its.")
     if aside := found["not_compared"]:

@@ -45,16 +45,17 @@ def grid(**axes: Any) -> Points:
     """All combinations of the values of these axes: points for `sweep`.
 
     Args:
-      axes: by name, numbers, bools or strings `[length]`; each becomes a labelled dimension of the
-        result. One value alone is an axis of length 1.
+      axes: by name, values `[length]`: all numbers, all bools or all strings. Each becomes a
+        labelled dimension of the result; the last varies fastest. One value alone is an axis of
+        length 1. What shapes the program must be named in `sweep(static=…)` too.
 
     Raises:
-      ValueError: an axis that is empty, holds a value twice, NaN, values of several kinds, or has
-        more than one axis of its own; no axes.
+      ValueError: no axes; one that is empty, a set, holds a value twice, NaN, numbers beside
+        strings, or lists; one called run, finite or finished.
 
-    >>> points = grid(window=[4, 16], seed=range(3))
+    >>> points = grid(rate=[0.1, 0.4], seed=range(3))
     >>> len(points), points[1]
-    (6, {'window': 4, 'seed': 1})
+    (6, {'rate': 0.1, 'seed': 1})
     """
     if not axes:
         raise ValueError("grid must be given one axis at least; write grid(seed=range(8))")

@@ -200,7 +200,8 @@ def output_shapes(run_fn: Callable, runs: Runs, key: jax.Array) -> dict[str, jax
         except Exception as error:
             error.add_note(
                 f"jbptt.sweep called run_fn with {_words(combination)}point entries "
-                f"{', '.join(runs.coords)} and a key, under jit."
+                f"{', '.join(runs.coords)} and a key, under jit. Name in static= what shapes the "
+                "program."
             )
             raise
         if not found:

@@ -53,7 +53,8 @@ def sweep(
     """`run_fn(point, key)` for every point: batched, kept, divided over devices or workers.
 
     Runs with the same static settings are one compiled program, vmapped over as many runs at once
-    as is fastest here: that is measured where it is worth it. Run i is given `fold_in(key, i)`.
+    as is fastest here: that is measured where it is worth it. Run i of all is given
+    `fold_in(key, i)`.
 
     >>> import jax, jax.numpy as jnp
     >>> from jbptt import grid
@@ -67,23 +68,25 @@ def sweep(
 
     Args:
       run_fn: `(point, key) -> {name: array}`, pure; as under jit, what it closes over is read once.
-        `point` is a dict: numbers that are data are arrays `()`, static settings are Python's own.
-        Shapes may not depend on the point.
+        `point` is a dict: static settings are Python's own values, all other numbers are traced
+        scalars. The dict that it returns is flat, with the same names, shapes and dtypes in every
+        run.
       points: `grid(…)`, one labelled dimension for each axis; or a dict of arrays `[N, ...]`, one
         dimension `run`.
-      key: of all runs.
-      static: settings that shape the program (a cell, a size), one compilation for each
+      key: one; every run's key is derived from it.
+      static: settings that shape the program (a cell, a size, a window), one program for each
         combination: names of `points`, or `{name: values}` for axes of their own, which stand in
         front; a value alone instead of a list is a setting of all runs.
       dims: names of an output's own axes, `{"loss": ("step",)}`; else they are `loss_0`, ….
       version: of your code, a string or a number; kept in the store, which refuses another one.
+        Change it with `run_fn`: a store does not see code.
       store: an Icechunk repository, a local path or an `icechunk.Storage`. Each chunk of runs is
-        one atomic commit. The same call again goes on where the store ends.
+        one atomic commit. The same call again computes what is not in it.
       executor: any `concurrent.futures.Executor`, or a function that makes one, which is called
         again where its workers were lost. run_fn travels by cloudpickle. None: this process.
       mesh: devices of this process over which the runs are divided; None: the default device.
-      memory_budget: bytes that a program may take on one device; None: half of the host's memory,
-        0.8 of another device's.
+      memory_budget: bytes that a program may take on one device; None: half of the machine's
+        memory on CPU, else 80 % of the device's.
       progress: whether the plan, what is done and the time left are told on standard error.
       width: runs side by side on each device; 1: one after the other; None: the fastest, measured
         (under `jax.distributed` 1).
@@ -100,15 +103,16 @@ def sweep(
       ValueError: points that are malformed or there twice, static settings that are unknown, a
         run_fn that returns something else than a dict of arrays of the same shapes for all
         settings or cannot be pickled, wrong `dims`, a store of another sweep, with other settings
-        or in use; all before anything runs.
+        or in use: all before anything runs. When a combination is planned: a `memory_budget` below
+        what one run takes. What run_fn raises is raised, with a note of the settings.
       OSError: the store cannot be written; what was kept before is in it.
       MemoryError: a single run takes more memory than the device has.
       RuntimeError: the executor's workers were lost.
       SweepStopped: Ctrl-C.
 
-    The same call gives the same bits under the same width and number of devices. Another width
-    rounds otherwise: about 1e-6 for one update in float32, and more the longer or the more chaotic
-    a training is.
+    Widths are timed, so two calls may round differently: by about 1e-6 for one update in float32,
+    and more the longer or the more chaotic a training is. With `width` given, on the same devices,
+    a call gives the same bits.
     """
     runs = runs_of(points, static)
     _check(run_fn, key, executor, mesh, changed, version)
@@ -144,14 +148,15 @@ def sweep(
 
 
 def load_sweep(store: Any) -> Any:
-    """The dataset that a store holds, of finished runs and of what is missing.
+    """The dataset that a store holds, complete or not.
 
     Args:
       store: an Icechunk repository, a local path or an `icechunk.Storage`.
 
     Returns:
-      An `xarray.Dataset`, as `sweep` gives it; where runs are missing or damaged (a warning names
-      them), its coordinate `finished` says which are there.
+      An `xarray.Dataset`, as `sweep` gives it. Runs that are missing or damaged (a warning names
+      them) hold NaN, 0 or False; while there are any, the coordinate `finished` says which are
+      there, and `finite` says nothing of the others.
 
     Raises:
       ValueError: it is no sweep's store, or one of a newer version.
