@@ -7,6 +7,7 @@ long sweep; then all ways take turns on fewer runs.
 
 import functools
 import multiprocessing
+import os
 import resource
 import subprocess
 import sys
@@ -38,7 +39,7 @@ class Size(NamedTuple):
 
 
 SIZES = [
-    Size("tiny", 8, 4, 16, 20, 1024, 32768),
+    Size("tiny", 4, 2, 8, 10, 2048, 65536),
     Size("small", 16, 8, 32, 20, 256, 8192),
     Size("medium", 64, 16, 64, 10, 64, 2048),
     Size("large", 128, 32, 64, 5, 32, 512),
@@ -89,6 +90,9 @@ def by_torch(size: Size, number: int) -> Callable[[], Any] | None:
         import torch
     except ImportError:
         return None
+
+    # Several threads make steps of a few numbers slower.
+    torch.set_num_threads(1 if size.units < 64 else os.cpu_count() or 1)
 
     def loop():
         for seed in range(number):
