@@ -32,13 +32,13 @@ def of_walk():
 def counted(monkeypatch):
     """The runs that are computed, in order; not those to compare with."""
     of_walk()
-    real, done = programs.Program.__call__, []
+    real, done = programs.Program.start, []
 
-    def call(self, job, indices, columns):
+    def call(self, key, indices, columns):
         done.extend(indices.tolist())
-        return real(self, job, indices, columns)
+        return real(self, key, indices, columns)
 
-    monkeypatch.setattr(programs.Program, "__call__", call)
+    monkeypatch.setattr(programs.Program, "start", call)
     return done
 
 
@@ -88,15 +88,15 @@ def test_a_store_is_read_without_x64():
 
 
 def interrupted(monkeypatch, path, at):
-    real = programs.Program.__call__
+    real = programs.Program.start
 
-    def stopped(self, job, indices, columns):
+    def stopped(self, key, indices, columns):
         if at in indices:
             raise KeyboardInterrupt
-        return real(self, job, indices, columns)
+        return real(self, key, indices, columns)
 
     with monkeypatch.context() as patch:
-        patch.setattr(programs.Program, "__call__", stopped)
+        patch.setattr(programs.Program, "start", stopped)
         with pytest.raises(KeyboardInterrupt, match=r"\d+ of 40 runs are done; they are in store"):
             ask(store=path)
 

@@ -201,13 +201,13 @@ def test_a_budget_of_memory():
     assert many > 4 * one
     found = quietly(run, points, memory_budget=many / 2)
     assert 1 <= int(found.plan.split()[0]) <= 10
-    with pytest.raises(ValueError, match=r"memory_budget must be at least .* bytes, which one run takes"):
+    with pytest.raises(ValueError, match=r"memory_budget must be at least .* bytes, which two runs take"):
         quietly(run, points, memory_budget=10)
 
 
 def test_a_chunk_too_large_for_the_device_is_halved(monkeypatch):
     """As XLA says it, and once there is room for three runs the rest is done by three."""
-    real, widths = programs.Program.__call__, []
+    real, widths = programs.Program.start, []
 
     def full(self, *arguments):
         widths.append(self.num_runs)
@@ -215,18 +215,18 @@ def test_a_chunk_too_large_for_the_device_is_halved(monkeypatch):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
         return real(self, *arguments)
 
-    monkeypatch.setattr(programs.Program, "__call__", full)
+    monkeypatch.setattr(programs.Program, "start", full)
     found = quietly(descent, POINTS, width=10, chunk=10)
     assert_same(found, of_descent())
     assert widths[:3] == [10, 5, 3] and set(widths[2:]) == {3} and found.plan.startswith("3 side by side")
-    monkeypatch.setattr(programs.Program, "__call__", lambda *_: full(programs.Program(None, 9, 0, 0)))
+    monkeypatch.setattr(programs.Program, "start", lambda *_: full(programs.Program(None, 9, 0, 0)))
     with pytest.raises(MemoryError, match="a single run takes more memory"):
         quietly(descent, POINTS, width=2)
 
     def mistaken(*_):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
-    monkeypatch.setattr(programs.Program, "__call__", mistaken)
+    monkeypatch.setattr(programs.Program, "start", mistaken)
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         quietly(descent, POINTS)
 
@@ -349,14 +349,14 @@ def test_progress_is_told(capsys, monkeypatch):
 
 
 def test_what_is_done_is_kept_after_ctrl_c(monkeypatch):
-    real = programs.Program.__call__
+    real = programs.Program.start
 
-    def stopped(self, job, indices, columns):
+    def stopped(self, key, indices, columns):
         if 12 in indices:
             raise KeyboardInterrupt
-        return real(self, job, indices, columns)
+        return real(self, key, indices, columns)
 
-    monkeypatch.setattr(programs.Program, "__call__", stopped)
+    monkeypatch.setattr(programs.Program, "start", stopped)
     with pytest.raises(KeyboardInterrupt, match="10 of 15 runs are done; they are in this error's results") as error:
         quietly(descent, POINTS, width=5, chunk=5)
     found, wanted = error.value.results, of_descent()

@@ -58,13 +58,14 @@ class Program(NamedTuple):
     temporary_bytes: float
     compiling: float
 
-    def __call__(self, job: Job, indices: np.ndarray, columns: dict) -> dict[str, np.ndarray]:
-        """The outputs of at most `num_runs` runs; the call is filled up with the last of them."""
-        number = len(indices)
-        fill = np.minimum(np.arange(self.num_runs), number - 1)
-        data = indices[fill].astype(np.uint32), {n: v[fill] for n, v in columns.items()}
-        outputs = self.compiled(key_of(job), *data)
-        return {name: np.asarray(value)[:number] for name, value in outputs.items()}
+    def start(self, key: jax.Array, indices: np.ndarray, columns: dict) -> dict[str, jax.Array]:
+        """The outputs of at most `num_runs` runs, still being computed.
+
+        What is missing at the end is filled up with the last run; its outputs stand behind.
+        """
+        fill = np.minimum(np.arange(self.num_runs), len(indices) - 1)
+        data = indices[fill].astype(np.uint32), {name: v[fill] for name, v in columns.items()}
+        return self.compiled(key, *data)
 
 
 def key_of(job: Job) -> jax.Array:

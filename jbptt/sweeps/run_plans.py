@@ -2,13 +2,14 @@
 
 import os
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jbptt.sweeps.programs import Job, Program, column_shapes, program_of
+from jbptt.sweeps.programs import Job, Program, column_shapes, key_of, program_of
 
 FIRST_WIDTH = 32
 GROWTH = 4
@@ -17,6 +18,8 @@ WORTH = 4.0
 """Another width is tried where what is left takes so many times as long as compiling did."""
 SECONDS = 5.0
 """A chunk takes about so long: what a kill loses, and what one waits for after Ctrl-C."""
+CALLS_AHEAD = 2
+"""So many calls are under way: the device computes the next while one is taken."""
 CHUNK_BYTES = 2**26
 """The outputs of a chunk hold at most so much."""
 
@@ -135,17 +138,26 @@ def compute(
 
     That is the plan's, or half of it as often as the device has not enough memory.
     """
-    pieces: list[dict] = []
-    shapes, width, at = column_shapes(columns), plan.width, 0
-    while at < len(indices):
+    shapes, width, key = column_shapes(columns), plan.width, key_of(job)
+    pieces: list[dict[str, np.ndarray]] = []
+    calls: deque[tuple[slice, dict[str, jax.Array]]] = deque()  # begun, not taken
+    at = 0
+    while at < len(indices) or calls:
         try:
-            program = program_of(run_fn, job, shapes, width, devices)
-            own = slice(at, at + program.num_runs)
-            data = indices[own], {name: values[own] for name, values in columns.items()}
-            pieces.append(program(job, *data))
-            at += program.num_runs
+            while at < len(indices) and len(calls) < CALLS_AHEAD:
+                program = program_of(run_fn, job, shapes, width, devices)
+                own = slice(at, min(at + program.num_runs, len(indices)))
+                data = {name: values[own] for name, values in columns.items()}
+                calls.append((own, program.start(key, indices[own], data)))
+                at = own.stop
+            own, outputs = calls[0]
+            taken = {name: np.asarray(value) for name, value in outputs.items()}
+            pieces.append({name: value[: own.stop - own.start] for name, value in taken.items()})
+            calls.popleft()
         except jax.errors.JaxRuntimeError as error:
             width = _half(width, error)
+            at = calls[0][0].start if calls else at
+            calls.clear()
     return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}, width
 
 
@@ -191,12 +203,12 @@ def _that_fits(
     budget = _memory() if limits.memory_budget is None else limits.memory_budget
     while True:
         program = program_of(run_fn, job, column_shapes(columns), width, devices)
-        needed = program.temporary_bytes + width * limits.run_bytes
+        needed = CALLS_AHEAD * (program.temporary_bytes + width * limits.run_bytes)
         if not needed > budget:  # NaN where the backend does not tell
             return program
         if width == 1:
             raise ValueError(
-                f"memory_budget must be at least {needed:.3g} bytes, which one run takes, got "
+                f"memory_budget must be at least {needed:.3g} bytes, which two runs take, got "
                 f"{budget:.3g}; allow more, or make the model, the batch or the sequence smaller"
             )
         width = max(1, min(width - 1, int(width * budget / needed)))
