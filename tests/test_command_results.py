@@ -166,14 +166,14 @@ def test_the_rows_of_other_grids(points, lines, last, tmp_path, capsys):
 
 def test_a_store_that_is_being_written_is_read(tmp_path, capsys, monkeypatch):
     """From its first moment on: nothing yet, then what is finished so far."""
-    path, real, seen = tmp_path / "running", programs.Program.__call__, []
+    path, real, seen = tmp_path / "running", programs.Program.start, []
 
     def call(self, *arguments):
         status = cli.main(["results", str(path), "--out", str(tmp_path / f"out-{len(seen)}")])
         seen.append((status, capsys.readouterr()))
         return real(self, *arguments)
 
-    monkeypatch.setattr(programs.Program, "__call__", call)
+    monkeypatch.setattr(programs.Program, "start", call)
     asked(path, grid(rate=[0.1, 0.2], window=2, seed=range(4)), width=4, chunk=4)
     (status, first), (second_status, second) = seen[0], seen[-1]
     assert status == 2 and first.err.count("\n") == 1 and "holds no finished run of 8 yet" in first.err
@@ -188,14 +188,14 @@ def test_a_store_that_is_being_written_is_read(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.more("test_a_store_that_is_being_written_is_read")
 def test_another_process_reads_what_is_being_written(tmp_path, monkeypatch):
-    path, real, seen = tmp_path / "running", programs.Program.__call__, []
+    path, real, seen = tmp_path / "running", programs.Program.start, []
 
     def call(self, *arguments):
         command = [sys.executable, "-m", "jbptt", "results", str(path)]
         seen.append(subprocess.run(command, capture_output=True, text=True, timeout=300, check=False))
         return real(self, *arguments)
 
-    monkeypatch.setattr(programs.Program, "__call__", call)
+    monkeypatch.setattr(programs.Program, "start", call)
     asked(path, grid(rate=0.1, window=2, seed=range(4)), width=2, chunk=2)
     assert (seen[0].returncode, seen[-1].returncode) == (2, 0), seen
     assert "2 finished so far" in seen[-1].stdout
