@@ -231,6 +231,22 @@ def test_a_chunk_too_large_for_the_device_is_halved(monkeypatch):
         quietly(descent, POINTS)
 
 
+def test_once_memory_is_short_later_chunks_are_narrower(monkeypatch):
+    real, widths = programs.Program.start, []
+
+    def full(self, key, indices, columns):
+        widths.append((self.num_runs, int(indices[0])))
+        if self.num_runs > 2 and indices[0] >= 6:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+        return real(self, key, indices, columns)
+
+    monkeypatch.setattr(programs.Program, "start", full)
+    found = quietly(descent, POINTS, width=3, chunk=3)
+    assert_same(found, of_descent())
+    assert [pair for pair in widths if pair[1] >= 6] == [(3, 6), *((2, first) for first in (6, 8, 9, 11, 12, 14))]
+    assert found.plan == "3 side by side, in chunks of 3 (some of them 2 side by side)"
+
+
 def refused(words, *args, **options):
     def case():
         run_fn, points = args
