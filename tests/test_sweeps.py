@@ -169,7 +169,7 @@ def test_the_plan_is_the_fastest(monkeypatch):
             return width, seconds_of(width), {}
 
         def program(run_fn, job, columns, width, devices, limits):
-            return programs.Program(None, width * len(devices or (None,)), 0, compiling)
+            return programs.Program((), width * len(devices or (None,)), 0, compiling)
 
         monkeypatch.setattr(run_plans, "_timed", timed)
         monkeypatch.setattr(run_plans, "_that_fits", program)
@@ -219,7 +219,7 @@ def test_a_chunk_too_large_for_the_device_is_halved(monkeypatch):
     found = quietly(descent, POINTS, width=10, chunk=10)
     assert_same(found, of_descent())
     assert widths[:3] == [10, 5, 3] and set(widths[2:]) == {3} and found.plan.startswith("3 side by side")
-    monkeypatch.setattr(programs.Program, "start", lambda *_: full(programs.Program(None, 9, 0, 0)))
+    monkeypatch.setattr(programs.Program, "start", lambda *_: full(programs.Program((), 9, 0, 0)))
     with pytest.raises(MemoryError, match="a single run takes more memory"):
         quietly(descent, POINTS, width=2)
 

@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import SingleDeviceSharding
 
 from jbptt.executables import WeakCache
 from jbptt.sweeps.points import RESERVED, Combination, Runs
 
-AXIS = "jbptt_runs"
 OF_THREADS = (
     "jax_enable_x64",
     "jax_default_matmul_precision",
@@ -47,25 +46,34 @@ class Program(NamedTuple):
     """Compiled for so many runs at once.
 
     Attributes:
-      compiled: `(key, indices [n], columns [n, ...]) -> outputs [n, ...]`.
-      num_runs: n, of all devices.
+      compiled: on each device, `(key, indices [width], columns [width, ...]) -> outputs`.
+      num_runs: width times devices.
       temporary_bytes: what it needs beside its data, on one device; NaN where not told.
       compiling: seconds that it took to compile.
     """
 
-    compiled: Callable
+    compiled: tuple[Callable, ...]
     num_runs: int
     temporary_bytes: float
     compiling: float
 
-    def start(self, key: jax.Array, indices: np.ndarray, columns: dict) -> dict[str, jax.Array]:
-        """The outputs of at most `num_runs` runs, still being computed.
+    def start(self, key: jax.Array, indices: np.ndarray, columns: dict) -> list[dict]:
+        """The outputs of at most `num_runs` runs, device by device, still being computed.
 
         What is missing at the end is filled up with the last run; its outputs stand behind.
         """
         fill = np.minimum(np.arange(self.num_runs), len(indices) - 1)
-        data = indices[fill].astype(np.uint32), {name: v[fill] for name, v in columns.items()}
-        return self.compiled(key, *data)
+        shares = fill.reshape(len(self.compiled), -1)
+        started = []
+        for compiled, own in zip(self.compiled, shares, strict=True):
+            data = {name: values[own] for name, values in columns.items()}
+            outputs = compiled(key, indices[own].astype(np.uint32), data)
+            # One at a time on CPU: of two vmapped trainings of middle size on two devices, XLA's
+            # threads were seen to wait for each other for ever.
+            if jax.default_backend() == "cpu":
+                jax.block_until_ready(outputs)
+            started.append(outputs)
+        return started
 
 
 def key_of(job: Job) -> jax.Array:
@@ -116,34 +124,32 @@ def program_of(
       shapes: of one run's columns, by name.
       devices: None: the default device.
     """
-    number = width * len(devices or (None,))
 
     def make(run_fn):
-        def share(key, indices, columns):
+        def runs(key, indices, columns):
             one = partial(one_run, run_fn, job, key)
-            if len(indices) > 1:
+            if width > 1:
                 return jax.vmap(one)(indices, columns)
             first = one(indices[0], {name: column[0] for name, column in columns.items()})
             return {name: value[None] for name, value in first.items()}
 
-        program = share
-        if devices is not None:
-            mesh = Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
-            runs, all_ = PartitionSpec(AXIS), PartitionSpec()
-            program = jax.shard_map(
-                share, mesh=mesh, in_specs=(all_, runs, runs), out_specs=runs, check_vma=False
-            )
         arguments = (
             jax.eval_shape(lambda: key_of(job)),
-            jax.ShapeDtypeStruct((number,), np.uint32),
-            {n: jax.ShapeDtypeStruct((number, *s.shape), s.dtype) for n, s in shapes.items()},
+            jax.ShapeDtypeStruct((width,), np.uint32),
+            {n: jax.ShapeDtypeStruct((width, *s.shape), s.dtype) for n, s in shapes.items()},
         )
         began = time.perf_counter()
-        compiled = jax.jit(program).lower(*arguments).compile()
-        compiling = time.perf_counter() - began
-        memory = compiled.memory_analysis()
+        # A program for each device, not one over all, so that devices can take turns.
+        compiled = tuple(
+            jax.jit(runs, in_shardings=None if device is None else SingleDeviceSharding(device))
+            .lower(*arguments)
+            .compile()
+            for device in devices or (None,)
+        )
+        memory = compiled[0].memory_analysis()
         size = np.nan if memory is None else memory.temp_size_in_bytes
-        return Program(compiled, number, size, compiling)
+        number = width * len(compiled)
+        return Program(compiled, number, size, time.perf_counter() - began)
 
     flags = *number_settings().values(), getattr(jax.config, "jax_default_device")  # noqa: B009
     # 4 and 4.0 are equal, and so are True and 1, but not to run_fn.

@@ -140,7 +140,7 @@ def compute(
     """
     shapes, width, key = column_shapes(columns), plan.width, key_of(job)
     pieces: list[dict[str, np.ndarray]] = []
-    calls: deque[tuple[slice, dict[str, jax.Array]]] = deque()  # begun, not taken
+    calls: deque[tuple[slice, list[dict]]] = deque()  # begun, not taken
     at = 0
     while at < len(indices) or calls:
         try:
@@ -151,8 +151,13 @@ def compute(
                 calls.append((own, program.start(key, indices[own], data)))
                 at = own.stop
             own, outputs = calls[0]
-            taken = {name: np.asarray(value) for name, value in outputs.items()}
-            pieces.append({name: value[: own.stop - own.start] for name, value in taken.items()})
+            taken = [{name: np.asarray(v) for name, v in share.items()} for share in outputs]
+            pieces.append(
+                {
+                    name: np.concatenate([share[name] for share in taken])[: own.stop - own.start]
+                    for name in taken[0]
+                }
+            )
             calls.popleft()
         except jax.errors.JaxRuntimeError as error:
             width = _half(width, error)

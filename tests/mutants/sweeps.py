@@ -16,7 +16,7 @@ SWEEPS = (
     Mutant("chunks_hold_any_number_of_bytes", RUN_PLANS, "find_plan", "CHUNK_BYTES //", "10**12 //"),
     Mutant("memory_budget_is_not_read", RUN_PLANS, "_that_fits", "not needed > budget", "needed"),
     Mutant("every_error_halves", RUN_PLANS, "_half", "'RESOURCE_EXHAUSTED' not in str(error)", "False"),
-    Mutant("what_fills_a_call_are_runs", RUN_PLANS, "compute", "value[:own.stop - own.start]", "value"),
+    Mutant("what_fills_a_call_are_runs", RUN_PLANS, "compute", "[:own.stop - own.start]", "[:]"),
     Mutant("later_chunks_are_as_wide_as_before", CHUNKS, "_narrowed", "chunk.plan.width <= width", "True"),
     Mutant("lost_chunks_stay_lost", CHUNKS, "computed", "queue.appendleft(chunk)", "None"),
     Mutant("first_runs_stand_last", CHUNKS, "_joined", "[begun[name], outputs[name]]", "[outputs[name], begun[name]]"),
