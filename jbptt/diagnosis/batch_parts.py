@@ -173,9 +173,7 @@ def parts_of_batch(
     layout = layout_of(problem, batches)
     try:
         return divide(*known, layout)
-    except (NotImplementedError, ValueError):
-        # JAX has the derivative of a step, but not that of its vmap: a ValueError for products with
-        # sparse weights, NotImplementedError for a callback in a rule, as in the engine.
+    except engine.NO_VMAP:
         return divide(*known, Layout(1, 1, problem.num_steps, 1, batches))
 
 

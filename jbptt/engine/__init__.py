@@ -86,6 +86,11 @@ __all__ = [
 ]
 
 
+NO_VMAP = (NotImplementedError, ValueError)
+"""What JAX raises where it has a derivative but not that of its vmap: ValueError for products with
+sparse weights, NotImplementedError for a callback in a rule."""
+
+
 def warn_that_the_plain_engine_runs(cause: Exception | None) -> None:
     """A RuntimeWarning; Python shows each text once."""
     warnings.warn(
@@ -166,10 +171,7 @@ def parallel_pullback(
     def back(*cotangents_and_total):
         try:
             return back_at_once(*cotangents_and_total)
-        except (NotImplementedError, ValueError):
-            # JAX has the derivative of every step, but not that of their vmap: a ValueError for
-            # products with sparse weights, NotImplementedError for a callback in a rule. Any other
-            # error of these types comes again from the steps one by one.
+        except NO_VMAP:  # any other error of these types comes again from the steps one by one
             return back_one_by_one(*cotangents_and_total)
 
     return results, back

@@ -104,7 +104,7 @@ def sweep(
         run_fn that returns something else than a dict of arrays of the same shapes for all
         settings or cannot be pickled, wrong `dims`, a store of another sweep, with other settings
         or in use: all before anything runs. When a combination is planned: a `memory_budget` below
-        what one run takes. What run_fn raises is raised, with a note of the settings.
+        what two runs take. What run_fn raises is raised, with a note of the settings.
       OSError: the store cannot be written; what was kept before is in it.
       MemoryError: a single run takes more memory than the device has.
       RuntimeError: the executor's workers were lost.
