@@ -68,6 +68,7 @@ except ImportError as error:  # jax.extend has moved
     fast, import_error = None, error
 
 __all__ = [
+    "NO_VMAP",
     "Paths",
     "calls",
     "chosen",
