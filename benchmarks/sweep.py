@@ -118,7 +118,8 @@ def measure(size: Size, seconds: float) -> dict[str, Any]:
     began = time.perf_counter()
     plan = ask(points(size.many), mesh=mesh).plan
     long = time.perf_counter() - began
-    width = 1 if plan.startswith("one") else int(plan.split()[0])
+    found = 1 if plan.startswith("one") else int(plan.split()[0])
+    width = min(found, size.runs // mesh.size)  # there are fewer runs here than in the long sweep
     fixed = functools.partial(ask, points(size.runs), chunk=size.runs)
     most = min(64, size.runs // 2)
     ways = {
