@@ -68,7 +68,7 @@ CORE = [
     "testing",
 ]
 # Interop is a wing of the core, a room a library.
-FLOORS = ["core", "interop", "analysis", "diagnosis", "experiments", "sweeps", "report"]
+FLOORS = ["core", "interop", "analysis", "diagnosis", "experiments", "sweeps", "learning", "report"]
 OPTIONAL = {"matplotlib", "rich", "tyro", "jinja2", "torch", "xarray", "flax", "haiku", "equinox"}
 OPTIONAL |= {"zarr", "icechunk", "dask", "distributed"}
 INTEROP = {"interop.nnx": "flax", "interop.linen": "flax", "interop.haiku": "haiku", "interop.equinox": "equinox"}
@@ -234,6 +234,7 @@ Batch Carry Estimate Estimator Loss Params Step
 scan unroll full_bptt truncated_bptt gated_bptt randomized_bptt adaptive_bptt Plan choose_plan
 adjoints gradient_flow lag_profile truncation_curve diagnose find_nonfinite compare measure_cost
 step_jacobians jacobian_products lyapunov_spectrum train train_in_chunks grid sweep load_sweep
+learning_study LearningStudy
 Adjoints LagProfile TruncationCurve Diagnosis NonFinite Comparison Cost JacobianProducts LyapunovSpectrum History
 TrainingChunk SweepStopped
 """

@@ -71,7 +71,8 @@ def test_a_picture_of_every_result(results, name):
 
 def test_every_plot_is_tried():
     found = {name.removeprefix("plot_") for name in dir(plots) if name.startswith("plot_")}
-    assert found == {*NAMES, "diagnosis", "remedies", "comparison", "schedule", "history", "sweep"}
+    elsewhere = {"learning_study", "learning_curves"}  # test_learning_study.py
+    assert found == {*NAMES, "diagnosis", "remedies", "comparison", "schedule", "history", "sweep", *elsewhere}
 
 
 def test_the_lines_are_the_numbers(results):

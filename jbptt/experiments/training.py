@@ -325,13 +325,29 @@ def check_count(name: str, value: Any) -> None:
         check_positive_integer(name, value, smallest=0)
 
 
-def mean_loss(step: Step, loss: Loss, params: Params, carry: Carry, batches: Batch) -> jax.Array:
-    """The weighted mean loss over batches `[N, T, ...]`, read as one stream with one carry."""
+def mean_loss(
+    step: Step,
+    loss: Loss,
+    params: Params,
+    carry: Carry,
+    batches: Batch,
+    *,
+    fresh: bool = False,
+) -> jax.Array:
+    """The weighted mean loss over batches `[N, T, ...]`.
+
+    Args:
+      step, loss, params: the model.
+      carry: what enters the first batch, or a function of the parameters that gives it.
+      batches: read as one stream with one carry.
+      fresh: whether `carry` enters every batch instead.
+    """
+    start = start_of(carry, params)
 
     def body(carry, batch):
-        carry, ys = scan_steps(step, params, carry, batch.xs, None, batch.mask)
+        after, ys = scan_steps(step, params, carry, batch.xs, None, batch.mask)
         value, (weight, _) = weighted_losses(where_counted(loss), ys, batch)
-        return carry, (value, weight)
+        return start if fresh else after, (value, weight)
 
-    _, (values, weights) = jax.lax.scan(body, start_of(carry, params), batches)
+    _, (values, weights) = jax.lax.scan(body, start, batches)
     return weighted_mean(values.sum(), weights.sum())

@@ -25,6 +25,8 @@ from jbptt.report.axes import (
     visible,
 )
 from jbptt.report.history_plots import plot_history as plot_history
+from jbptt.report.learning_plots import plot_learning_curves as plot_learning_curves
+from jbptt.report.learning_plots import plot_learning_study as plot_learning_study
 from jbptt.report.sweep_pictures import plot_sweep as plot_sweep
 from jbptt.report.themes import LIGHT, Theme
 

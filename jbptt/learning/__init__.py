@@ -1,0 +1,1 @@
+"""With which window should I train? Answered by training: tuned rates, paired seeds, intervals."""

@@ -1,0 +1,78 @@
+"""What the losses of all ways say: which is best, which are worse, and which one to take."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from jbptt.learning.intervals import Differences, differences
+
+BEST, AS_GOOD, NOT_TOLD_APART, WORSE = "best", "as good", "not told apart", "worse"
+SAME_TIME = 1.1
+"""Times that differ by less are the same; then memory decides which way is cheaper."""
+
+
+class Verdicts(NamedTuple):
+    """The outcome of one comparison of ways.
+
+    Attributes:
+      best: the way with the lowest mean loss.
+      words: of each way, beside the best: "best"; "as good", where the whole interval lies below
+        the margin; "worse", where the whole interval lies above 0 and the mean above the margin;
+        else "not told apart".
+      choice: the cheapest way in time of those that may be taken.
+      smallest: the one of them that takes the least memory.
+      beside_best, beside_full: the differences to the best way and to full BPTT.
+    """
+
+    best: int
+    words: tuple[str, ...]
+    choice: int
+    smallest: int
+    beside_best: Differences
+    beside_full: Differences
+
+    @property
+    def is_tie(self) -> bool:
+        """Whether no way is shown to be worse than another."""
+        return WORSE not in self.words
+
+
+def verdicts_of(
+    losses: np.ndarray, margin: float, seconds: np.ndarray, sizes: np.ndarray
+) -> Verdicts:
+    """The verdicts on losses `[way, seed]`, full BPTT first.
+
+    May be taken: what is not worse, and whose mean loss is within one standard error of the best
+    (Breiman et al., 1984) or within the margin.
+
+    Args:
+      losses: one for each way and seed.
+      margin: a difference of no interest.
+      seconds: `[way]`, of one update.
+      sizes: `[way]`, temporary bytes of one update.
+    """
+    best = int(np.argmin(losses.mean(1)))
+    beside = differences(losses, best)
+    words = []
+    for way in range(len(losses)):
+        if way == best:
+            words.append(BEST)
+        elif beside.low[way] > 0 and beside.mean[way] > margin:
+            words.append(WORSE)
+        elif beside.high[way] <= margin:
+            words.append(AS_GOOD)
+        else:
+            words.append(NOT_TOLD_APART)
+    near = beside.mean <= np.maximum(margin, beside.error)
+    near &= np.array([word != WORSE for word in words])
+    taken = np.flatnonzero(near)
+    fastest = seconds[taken].min()
+    fast = taken[seconds[taken] <= SAME_TIME * fastest]
+    return Verdicts(
+        best,
+        tuple(words),
+        int(fast[np.argmin(sizes[fast])]),
+        int(taken[np.argmin(sizes[taken])]),
+        beside,
+        differences(losses, 0),
+    )
