@@ -220,7 +220,7 @@ def run(quick: bool) -> tuple[dict[str, Any], Any, str]:
     """All rows; `quick`: two sizes and little time."""
     rows = []
     for size in SIZES[:2] if quick else SIZES:
-        rows.append(row := measure(size, seconds=5 if quick else 40))
+        rows.append(row := measure(size, seconds=5 if quick else 25))
         print(row, flush=True)
     summary = {
         "the fastest fixed way over sweep, smallest": min(
