@@ -10,6 +10,7 @@ are gone first, and what is left at long lags is the slowest. The layer is told 
 steps ago, once as drawn and once after training.
 
     python examples/diagonal_ssm.py [--out diagonal_ssm.svg] [--short]
+    jbptt report examples/diagonal_ssm.py:problem           (with which window should it train?)
 """
 
 import argparse
@@ -57,6 +58,19 @@ def draw_batch(key, num_steps):
     xs = jax.random.normal(key, (num_steps, NUM_EXAMPLES, 1))
     weights = (jnp.arange(num_steps) >= DELAY).astype(xs.dtype)  # before that there is nothing to give back
     return jbptt.Batch(xs, jnp.roll(xs, DELAY, axis=0), weights=weights)
+
+
+def problem(*, num_modes=16, num_steps=64, num_updates=400):
+    """The layer as `jbptt report` and `jbptt compare` take it: every seed a layer, every update new noise."""
+    return {
+        "step": step,
+        "loss": jbptt.tasks.squared_error,
+        "params": lambda key: draw_layer(key, jnp.linspace(0.6, 0.97, num_modes)),
+        "carry": jnp.zeros((NUM_EXAMPLES, num_modes), complex),
+        "batches": lambda key: draw_batch(key, num_steps),
+        "windows": (4, 16, 32),
+        "num_updates": num_updates,
+    }
 
 
 def decide(found):

@@ -7,6 +7,7 @@ a step of it. Its loss on the last 200 samples is held against that of predictin
 from it overfits after some 150 updates, a number chosen by looking at that very loss.
 
     python examples/equinox_series.py [--out equinox_series.svg] [--short]        (needs equinox)
+    jbptt report examples/equinox_series.py:problem           (with which window should it train?)
 """
 
 import argparse
@@ -58,6 +59,34 @@ def as_batch(series, num_rows):
         return part[: num_steps * num_rows].reshape(num_rows, num_steps, -1).swapaxes(0, 1)
 
     return jbptt.Batch(rows(series[:-1]), rows(series[1:]))
+
+
+def problem(*, hidden_size=16, num_steps=48, num_updates=200):
+    """The predictor as `jbptt report` and `jbptt compare` take it: every update reads pieces drawn from the recording.
+
+    The last 200 samples are held out: of the first half of them pieces choose learning rates, of the second they judge.
+    """
+    series = read_series()
+    step, _, initial_carry = interop.from_equinox(Predictor(4, hidden_size, key=jax.random.key(0)))
+
+    def pieces(part, starts):
+        cut = jax.vmap(lambda start: jax.lax.dynamic_slice_in_dim(part, start, num_steps + 1), out_axes=1)(starts)
+        return jbptt.Batch(cut[:-1], cut[1:])
+
+    def draw_batch(key):
+        return pieces(series[:600], jax.random.randint(key, (NUM_ROWS,), 0, 600 - num_steps))
+
+    heldout = [pieces(part, jnp.arange(NUM_ROWS) * (99 - num_steps) // 3) for part in (series[600:700], series[700:])]
+    return {
+        "step": step,
+        "loss": tasks.squared_error,
+        "params": lambda key: interop.from_equinox(Predictor(4, hidden_size, key=key))[1],
+        "carry": initial_carry((NUM_ROWS,)),
+        "batches": draw_batch,
+        "heldout": jax.tree.map(lambda *leaves: jnp.stack(leaves), *heldout),
+        "windows": (2, 8),
+        "num_updates": num_updates,
+    }
 
 
 @eqx.filter_jit

@@ -6,6 +6,7 @@ same data, with full BPTT and with sliding windows of WINDOW steps, whose losses
 for; what full BPTT has learned is diagnosed again.
 
     python examples/haiku_lstm.py [--out haiku_lstm.svg] [--short]        (needs dm-haiku)
+    jbptt report examples/haiku_lstm.py:problem           (with which window should it train?)
 """
 
 import argparse
@@ -36,6 +37,25 @@ def draw_batch(key):
     batch = tasks.copy(key, length=LENGTH, delay=DELAY, batch_size=BATCH_SIZE, num_symbols=NUM_SYMBOLS)
     starts = jnp.zeros(batch.targets.shape, bool).at[0].set(True)
     return batch._replace(xs=(batch.xs, starts))
+
+
+def problem(*, hidden_size=32, num_updates=400):
+    """The LSTM as `jbptt report` and `jbptt compare` take it: every seed a start, every update a new batch."""
+
+    def convert(key):
+        return interop.from_haiku(lambda: make_core(hidden_size), key, input_size=NUM_SYMBOLS + 2)
+
+    step, _, initial_carry = convert(jax.random.key(0))
+    return {
+        "step": jbptt.cells.with_reset(step, initial_carry),
+        "loss": tasks.cross_entropy,
+        "params": lambda key: convert(key)[1],
+        "carry": initial_carry((BATCH_SIZE,)),
+        "batches": draw_batch,
+        "windows": (4, 8),
+        "sliding": (WINDOW, LENGTH + DELAY + 1),
+        "num_updates": num_updates,
+    }
 
 
 def main(out="haiku_lstm.svg", *, hidden_size=64, num_updates=1500):

@@ -6,6 +6,7 @@ which is part of CPython. `from_nnx` makes a step of the model, and jbptt diagno
 after training.
 
     python examples/nnx_characters.py [--out nnx_characters.svg] [--short]        (needs flax)
+    jbptt report examples/nnx_characters.py:problem           (with which window should it train?)
 """
 
 import argparse
@@ -35,6 +36,27 @@ class CharacterModel(nnx.Module):
         """One character."""
         carry, h = self.cell(carry, self.embed(token))
         return carry, self.readout(h)
+
+
+def problem(*, hidden_size=32, num_updates=300):
+    """The model as `jbptt report` and `jbptt compare` take it: every seed a start, the text as one stream."""
+    text = tasks.text(tasks.read_text(), num_steps=NUM_STEPS, batch_size=8)
+
+    def convert(key):
+        return interop.from_nnx(CharacterModel(len(text.vocabulary), hidden_size, rngs=nnx.Rngs(key)))
+
+    step, _, initial_carry = convert(jax.random.key(0))
+    return {
+        "step": step,
+        "loss": tasks.cross_entropy,
+        "params": lambda key: convert(key)[1],
+        "carry": initial_carry((8,)),
+        "batches": text.train,
+        "heldout": jax.tree.map(lambda a: a[:16], text.heldout),
+        "stream": True,
+        "windows": (4, 16),
+        "num_updates": num_updates,
+    }
 
 
 @nnx.jit

@@ -7,6 +7,7 @@ milliseconds, and an exponent per step is 1000 / DT as much per second. The netw
 of 20 ms ago; it is looked at as it is drawn, before any learning, where the gain alone decides.
 
     python examples/rate_network.py [--out rate_network.svg] [--short]
+    jbptt report examples/rate_network.py:problem           (with which window should it train?)
 """
 
 import argparse
@@ -40,6 +41,26 @@ def draw_network(key, num_units, gain):
     }
 
 
+def draw_batch(key, num_steps):
+    """Inputs, and the same DELAY steps late."""
+    inputs = 0.2 * jax.random.normal(key, (num_steps, 8, 1))
+    late = jnp.concatenate([jnp.zeros((DELAY, 8, 1)), inputs[:-DELAY]])
+    return jbptt.Batch(inputs, late, weights=(jnp.arange(num_steps) >= DELAY).astype(jnp.float32))
+
+
+def problem(*, num_units=50, num_steps=100, num_updates=400, gain=1.2):
+    """The network as `jbptt report` and `jbptt compare` take it: every seed a network, every update new noise."""
+    return {
+        "step": step,
+        "loss": jbptt.tasks.squared_error,
+        "params": lambda key: draw_network(key, num_units, gain),
+        "carry": jnp.zeros((8, num_units)),
+        "batches": lambda key: draw_batch(key, num_steps),
+        "windows": (8, 25, 50),
+        "num_updates": num_updates,
+    }
+
+
 def exponent_per_second(params, rates, inputs):
     """The leading Lyapunov exponent of one driven network, 1/s, and its standard error."""
     options = {"num_exponents": 1, "num_discarded": len(inputs) // 4, "qr_every": 5}
@@ -60,9 +81,7 @@ def decide(found):
 def main(out="rate_network.svg", *, num_units=100, num_steps=400, num_long=6000, gains=(0.8, 3.0)):
     """Diagnoses one network for each gain, and draws its gradient by lag."""
     key_weights, key_start, key_u, key_long = jax.random.split(jax.random.key(0), 4)
-    inputs = 0.2 * jax.random.normal(key_u, (num_steps, 8, 1))
-    late = jnp.concatenate([jnp.zeros((DELAY, 8, 1)), inputs[:-DELAY]])
-    batch = jbptt.Batch(inputs, late, weights=(jnp.arange(num_steps) >= DELAY).astype(jnp.float32))
+    batch = draw_batch(key_u, num_steps)
     rates = 0.5 * jax.random.normal(key_start, (8, num_units))
     drive = 0.2 * jax.random.normal(key_long, (num_long, 1))
 

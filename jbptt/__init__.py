@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from jbptt.experiments import tasks
     from jbptt.experiments.training import History, train
     from jbptt.experiments.training_chunks import TrainingChunk, train_in_chunks
-    from jbptt.learning.question import learning_study
-    from jbptt.learning.result import LearningStudy
+    from jbptt.learning.studies import learning_study
+    from jbptt.learning.study_result import LearningStudy
     from jbptt.plans import Plan
     from jbptt.recurrence import unroll
     from jbptt.report import plots
@@ -54,8 +54,8 @@ _get, __dir__, __all__ = lazy.attach(
         "estimators": "full_bptt gated_bptt randomized_bptt truncated_bptt",
         "experiments.training_chunks": "TrainingChunk train_in_chunks",
         "experiments.training": "History train",
-        "learning.question": "learning_study",
-        "learning.result": "LearningStudy",
+        "learning.studies": "learning_study",
+        "learning.study_result": "LearningStudy",
         "plans": "Plan",
         "recurrence": "unroll",
         "scanning": "scan",

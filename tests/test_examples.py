@@ -1,6 +1,7 @@
 """Every script of examples/ runs in its short form: it prints a diagnosis and a decision and draws its picture."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import jax
@@ -40,6 +41,37 @@ def test_short_form(name, tmp_path, capsys):
     assert picture.read_text().startswith("<?xml")
 
 
+SIZES = {
+    "diagonal_ssm": {"num_modes": 4, "num_steps": 40},
+    "rate_network": {"num_units": 6, "num_steps": 60},
+    "haiku_lstm": {"hidden_size": 4},
+    "nnx_characters": {"hidden_size": 4},
+    "equinox_series": {"hidden_size": 4},
+}
+
+
+@pytest.mark.parametrize("name", usual(["equinox_series"], SCRIPTS))
+def test_the_commands_take_its_problem(name, tmp_path, capsys, monkeypatch):
+    """`jbptt compare` on a small one: every way learns, from seeds that differ."""
+    for package in ("tyro", "icechunk", "matplotlib", *NEEDS.get(name, ())):
+        pytest.importorskip(package)
+    from jbptt.report import cli
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(FOLDER)!r})\nfrom {name} import problem\n"
+        f"def small():\n    return problem(**{SIZES[name]!r})\n"
+    )
+    options = ["--num-seeds=2", "--num-updates=20", "--learning-rates=0.01", "--num-samples=2", "--out=found"]
+    with jax.enable_x64(False):
+        assert cli.main(["compare", "small.py:small", *options]) == 0
+    assert "beside full BPTT" in capsys.readouterr().out
+    learning = json.loads((tmp_path / "found" / "comparison.json").read_text())["learning"]
+    assert learning["seeds_differ_in"] == "start and data"
+    starts = np.array(learning["curves"]["test"][0])[0, :, 0]
+    assert np.isfinite(starts).all() and starts[0] != starts[1]
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_says_how_to_run_it(name):
     """By a docstring that asks a question first and names the script, its picture and `--short`."""
@@ -47,4 +79,5 @@ def test_says_how_to_run_it(name):
     words = source.split('"""')[1]
     assert "?" in words.split("\n\n")[0]
     assert f"python examples/{name}.py [--out {name}.svg] [--short]" in words
-    assert len(source.splitlines()) <= 130
+    assert f"jbptt report examples/{name}.py:problem" in words
+    assert len(source.splitlines()) <= 160

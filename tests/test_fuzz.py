@@ -13,7 +13,8 @@ from jbptt.experiments import tasks
 for module in ("tyro", "rich", "matplotlib", "jinja2"):
     pytest.importorskip(module)
 
-from jbptt.report import cli, study  # noqa: E402
+from jbptt.report import cli  # noqa: E402
+from jbptt.report.commands import report as study  # noqa: E402
 
 few = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 EVIL = "<script>alert('x')</script>"
@@ -60,7 +61,7 @@ def test_ten_megabytes_on_one_line():
     assert found.train.xs.size + found.heldout.xs.size > 0.99 * 10 * 2**20 and len(found.vocabulary) == 10
 
 
-OPTIONS = ["--text", "--cell", "--hidden-size", "--num-steps", "--batch-size", "--window", "--keep-prob", "--seed"]
+OPTIONS = ["--text", "--cell", "--hidden-size", "--num-steps", "--batch-size", "--windows", "--keep-prob", "--seed"]
 WORDS = st.one_of(
     st.sampled_from([*OPTIONS, "--quick", "--cores", "report", "-1", "0", "nan", "1e400", "rnn", EVIL]),
     st.text(max_size=12),
@@ -69,7 +70,7 @@ WORDS = st.one_of(
 
 @settings(few, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(WORDS, max_size=6))
-@example(["--window", "4294967296"])
+@example(["--windows", "4294967296"])
 @example(["--num-steps", "9" * 400])
 @example(["--text", "\0"])
 @example(["--keep-prob", "inf"])
@@ -83,7 +84,7 @@ def test_any_command_line_ends_with_a_status_and_writes_nothing(monkeypatch, cap
         raise Accepted
 
     monkeypatch.setattr(study, "run_study", stop)
-    monkeypatch.setattr(cli, "_use_cores", lambda cores: None)
+    monkeypatch.setattr(study, "_use_cores", lambda cores: None)
     with tempfile.TemporaryDirectory() as folder:
         monkeypatch.chdir(folder)
         try:

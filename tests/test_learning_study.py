@@ -10,18 +10,18 @@ import numpy as np
 import optax
 import pytest
 import scipy.stats
+from made_studies import made_up
 from problems import CELLS, EXAMPLES, INPUT, OUTPUT, readout, squared_error, usual
 
 import jbptt
 from jbptt import Batch, cells, truncation
-from jbptt.learning import question
+from jbptt.learning import studies
 from jbptt.learning.constants import best_constant_loss
 from jbptt.learning.intervals import differences
 from jbptt.learning.judging import Curves, checkpoints, judge, places_at_equal_time, still_falling
 from jbptt.learning.lessons import lessons_of
-from jbptt.learning.page import write_page
-from jbptt.learning.result import LearningStudy
 from jbptt.learning.rounds import Trained
+from jbptt.learning.study_page import write_page
 from jbptt.learning.trainings import Trainings, usual_optimizer
 from jbptt.learning.verdicts import verdicts_of
 from jbptt.learning.ways import FULL, GATES, default_windows, middle_window, ways_of
@@ -284,6 +284,14 @@ def test_verdicts():
     assert same_time.choice == 1  # of the two that take as long the one with less memory
 
 
+def test_a_loss_that_is_not_finite_is_never_taken():
+    losses = means_with(0.01, 1.0, 0.5, 1.2)
+    losses[1, 2] = np.nan
+    found = verdicts_of(losses, 0.02, np.array([2.0, 1.0, 2.0]), np.ones(3))
+    assert found.words == ("best", "not finite", "worse") and found.choice == found.best == 0
+    assert verdicts_of(losses * np.nan, 0.02, np.ones(3), np.ones(3)).words == ("not finite",) * 3
+
+
 def test_a_way_that_fails_from_most_seeds_is_not_taken_for_being_cheap():
     """Four of five seeds of the best solve the task, none of the cheap way: no interval tells it from five seeds."""
     losses = np.array([[0.0, 0.0, 0.0, 0.0, 1.0], [1.0] * 5])
@@ -377,7 +385,7 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
     """Ctrl-C in the first round; the same call again computes what is missing, and decides by the same times."""
     options = {"store": tmp_path / "study", "width": 1, "chunk": 2}
     plain = small_study(width=1, chunk=2)
-    asked, sweep = [], question.sweep
+    asked, sweep = [], studies.sweep
 
     def once(*args, **more):
         if not asked:
@@ -397,7 +405,7 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
                 return sweep(*args, **more)
         return sweep(*args, **more)
 
-    monkeypatch.setattr(question, "sweep", once)
+    monkeypatch.setattr(studies, "sweep", once)
     with pytest.raises(jbptt.SweepStopped):
         small_study(**options)
     first = json.loads((tmp_path / "study" / "costs.json").read_text())
@@ -446,26 +454,6 @@ def test_seeds_that_would_be_the_same_are_refused():
         small_study(sedes=3)
 
 
-def made_up(*means, noise=0.01, constant=2.0, seconds=None, falling=0.0, errors=None, seeds=5):
-    """A study whose ways end at these means, for sentences that must fit its numbers."""
-    numbers = np.random.default_rng(6)
-    shared, ways, validation = numbers.normal(size=seeds) * noise, [], []
-    for i, mean in enumerate(means):
-        ways.append(FULL if i == 0 else f"blocks of {2**i}")
-        own = numbers.normal(size=seeds) * noise
-        ends = mean + shared + own - own.mean() - shared.mean()
-        shape = np.array([1.0, 0.5, falling, falling / 2, 0.0])
-        validation.append((ends[:, None] + shape * (2.5 - mean))[None])
-    number = len(means)
-    errors = [0.0] + [0.05] * (number - 1) if errors is None else errors
-    by_seed = [np.full((1, seeds), error) for error in errors]
-    return LearningStudy(
-        tuple(ways), Curves([np.array([0.01])] * number, validation, validation), np.arange(5) * 10,
-        np.ones(number) if seconds is None else np.array(seconds), np.arange(number, 0, -1.0) * 2**20,
-        by_seed, by_seed, constant, 0.0, (), "data", "start and data",
-    ).with_margin(0.02)  # fmt: skip
-
-
 def page(study):
     return " ".join(write_page(study).split())
 
@@ -495,6 +483,9 @@ def test_nothing_learned_is_no_answer():
     assert nothing.startswith("No answer: nothing was learned. No way's test loss is clearly below that of a constant")
     assert "constant prediction, 2;" in nothing and "plateau" not in nothing and "foretold" not in nothing
     unknown = page(made_up(2.45, 2.49, constant=np.nan))
+    broken = made_up(1.0, 1.5)
+    broken.curves.test[0][:], broken.curves.test[1][:] = np.nan, np.nan
+    assert page(broken).startswith("No answer: nothing was learned.")
     assert "clearly below the loss before training" in unknown and "chance" not in unknown
     assert page(made_up(1.0, 1.95, constant=np.nan)).startswith("Train with full BPTT.")
 

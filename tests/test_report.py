@@ -12,18 +12,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from made_studies import made_up
 from problems import usual
 
 for module in ("tyro", "rich", "matplotlib", "jinja2"):
     pytest.importorskip(module)
 
-from jbptt import Batch, full_bptt, randomized_bptt, truncated_bptt  # noqa: E402
 from jbptt.experiments import tasks  # noqa: E402
-from jbptt.report import cli, display, learning, measurements, output, pictures, sections, sentences, study, tables  # noqa: E402
+from jbptt.report import cli, contents, display, output, tables, work  # noqa: E402
+from jbptt.report.commands import report as study  # noqa: E402
 from jbptt.report.html import render_page  # noqa: E402
+from jbptt.report.questions import coverage, learning, reach, window_costs  # noqa: E402
 from jbptt.report.themes import DARK, LIGHT, repaint  # noqa: E402
 
-ALL = tuple(sections.SECTIONS)
+ALL = tuple(contents.QUESTIONS)
 NASTY = "<script>alert(1)</script>$&\n\t\x00"
 
 
@@ -44,11 +46,6 @@ def cost(strategy, window, seconds=1e-3, size=1000):
     }  # fmt: skip
 
 
-def strategy(name, mean, std):
-    runs = [[9.0, 9.5], [mean, mean]]
-    return {"name": name, "detail": f"{name} detail", "perplexity": runs, "final_mean": mean, "final_std": std}
-
-
 def anatomy_data():
     """The second half of the page: what two cells and two networks look like inside."""
     spectrum = {"num_steps": 9, "standard_errors": [0.01, 0.01], "spans": [1, 4]}
@@ -56,7 +53,17 @@ def anatomy_data():
     alignment = {"misalignment": [0.7, 0.35, 0.175], "rate": -0.7, "predicted_rate": -0.69, "sentence": "turns"}
     measures = {"loss": [[[0.5, 0.6], [0.1, 0.2]], [[0.5, 0.6], [0.9, 1.0]]]}
     measures |= {name: measures["loss"] for name in ("adjoint_ratio", "exponent", "gradient_error", "gradient_cosine")}
+    curve = {name: [0.5, 0.1, 0.0] for name in ("relative_error", "block_relative_error", "cosine", "block_cosine")}
+    own = {"decision": "Train with full BPTT.", "num_steps": 8, "norms": [1.0, 0.5, 0.1], "curve": curve,
+           "recommended": {"sliding": {"0.1": 2, "0.01": 0}, "block": {"0.1": 4, "0.01": 8}},
+           "costs": {"full": {"seconds": 1e-3, "temporary_bytes": 2048.0}}}  # fmt: skip
+    curve["windows"] = [1, 2, 3]
+    names = ["full BPTT", "blocks of 2", "random"]
     return {
+        "diagnosis": own,
+        "gradients": {"names": names, "num_samples": 8, "relative_bias": [0.0, 0.3, 0.1],
+                      "relative_bias_error": [0.0, 0.0, 0.08], "variance": [0.0, 0.0, 0.16],
+                      "cosine": [1.0, 0.9, 0.8], "norm_ratio": [1.0, 0.7, 1.1]},
         "randomness": {"cell": "rnn", "keep_prob": 0.5, "num_samples": 8,
                        "names": ["full", "blocks of 2", "π = 0.5", "bare"],
                        "relative_bias": [0.0, 0.3, 0.1, 0.4], "relative_bias_error": [0.0, 0.0, 0.08, 0.05],
@@ -117,14 +124,9 @@ def data():
                 }
             ]
         },
-        "learning": {
-            "cell": "rnn",
-            "num_seeds": 2,
-            "batch_size": 4,
-            "num_steps": 8,
-            "characters_read": [0, 3200],
-            "strategies": [strategy("full", 5.0, 0.1), strategy("fixed", 5.05, 0.1), strategy("randomized", 6.0, 0.1)],
-        },
+        "learning": output.plain_numbers(
+            learning.numbers_of(made_up(1.0, 1.5, 1.001)) | {"model": "rnn, 8 units", "unit": "nats"}
+        ),
         **anatomy_data(),
         "created": "2020-01-01T00:00:00+00:00",
         "command": "jbptt report",
@@ -139,11 +141,11 @@ def plain(sentence):
 
 
 def test_coverage_counts_and_weights(data):
-    text = sentences.describe_coverage(data["coverage"])
+    text = coverage.QUESTION.say(data["coverage"])
     assert "Of the 10 pairs" in text and "covers 6 (60 %)" in text and "up to 2.5" in text
     data["coverage"]["matrices"]["randomized"] = data["coverage"]["matrices"]["full"]
     data["coverage"]["pairs"]["randomized"] = 10
-    text = sentences.describe_coverage(data["coverage"])
+    text = coverage.QUESTION.say(data["coverage"])
     assert "covers all 10, with no weight above 1" in text
 
 
@@ -153,7 +155,7 @@ def test_reach_says_what_happens_to_each_cell():
         curve("gru", "before", 2.0), curve("gru", "after", None, "stable", None),
         curve("lstm", "before", None, "exploding", None), curve("lstm", "after", None, "non-finite", 0, [None] * 4),
     ]  # fmt: skip
-    text = sentences.describe_reach({"lags": [0, 1, 2, 3], "curves": curves})
+    text = reach.QUESTION.say({"lags": [0, 1, 2, 3], "curves": curves})
     assert "vanishes in the rnn (half-life 2 steps; under 1 % from lag 3 on)" in text
     assert "it neither vanishes nor explodes in the gru (no halving; still at least 1 % at lag 3)" in text
     assert "it is not finite in the lstm;" in text
@@ -164,14 +166,14 @@ def test_reach_says_what_happens_to_each_cell():
 
 def test_an_unchanged_half_life_is_called_unchanged():
     curves = [curve("rnn", "before", 2.0001), curve("rnn", "after", 2.0)]
-    assert "(unchanged)" in sentences.describe_reach({"lags": [0, 1, 2, 3], "curves": curves})
+    assert "(unchanged)" in reach.QUESTION.say({"lags": [0, 1, 2, 3], "curves": curves})
     curves = [curve("rnn", "before", None, "exploding"), curve("rnn", "after", None, "exploding")]
-    text = sentences.describe_reach({"lags": [0, 1, 2, 3], "curves": curves})
+    text = reach.QUESTION.say({"lags": [0, 1, 2, 3], "curves": curves})
     assert "explodes in the rnn" in text and "vanish" not in text and "(unchanged)" in text
 
 
 def test_windows_name_what_is_needed_and_its_cost(data):
-    text = sentences.describe_windows(data["windows"])
+    text = window_costs.QUESTION.say(data["windows"])
     assert "the rnn needs a sliding window of 2 (4) or blocks of 3 (more than 4) steps" in text
     assert "0.25 and 0.12 with blocks of 4 (rnn)" in text  # a quarter of 4 ms, an eighth of 8000 bytes
 
@@ -179,34 +181,15 @@ def test_windows_name_what_is_needed_and_its_cost(data):
 def test_windows_that_only_full_bptt_satisfies(data):
     model = data["windows"]["models"][0]
     model["block"] = part(8, 8)
-    assert tables.recommended_window(model, "block", "0.1") is None
-    text = sentences.describe_windows(data["windows"])
+    assert window_costs.recommended_window(model, "block", "0.1") is None
+    text = window_costs.QUESTION.say(data["windows"])
     assert "blocks of all 8 (all 8) steps" in text and "One gradient" not in text
     model["windows"], model["sliding"] = list(range(1, 9)), part(None, None)
-    assert "sliding window of no number of (no number of)" in sentences.describe_windows(data["windows"])
-
-
-@pytest.mark.parametrize(
-    ("mean", "expected"),
-    [(5.1, "indistinguishable"), (5.3, "higher, so worse"), (4.7, "lower, so better"), (None, "cannot be compared")],
-)
-def test_learning_compares_with_the_spread(data, mean, expected):
-    learning = data["learning"]
-    learning["strategies"] = [strategy("full", 5.0, 0.1), {**strategy("fixed", 1.0, 0.1), "final_mean": mean}]
-    text = sentences.describe_learning(learning)
-    words = ["indistinguishable", "higher, so worse", "lower, so better", "cannot be compared"]
-    assert [word for word in words if word in text] == [expected]
-
-
-def test_one_seed_decides_nothing(data):
-    learning = data["learning"] | {"num_seeds": 1}
-    learning["strategies"] = [strategy("full", 5.0, None), strategy("fixed", 7.0, None)]
-    text = sentences.describe_learning(learning)
-    assert "one seed cannot tell" in text and "±" not in text
+    assert "sliding window of no number of (no number of)" in window_costs.QUESTION.say(data["windows"])
 
 
 def test_what_the_second_half_says(data):
-    said = {name: plain(sentence) for name, sentence in sections.write_sentences(data).items()}
+    said = {name: plain(sentence) for name, sentence in contents.write_sentences(data).items()}
     assert "norm of 2 on average, and on that of 2 steps before with 0 (0 %)" in said["flow"]
     assert "goes from -0.5 to 0.2 ± 0.01 nats per step and is positive: gradients explode" in said["spectra"]
     assert "reach a norm of 30; clipping leaves a norm of 1 at most" in said["growth"]
@@ -217,7 +200,7 @@ def test_what_the_second_half_says(data):
 
 
 def test_the_price_of_randomness_follows_the_numbers(data):
-    price, describe = data["randomness"], sections.SECTIONS["randomness"].describe
+    price, describe = data["randomness"], contents.QUESTIONS["randomness"].say
     text = describe(price)
     assert "The mean of 8 draws with π = 0.5 misses the gradient of the trained rnn by 10 % of its norm" in text
     assert (
@@ -240,7 +223,7 @@ def test_the_table_of_remedies_counts_what_its_means_leave_out(data):
         **data["remedies"]["after"],
         "loss": [[[0.5, 0.6], [None, 0.2]], [[0.5, 0.6], [None, None]]],
     }
-    rows = sections.make_tables(data)["remedies"].rows
+    rows = contents.make_tables(data)["remedies"].rows
     assert [row[-2:] for row in rows] == [
         ("0.55", "0 of 2"),
         ("0.2", "1 of 2"),
@@ -254,11 +237,11 @@ def test_sentences_of_the_second_half_follow_the_numbers(data):
     data["growth"].update(gradient_norms=[[0.5, 0.5], [0.2, 0.9]])
     data["flow"]["matrix"][1][1] = None
     data["remedies"]["after"] = {"loss": [[[0.5, 0.6], [0.5, 0.6]], [[0.5, 0.6], [None, 0.1]]]}
-    said = sections.SECTIONS
-    assert "cannot be told from 0" in said["spectra"].describe(data["spectra"])
-    assert "No gradient reaches the norm of 1" in said["growth"].describe(data["growth"])
-    assert "not finite" in said["flow"].describe(data["flow"])
-    words = said["remedies"].describe(data["remedies"])
+    said = contents.QUESTIONS
+    assert "cannot be told from 0" in said["spectra"].say(data["spectra"])
+    assert "No gradient reaches the norm of 1" in said["growth"].say(data["growth"])
+    assert "not finite" in said["flow"].say(data["flow"])
+    words = said["remedies"].say(data["remedies"])
     assert "vanishing network it is the same with all" in words and "not finite in some run with a remedy" in words
 
 
@@ -268,15 +251,15 @@ def test_sentences_of_the_second_half_follow_the_numbers(data):
 @pytest.mark.parametrize("name", usual(["coverage"], ALL))
 def test_pictures_are_the_same_bytes_every_time_and_valid(data, name):
     data["coverage"]["characters"] = NASTY[-4:]
-    (first,), (second,) = (sections.draw_pictures(data, LIGHT, [name]).values() for _ in range(2))
+    (first,), (second,) = (contents.draw_pictures(data, LIGHT, [name]).values() for _ in range(2))
     assert first == second and "<dc:date>" not in first
     ElementTree.fromstring(first)
 
 
-@pytest.mark.parametrize("name", usual(["reach"], ["reach", "windows", "learning", "spectra", "powers", "remedies"]))
+@pytest.mark.parametrize("name", usual(["reach"], ["reach", "windows", "diagnosis", "spectra", "powers", "remedies"]))
 def test_a_repainted_picture_is_the_one_drawn_dark(data, name):
     """Apart from the ids of its parts, which are hashes of their styles."""
-    (light,), (dark,) = (sections.draw_pictures(data, theme, [name]).values() for theme in (LIGHT, DARK))
+    (light,), (dark,) = (contents.draw_pictures(data, theme, [name]).values() for theme in (LIGHT, DARK))
 
     def numbered(svg):
         ids = dict.fromkeys(re.findall(r'[#"]([mp][0-9a-f]{10})\b', svg))
@@ -295,27 +278,29 @@ def test_pictures_survive_numbers_that_no_log_axis_shows(data):
     model = data["windows"]["models"][0]
     model["sliding"] = {"relative_error": [None] * 4, "cosine": [None] * 4, "recommended": {"0.1": None, "0.01": None}}
     model["costs"] = [cost("full", 8, 1e-3, 0)]
-    for found in data["learning"]["strategies"]:
-        found.update(perplexity=[[None, None], [None, None]], final_mean=None, final_std=None)
+    data["learning"].update(constant_loss=None, temporary_bytes=[None] * 3)
+    data["learning"]["curves"]["test"][1] = [[[None] * 5] * 5]
+    data["diagnosis"].update(norms=[None, 0.0], curve={**data["diagnosis"]["curve"], "relative_error": [None] * 3})
+    data["gradients"].update(variance=[None] * 3)
     data["flow"]["matrix"] = [[None, 0], [0.0, 0.0]]
     data["growth"].update(norms=[[None] * 3, [0.0] * 3], gradient_norms=[[None] * 2] * 2, clipped_norms=[[0.0] * 2] * 2)
     data["spectra"]["models"][1].update(exponents=[None, None], log_singular_values=[[None, None]] * 2)
     data["powers"]["alignments"][0].update(misalignment=[None, 0.0, None], rate=None, predicted_rate=None)
     for field in data["remedies"]["after"].values():
         field[0][0] = [None, None]
-    assert tuple(sections.draw_pictures(data)) == ALL
-    assert all(sections.write_sentences(data).values())
-    assert all(table.rows for table in sections.make_tables(data).values())
+    assert tuple(contents.draw_pictures(data)) == ALL
+    assert all(contents.write_sentences(data).values())
+    assert all(table.rows for table in contents.make_tables(data).values())
 
 
 def test_pictures_draw_on_the_axes_they_are_given(data):
     from matplotlib.figure import Figure
 
     ax = Figure().subplots()
-    assert pictures.draw_reach(data["reach"], ax=ax) is ax
-    assert pictures.draw_learning(data["learning"], ax=Figure().subplots()).lines
-    assert pictures.draw_coverage(data["coverage"]).shape == (3,)
-    assert pictures.draw_windows(data["windows"]).shape == (4, 1)
+    assert reach.draw(data["reach"], ax=ax) is ax
+    assert learning.draw(data["learning"], axes=Figure().subplots(2))[0].lines
+    assert coverage.draw(data["coverage"]).shape == (3,)
+    assert window_costs.draw(data["windows"]).shape == (4, 1)
 
 
 class Page(html.parser.HTMLParser):
@@ -332,7 +317,7 @@ class Page(html.parser.HTMLParser):
 
 
 def render(data):
-    data["sentences"] = sections.write_sentences(data)
+    data["sentences"] = contents.write_sentences(data)
     light, dark = (drawn_once(data, theme) for theme in (LIGHT, DARK))
     assert tuple(light) == tuple(dark) == ALL
     return render_page(data, light, dark)
@@ -342,7 +327,10 @@ def test_the_page_loads_nothing_and_says_everything(data):
     text = render(data)
     page = Page(text)
     links = [value for _, attrs in page.tags for name, value in attrs.items() if name in ("src", "href", "srcset")]
-    assert len(links) == 2 * len(ALL) and all(link.startswith("data:image/svg+xml;base64,") for link in links)
+    inside = [link for link in links if link.startswith("#")]
+    assert {link[1:] for link in inside} == {*ALL} and len(inside) > len(ALL)
+    assert len(links) - len(inside) == 2 * len(ALL)
+    assert all(link.startswith(("data:image/svg+xml;base64,", "#")) for link in links)
     assert not re.search(r"url\(|@import", text)
     assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
     images = [attrs for tag, attrs in page.tags if tag == "img"]
@@ -357,11 +345,11 @@ def test_the_page_loads_nothing_and_says_everything(data):
 def test_a_text_full_of_markup_stays_text(data):
     data["text"]["source"] = data["command"] = data["settings"]["text"] = NASTY
     data["coverage"]["characters"] = "<&>$"
-    data["learning"]["strategies"][1]["detail"] = "<script>alert(1)</script>"
+    data["learning"]["ways"][1] = "<script>alert(1)</script>"
     page = Page(render(data))
     assert "script" not in {tag for tag, _ in page.tags}
     assert "<script>alert(1)</script>" in page.text
-    for svg in sections.draw_pictures(data).values():
+    for svg in contents.draw_pictures(data).values():
         assert not [node for node in ElementTree.fromstring(svg).iter() if node.tag.endswith("script")]
 
 
@@ -370,16 +358,16 @@ def test_letters_that_the_built_in_font_lacks_stay_text(data):
     """In the fonts of whoever looks at them, not as boxes; the other pictures draw theirs."""
     data["coverage"]["characters"] = "文<好"
     data["text"] |= {"vocabulary": 128, "distinct_characters": 3000, "folded_characters": 5130}
-    drawn = sections.draw_pictures(data)
+    drawn = contents.draw_pictures(data)
     labels = [node.text for node in ElementTree.fromstring(drawn["coverage"]).iter() if node.tag.endswith("}text")]
     assert all(labels.count(letter) == 6 for letter in "文<好") and "monospace" in drawn["coverage"]
     assert "<text" not in drawn["reach"]
-    assert "5,130 of 9,000 characters\n(57 %)" in Page(render(data)).text
+    assert "5,130 of 9,000 characters (57 %)" in Page(render(data)).text
 
 
 @pytest.mark.parametrize("num_cells", usual([3], [1, 3]))
 def test_the_legend_of_windows_is_not_cut(data, num_cells):
-    axes = pictures.draw_windows({"models": data["windows"]["models"] * num_cells})
+    axes = window_costs.draw({"models": data["windows"]["models"] * num_cells})
     figure = axes[0, 0].figure
     figure.draw_without_rendering()
     box = figure.legends[0].get_window_extent()
@@ -390,15 +378,18 @@ def test_tables_in_a_narrow_terminal_keep_every_word(data, tmp_path, monkeypatch
     monkeypatch.setenv("COLUMNS", "40")
     display.print_summary(data, tmp_path)
     words = capsys.readouterr().out.split()
-    assert {"half-life", "vanishing", "perplexity", "randomized", "sliding,"} <= set(words)
+    assert {"half-life", "vanishing", "sliding,", "beside"} <= set(words)
 
 
 def test_a_strategys_table_is_right(data):
-    rows = sections.make_tables(data)
+    rows = contents.make_tables(data)
     assert rows["coverage"].rows[1] == ("fixed", "6", "60 %", "1", "6")
     assert rows["windows"].rows[2][3:] == ("3", "1 ms ± 10 µs", "1,000 B", "4 steps")
     assert rows["reach"].rows[0][3] == "1 step" and tables.format_steps(1234) == "1,234 steps"
-    assert rows["learning"].rows[0][2] == "5.00 ± 0.10"
+    assert rows["learning"].rows[1][:3] == ("blocks of 2", "0.01", "1.5")
+    assert rows["learning"].rows[1][4] == "worse" and rows["learning"].rows[2][4] == "as good"
+    assert rows["diagnosis"].rows[1][2] == "none measured" and rows["diagnosis"].rows[3][2] == "all 8"
+    assert rows["gradients"].rows[2][:3] == ("random", "0.1 ± 0.08", "0.4")
     assert tables.format_seconds(2.5e-4) == "250 µs" and tables.format_bytes(3 * 2**20) == "3 MiB"
 
 
@@ -407,6 +398,7 @@ def test_a_strategys_table_is_right(data):
 
 @pytest.fixture
 def quick_study(monkeypatch, data):
+    # What only a model of one's own has would give the page another beginning.
     def run(settings, text, progress):
         progress("train", 0.0)
         progress("measure", 0.5)
@@ -419,10 +411,10 @@ def quick_study(monkeypatch, data):
 
 def drawn_once(data, theme=LIGHT, names=None):
     """The pictures, drawn by the first test that asks: what the others look at is files and folders."""
-    names = tuple(sections.sections_of(data) if names is None else names)
+    names = tuple(contents.asked(data) if names is None else names)
     key = theme is LIGHT, names, json.dumps({name: data[name] for name in names})
     if key not in DRAWN:
-        DRAWN[key] = sections.draw_pictures(data, theme, names)
+        DRAWN[key] = contents.draw_pictures(data, theme, names)
     return dict(DRAWN[key])
 
 
@@ -432,14 +424,23 @@ DRAWN = {}
 # The study itself, as small as it can be
 
 SMALL = study.ReportSettings(
-    cell=("gru", "rnn"), hidden_size=5, num_steps=7, batch_size=3, window=3, keep_prob=0.5, seed=2, quick=True
+    cell=("gru", "rnn"),
+    hidden_size=5,
+    num_steps=7,
+    batch_size=3,
+    windows=(3,),
+    keep_prob=0.5,
+    num_seeds=2,
+    num_updates=20,
+    seed=2,
+    quick=True,
 )
 
 
 @pytest.fixture(scope="module")
 def small_study():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study, "QUICK", measurements.QUICK._replace(num_updates=6, num_draws=4))
+        patch.setattr(study, "QUICK", work.QUICK._replace(num_updates=6, num_draws=4))
         shown = []
         text = study.check_report_settings(SMALL)
         return study.run_study(SMALL, text, lambda what, done: shown.append(done)), shown
@@ -454,10 +455,10 @@ def test_a_study_says_what_the_schema_promises(small_study):
         (cell, stage) for cell in SMALL.cell for stage in ("before", "after")
     ]
     assert [model["cell"] for model in found["windows"]["models"]] == ["rnn"]  # quick: the last only
-    assert [len(s["perplexity"]) for s in found["learning"]["strategies"]] == [4, 4, 4]
-    first = [s["perplexity"][0] for s in found["learning"]["strategies"]]
-    assert first[0] == first[1] == first[2]  # from the same starts
-    assert found["learning"]["characters_read"][-1] == 6 * SMALL.num_steps * SMALL.batch_size
+    learned = learning.study_of(found["learning"])
+    assert learned.ways == ("full BPTT", "blocks of 3", "random, keep 0.5") and learned.num_seeds == 2
+    assert output.plain_numbers(learning.numbers_of(learned)).items() <= found["learning"].items()
+    assert learned.curves.test[0][0, :, 0].tolist() == learned.curves.test[1][0, :, 0].tolist()  # from the same starts
     assert shown == sorted(shown) and shown[-1] == 1.0
     assert np.shape(found["flow"]["matrix"]) == (SMALL.num_steps,) * 2
     assert [(m["cell"], m["stage"]) for m in found["spectra"]["models"]] == [("rnn", "before"), ("rnn", "after")]
@@ -473,33 +474,8 @@ def test_a_study_says_what_the_schema_promises(small_study):
     assert found["randomness"]["variance"][:2] == [0, 0] and min(found["randomness"]["variance"][2:]) > 0
     assert found["randomness"]["relative_bias"][1] > 0 and found["randomness"]["relative_bias_error"][1] == 0
     assert [seconds is None for seconds in found["randomness"]["seconds"]] == [False] * 3 + [True] * 3
-    assert sections.write_sentences(found)
+    assert contents.write_sentences(found)
     assert tasks.count_symbols(tasks.read_text()).items() <= found["text"].items()
-
-
-def test_strategies_as_data_are_the_estimators_they_stand_for():
-    task = tasks.text(study.check_report_settings(SMALL), num_steps=SMALL.num_steps, batch_size=SMALL.batch_size)
-    model = measurements.make_model("gru", SMALL, task, measurements.QUICK)
-    batch: Batch = measurements.first(task.train)
-    problem = model.cell.step, tasks.cross_entropy
-    chosen = learning.strategies(SMALL)
-    start = (model.seeds[0], model.carry, batch, jax.random.key(0))  # the same draw for both
-
-    @jax.jit
-    def as_data(window, keep_prob):
-        estimator = learning.strategy_estimator(model, window, keep_prob)
-        return estimator.update(model.seeds[0], estimator.init(*start), batch)[0]
-
-    for name, estimator in (
-        ("full", full_bptt(*problem)),
-        ("fixed", truncated_bptt(*problem, window=SMALL.window)),
-        ("randomized", randomized_bptt(*problem, keep_prob=SMALL.keep_prob)),
-    ):
-        window, keep_prob, _ = chosen[name]
-        found = as_data(window, keep_prob)
-        wanted, _ = jax.jit(estimator.update)(model.seeds[0], estimator.init(*start), batch)
-        assert bool((found.info["gates"] == 0).any()) == (name != "full")
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found.grads, wanted.grads)
 
 
 def leftovers(folder):
@@ -575,8 +551,11 @@ def test_a_failure_leaves_the_earlier_report_as_it_was(quick_study, monkeypatch,
 
 
 WRONG = [
-    ["--window", "0"],
-    ["--window", "many"],
+    ["--windows", "0"],
+    ["--windows", "many"],
+    ["--windows", "64"],
+    ["--num-seeds", "1"],
+    ["--learning-rates", "0"],
     ["--num-steps", "0"],
     ["--keep-prob", "0"],
     ["--seed", "4294967296"],
@@ -600,7 +579,7 @@ def test_wrong_input_is_one_line_and_status_2(arguments, monkeypatch, tmp_path, 
 
 def test_cores_cannot_be_chosen_once_jax_computes(tmp_path, capsys, monkeypatch):
     jax.block_until_ready(jnp.zeros(()))
-    monkeypatch.setattr(cli, "_available_cores", lambda: 4)
+    monkeypatch.setattr(study, "_available_cores", lambda: 4)
     cores = next(n for n in range(1, 3) if n != jax.config.jax_num_cpu_devices)
     assert cli.main(["report", "--out", str(tmp_path / "out"), "--cores", str(cores)]) == 2
     assert "cores must be chosen before" in capsys.readouterr().err and leftovers(tmp_path) == []
@@ -639,7 +618,7 @@ def test_help_version_and_no_arguments(capsys):
     assert capsys.readouterr().out.startswith("jbptt ")
     assert cli.main(["report", "--help"]) == 0
     shown = capsys.readouterr().out
-    for option in ("text", "cell", "hidden-size", "num-steps", "batch-size", "window", "keep-prob", "seed", "out"):
+    for option in ("text", "cell", "hidden-size", "num-steps", "batch-size", "windows", "keep-prob", "seed", "out"):
         assert f"--{option}" in shown
     assert "--quick" in shown and "--cores" in shown
     assert cli.main(["reprot"]) == 2

@@ -63,8 +63,9 @@ def judge(kept: Curves, places: np.ndarray) -> Judged:
         validation, test = kept.validation[way][..., place], kept.test[way][..., place]
         rate.append(int(np.argmin(validation.mean(1))))
         num_seeds = validation.shape[1]
-        others = (validation.sum(1, keepdims=True) - validation) / max(num_seeds - 1, 1)
-        chosen = np.argmin(others, axis=0)
+        chosen = [
+            int(np.argmin(np.delete(validation, seed, axis=1).mean(1))) for seed in range(num_seeds)
+        ]
         losses.append(test[chosen, np.arange(num_seeds)])
     return Judged(np.array(rate), np.array(losses))
 
@@ -84,6 +85,9 @@ def still_falling(kept: Curves, rate: np.ndarray) -> np.ndarray:
     shares = []
     for validation, index in zip(kept.validation, rate, strict=True):
         mean = validation[index].mean(0)
+        if not np.isfinite(mean).all():
+            shares.append(0.0)
+            continue
         gained = mean[0] - mean[-1]
         quarter = mean[-1 - max(1, (len(mean) - 1) // 4)] - mean[-1]
         shares.append(quarter / gained if gained > 0 else 0.0)

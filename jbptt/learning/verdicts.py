@@ -7,6 +7,7 @@ import numpy as np
 from jbptt.learning.intervals import Differences, differences
 
 BEST, AS_GOOD, NOT_TOLD_APART, WORSE = "best", "as good", "not told apart", "worse"
+NOT_FINITE = "not finite"
 SAME_TIME = 1.1
 """Times that differ by less are the same; then memory decides which way is cheaper."""
 
@@ -18,7 +19,7 @@ class Verdicts(NamedTuple):
       best: the way with the lowest mean loss.
       words: of each way, beside the best: "best"; "as good", where the whole interval lies below
         the margin; "worse", where the whole interval lies above 0 and the mean above the margin;
-        else "not told apart".
+        "not finite", where a loss is not; else "not told apart".
       choice: the cheapest way in time of those that may be taken.
       smallest: the one of them that takes the least memory.
       beside_best, beside_full: the differences to the best way and to full BPTT.
@@ -51,11 +52,15 @@ def verdicts_of(
       seconds: `[way]`, of one update.
       sizes: `[way]`, temporary bytes of one update.
     """
-    best = int(np.argmin(losses.mean(1)))
+    means = losses.mean(1)
+    finite = np.isfinite(means)
+    best = int(np.argmin(np.where(finite, means, np.inf)))
     beside = differences(losses, best)
     words = []
     for way in range(len(losses)):
-        if way == best:
+        if not finite[way]:
+            words.append(NOT_FINITE)
+        elif way == best:
             words.append(BEST)
         elif beside.low[way] > 0 and beside.mean[way] > margin:
             words.append(WORSE)
@@ -64,7 +69,8 @@ def verdicts_of(
         else:
             words.append(NOT_TOLD_APART)
     near = beside.mean <= np.maximum(margin, beside.error)
-    near &= np.array([word != WORSE for word in words])
+    near &= np.array([word not in (WORSE, NOT_FINITE) for word in words])
+    near[best] = True
     taken = np.flatnonzero(near)
     fastest = seconds[taken].min()
     fast = taken[seconds[taken] <= SAME_TIME * fastest]

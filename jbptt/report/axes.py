@@ -127,3 +127,19 @@ def round_ticks(smallest: float, largest: float) -> list[float]:
     decades = range(math.floor(math.log10(smallest)), math.ceil(math.log10(largest)) + 1)
     ticks = [factor * 10.0**decade for decade in decades for factor in (1, 2, 5)]
     return [tick for tick in ticks if smallest * 0.999 <= tick <= largest * 1.001]
+
+
+def shades(count: int, theme: Theme) -> list[Any]:
+    """So many colours of a theme's map, all of which stand out from its paper."""
+    import matplotlib
+
+    name, low, high = theme.shades
+    return list(matplotlib.colormaps[name](np.linspace(low + 0.15, high, count)))
+
+
+def significant(array: Any, number: int = 5) -> Any:
+    """Rounded to so many significant digits: a heat map is no table of logarithms."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        array = np.asarray(array, float)
+        scale = 10.0 ** (number - 1 - np.floor(np.log10(np.abs(array))))
+        return np.where(np.isfinite(scale), np.round(array * scale) / scale, array)

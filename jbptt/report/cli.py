@@ -7,22 +7,18 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from jbptt import __version__
 from jbptt.report import interruption
+from jbptt.report.commands.errors import UsageError
 
 DESCRIPTION = """How far back does the gradient of a recurrent model reach, and what does each
 truncation of backpropagation through time cost? `jbptt --version` prints the version."""
 COMMANDS = ("report", "diagnose", "compare", "results")
 NEEDED = ("tyro", "rich", "matplotlib", "jinja2")
-
-
-class UsageError(Exception):
-    """What the user can put right; its one line says how."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,28 +90,35 @@ def _commands(arguments: list[str]) -> Any:
     """
     import tyro
 
-    from jbptt.report import comparing
-    from jbptt.report.study import ReportSettings
+    from jbptt.report.commands.compare import ComparisonSettings, run_compare
+    from jbptt.report.commands.diagnose import run_diagnosis
+    from jbptt.report.commands.report import ReportSettings, run_report
+    from jbptt.report.commands.results import run_results
 
     commands = tyro.extras.SubcommandApp()
     command = shlex.join(["jbptt", *arguments])
 
     @commands.command(name="report")
     def report(
+        model: tyro.conf.Positional[str | None] = None,
+        /,
         settings: tyro.conf.OmitArgPrefixes[ReportSettings] = ReportSettings(),  # noqa: B008
         *,
         out: Path = Path("jbptt-report"),
         cores: int | None = None,
     ):
-        """Train small character models on real text and write report.html, report.json and the
-        figures.
+        """With which window should a model train? Measure it, and write report.html, report.json
+        and the figures: for small character models on real text, or for a model of your own.
 
         Args:
+            model: your own, MODULE:FUNCTION or FILE.py:FUNCTION; the function takes nothing and
+                returns (step, loss, params, carry, batch), or a dict with the arguments of
+                jbptt.learning_study. Interrupted, the same command goes on.
             out: the folder to write; files of an earlier report in it are replaced at the very end.
             cores: CPU cores used as devices, over which the runs are spread; all of them if not
                 given.
         """
-        return lambda: run_report(settings, out=out, cores=cores, command=command)
+        return lambda: run_report(settings, model=model, out=out, cores=cores, command=command)
 
     @commands.command(name="diagnose")
     def diagnose(
@@ -154,20 +157,21 @@ def _commands(arguments: list[str]) -> Any:
 
     @commands.command(name="compare")
     def compare(
-        settings: tyro.conf.OmitArgPrefixes[
-            comparing.ComparisonSettings
-        ] = comparing.ComparisonSettings(),  # noqa: B008
+        model: tyro.conf.Positional[str | None] = None,
+        /,
+        settings: tyro.conf.OmitArgPrefixes[ComparisonSettings] = ComparisonSettings(),  # noqa: B008
         *,
         out: Path | None = None,
     ):
-        """Train a small model on a task and compare truncated gradients with the exact one: bias,
-        variance, cost.
+        """Compare truncated gradients with the exact one, bias, variance and cost: of a small model
+        that is trained on a task, or of a model of your own, which then also learns in every way.
 
         Args:
+            model: your own, MODULE:FUNCTION or FILE.py:FUNCTION, as for report.
             out: a folder to write comparison.json and comparison.svg into; nothing is written if
                 not given.
         """
-        return lambda: run_compare(settings, out=out, command=command)
+        return lambda: run_compare(settings, model=model, out=out, command=command)
 
     @commands.command(name="results")
     def results(
@@ -192,173 +196,6 @@ def _commands(arguments: list[str]) -> Any:
         return lambda: run_results(store, variable=variable, x=x, out=out, command=command)
 
     return commands
-
-
-def run_compare(settings: Any, *, out: Path | None = None, command: str = "jbptt compare") -> int:
-    """Compares estimators on a task, prints two tables and writes what was asked for.
-
-    Raises: UsageError, before anything runs where that can be known.
-    """
-    from jbptt.report import comparing, output, plots
-    from jbptt.report.themes import to_svg
-
-    files = "comparison.json", "comparison.svg"
-    try:
-        comparing.check_comparison_settings(settings)
-        if out is not None:
-            output.check_target(Path(out), files)
-        with interruption.unfinished(
-            "the comparison was stopped before it was finished; nothing was written"
-        ):
-            found, cost = comparing.run_comparison(
-                settings, lambda what: print(what, file=sys.stderr, flush=True)
-            )
-            if out is not None:
-                picture = to_svg(plots.plot_comparison(found).figure)
-                texts = comparing.comparison_json(settings, found, cost, command), picture
-                output.write_files(dict(zip(files, texts, strict=True)), Path(out))
-    except (ValueError, OSError) as error:
-        raise UsageError(str(error)) from error
-    except _device_errors() as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(
-            f"the device gave up: {reason}; try a smaller --hidden-size or --batch-size"
-        ) from error
-    print(found, "", "time of one update, temporary memory", cost, sep="\n")
-    return 0
-
-
-def run_diagnosis(
-    model: str,
-    *,
-    plans: bool = False,
-    explain: bool = False,
-    out: Path | None = None,
-    **options: Any,
-) -> int:
-    """Diagnoses the model that a user's function returns and prints the page, and the plans if they
-    are asked for; writes what was asked for.
-
-    Raises: UsageError, for whatever the user can put right.
-    """
-    from jbptt.analysis.plan_search import choose_plan
-    from jbptt.diagnosis.question import diagnose
-    from jbptt.report import diagnosing, output
-    from jbptt.report.user_models import describe, is_own, load_problem
-
-    stopped = f"the diagnosis of {model} was stopped before it was finished"
-    try:
-        if out is not None:
-            output.check_target(Path(out), diagnosing.FILES)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    try:
-        with interruption.unfinished(stopped):
-            problem = load_problem(model)
-            found = diagnose(*problem, **options)
-            fastest, cost = choose_plan(*problem) if plans else (None, None)
-    except _device_errors() as error:
-        raise UsageError(
-            f"the device gave up: {str(error).splitlines()[0]}; try a smaller batch"
-        ) from error
-    except (Exception, SystemExit) as error:
-        said = isinstance(error, ValueError) and is_own(error)
-        raise UsageError(str(error) if said else f"{model} failed: {describe(error)}") from error
-    page = found.explain() if explain else str(found)
-    if fastest is not None:
-        page += f"\n\nFastest full gradient here: {fastest}.\n{cost}"
-    if out is not None:
-        try:
-            output.write_files(diagnosing.texts_of(found, page), Path(out))
-        except OSError as error:
-            raise UsageError(str(error)) from error
-    print(page)
-    return 0
-
-
-def run_results(store: Path, *, out: Path | None = None, **options: Any) -> int:
-    """Prints what a store holds, and writes what was asked for. Raises: UsageError."""
-    from jbptt.report import sweep_pages
-
-    try:
-        with interruption.unfinished(f"the results of {store} were not shown to the end"):
-            page, warned = sweep_pages.page_of_store(Path(store), out=out, **options)
-    except (ValueError, OSError) as error:
-        raise UsageError(str(error)) from error
-    for line in warned:
-        print(f"jbptt: {line}", file=sys.stderr)
-    print(page)
-    return 0
-
-
-def run_report(
-    settings: Any, *, out: Path, cores: int | None = None, command: str = "jbptt report"
-) -> int:
-    """Runs the study and writes its report into `out`, all of it or nothing.
-
-    Raises: UsageError, before anything runs where that can be known.
-    """
-    from jbptt.progress import ProgressDisplay
-    from jbptt.report import output, study
-    from jbptt.report.display import print_summary
-
-    target = Path(out)
-    try:
-        output.check_target(target)
-        _use_cores(cores)
-        text = study.check_report_settings(settings)
-    except (ValueError, OSError) as error:
-        raise UsageError(str(error)) from error
-    try:
-        stopped = (
-            f"the report was stopped before it was finished; nothing was written into {target}"
-        )
-        with interruption.unfinished(stopped), ProgressDisplay() as progress:
-            data = study.run_study(settings, text, progress)
-            progress("write the report", 1.0)
-            data |= {"created": datetime.now(UTC).isoformat(timespec="seconds"), "command": command}
-            output.write_report(data, target)
-    except (OSError, MemoryError) as error:
-        raise UsageError(f"the report could not be finished: {error}") from error
-    except _device_errors() as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(
-            f"the device gave up: {reason}; try a smaller --hidden-size or --batch-size"
-        ) from error
-    print_summary(data, target)
-    return 0
-
-
-def _use_cores(cores: int | None) -> None:
-    """Splits the CPU into `cores` devices, which JAX allows until it has computed something."""
-    available = _available_cores()
-    if cores is not None and not 1 <= cores <= available:
-        raise ValueError(
-            f"cores must be in [1, {available}], got {cores}; this process may use {available}"
-        )
-    if cores is None and "JAX_NUM_CPU_DEVICES" in os.environ:
-        return
-    import jax
-
-    try:
-        jax.config.update("jax_num_cpu_devices", cores or available)
-    except RuntimeError:
-        if cores is not None:
-            raise ValueError(
-                f"cores must be chosen before JAX computes anything, got {cores}; start a new "
-                "process"
-            ) from None
-
-
-def _available_cores() -> int:
-    """The cores that this process may use; a scheduler or a container allows fewer than all."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _device_errors() -> tuple[type[Exception], ...]:
-    import jax
-
-    return (jax.errors.JaxRuntimeError,)
 
 
 def _one_line(message: str, arguments: list[str]) -> str:

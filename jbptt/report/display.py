@@ -3,18 +3,39 @@
 from pathlib import Path
 from typing import Any
 
-from jbptt.report.tables import Table, learning_table, summary_table
+from jbptt.report.questions.learning import study_of
+from jbptt.report.questions.window_costs import format_window
+from jbptt.report.tables import Table, format_half_life
 
 
 def print_summary(data: dict[str, Any], target: Path) -> None:
     """The numbers that matter most, and where the report is."""
     from rich.console import Console
 
-    console = Console()
-    for table in (summary_table(data), learning_table(data["learning"])):
-        shown, width = _rich_table(table)
+    if "windows" in data:
+        shown, width = _rich_table(summary_table(data))
+        console = Console()
         console.print(shown, width=max(console.width, width), crop=False)
+    print(study_of(data["learning"]))
     print(f"Report: {target / 'report.html'}")
+
+
+def summary_table(data: dict[str, Any]) -> Table:
+    """One row per cell: how far its gradient reaches, and the windows for 10 % and 1 % error."""
+    columns = ("cell", "gradient", "half-life", "sliding, 10 %", "1 %", "blocks, 10 %", "1 %")
+    after = {curve["cell"]: curve for curve in data["reach"]["curves"] if curve["stage"] == "after"}
+    rows = []
+    for model in data["windows"]["models"]:
+        curve = after[model["cell"]]
+        windows = [
+            format_window(model, strategy, tolerance).replace("no number of", "none")
+            for strategy in ("sliding", "block")
+            for tolerance in ("0.1", "0.01")
+        ]
+        rows.append((model["cell"], curve["verdict"], format_half_life(curve), *windows))
+    return Table(
+        "After training: half-life of the gradient, window (steps) for an error of", columns, rows
+    )
 
 
 def _rich_table(table: Table) -> tuple[Any, int]:

@@ -4,7 +4,8 @@ import base64
 import re
 from typing import Any, NamedTuple
 
-from jbptt.report.sections import sections_of
+from jbptt.report.contents import asked
+from jbptt.report.front import conclusions, introduction, title_of
 from jbptt.report.tables import Table
 
 
@@ -28,7 +29,7 @@ def render_page(data: dict[str, Any], light: dict[str, str], dark: dict[str, str
 
     Args:
       data: the numbers of a study, with `sentences`, `created` and `command` (docs/report.md).
-      light: SVG text of each picture on light paper, by name (`sections.draw_pictures`).
+      light: SVG text of each picture on light paper, by name (`contents.draw_pictures`).
       dark: the same on dark paper.
     """
     import jinja2
@@ -43,7 +44,7 @@ def render_page(data: dict[str, Any], light: dict[str, str], dark: dict[str, str
     answers = [
         Answer(
             name,
-            section.question,
+            section.heading,
             data["sentences"][name],
             _data_uri(light[name]),
             _data_uri(dark[name]),
@@ -53,11 +54,16 @@ def render_page(data: dict[str, Any], light: dict[str, str], dark: dict[str, str
             section.caption.replace(" %", "\u00a0%"),
             section.table(data[name]),
         )
-        for name, section in sections_of(data).items()
+        for name, section in asked(data).items()
     ]
     settings = {name: _show(value) for name, value in data["settings"].items()}
     return environment.get_template("template.html.jinja").render(
-        data=data, sections=answers, settings=settings
+        data=data,
+        sections=answers,
+        settings=settings,
+        title=title_of(data),
+        introduction=introduction(data),
+        conclusions=conclusions(data),
     )
 
 

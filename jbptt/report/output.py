@@ -10,9 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jbptt.report.sections import SECTIONS, draw_pictures, sections_of, write_sentences
+import jax
+import numpy as np
 
-FILES = ("report.html", "report.json", *(f"{name}.svg" for name in SECTIONS))
+from jbptt.report.contents import QUESTIONS, asked, draw_pictures, write_sentences
+
+FILES = ("report.html", "report.json", *(f"{name}.svg" for name in QUESTIONS))
 
 
 def check_target(target: Path, files: Iterable[str] = FILES) -> None:
@@ -61,7 +64,7 @@ def write_report(data: dict[str, Any], target: Path) -> None:
     data["sentences"] = write_sentences(data)
     light = draw_pictures(data, LIGHT)
     dark = {name: repaint(svg, LIGHT, DARK) for name, svg in light.items()}
-    mapped = [name for name, section in sections_of(data).items() if section.has_colour_map]
+    mapped = [name for name, section in asked(data).items() if section.has_colour_map]
     dark |= draw_pictures(data, DARK, mapped)
     texts = {f"{name}.svg": svg for name, svg in light.items()}
     texts["report.json"] = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
@@ -135,3 +138,19 @@ def _absolute(target: Path) -> Path:
 def _existing(target: Path) -> Path:
     """`target`, or the nearest folder above it that exists."""
     return next(path for path in (target, *target.parents) if path.exists())
+
+
+def json_text(data: dict[str, Any]) -> str:
+    """Every number, as JSON; what is not finite becomes null."""
+    return json.dumps(plain_numbers(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def plain_numbers(value: Any) -> Any:
+    """Plain Python all the way down; numbers that are not finite become None."""
+    if isinstance(value, dict):
+        return {str(key): plain_numbers(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_numbers(item) for item in value]
+    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
+        return plain_numbers(np.asarray(value).tolist())
+    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jbptt.report import output as files
+from jbptt.report.output import plain_numbers
 from jbptt.report.run_tables import (
     REPEATS,
     Output,
@@ -22,7 +23,6 @@ from jbptt.report.run_tables import (
     run_table,
     text_of,
 )
-from jbptt.report.study import plain_numbers
 from jbptt.report.sweep_pictures import MOST_LINES, check_axis, plot_sweep
 from jbptt.report.themes import LIGHT, style, to_svg
 from jbptt.sweeps import stores

@@ -8,22 +8,88 @@ import traceback
 import uuid
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
+
+import jax
+
+from jbptt.learning.one_batch import divided
 
 _PACKAGE = Path(__file__).parents[1]
 RESULT = ("step", "loss", "params", "carry", "batch")
+NEEDED = ("step", "loss", "params", "carry", "batches")
+OPTIONAL = (
+    "heldout",
+    "stream",
+    "windows",
+    "sliding",
+    "keep_probs",
+    "estimators",
+    "learning_rates",
+    "extend",
+    "seeds",
+    "num_updates",
+    "num_evals",
+    "optimizer",
+    "version",
+)
+
+
+class UserModel(NamedTuple):
+    """What a user's function returned.
+
+    Attributes:
+      problem: step, loss, params, carry and one batch: what is asked of a gradient.
+      study: arguments of `learning_study` by name.
+    """
+
+    problem: tuple[Any, ...]
+    study: dict[str, Any]
 
 
 def load_problem(target: str) -> tuple[Any, ...]:
-    """Calls FUNCTION of MODULE (dotted, or the path of a file) and returns
-    `(step, loss, params, carry, batch)`.
+    """`(step, loss, params, carry, batch)` of a user's function; what `load_model` raises."""
+    result = _result(target)
+    return _one_batch(result) if isinstance(result, dict) else result
 
-    The current folder is searched first, as `python` does with a script's.
+
+def load_model(target: str) -> UserModel:
+    """Calls FUNCTION of MODULE (dotted, or the path of a file).
+
+    It returns `(step, loss, params, carry, batch)`, whose examples are then divided into those to
+    train on and those held out, or a dict with the arguments of `learning_study`.
 
     Raises:
       ValueError: a target of another form, a module or function that is not there, a function that
-        fails or returns something else; says which, with the place in the user's file.
+        fails or returns something else, a batch that cannot be divided; says which, with the place
+        in the user's file.
     """
+    result = _result(target)
+    if isinstance(result, dict):
+        return UserModel(_one_batch(result), result)
+    common = dict(zip(RESULT[:4], result, strict=False))
+    return UserModel(result, common | divided(*result))
+
+
+def source_of(target: str) -> bytes:
+    """The text of the file that holds the function; of a module that is no file, its name."""
+    name = target.rpartition(":")[0]
+    if not name.endswith(".py"):
+        spec = importlib.util.find_spec(name)
+        name = (spec and spec.origin) or name
+    return Path(name).read_bytes() if Path(name).is_file() else name.encode()
+
+
+def _one_batch(result: dict[str, Any]) -> tuple[Any, ...]:
+    """One problem of what is to be trained: the first parameters, the first batch."""
+    key = jax.random.key(0)
+    params, batches = result["params"], result["batches"]
+    params = params(key) if callable(params) else params
+    batch = batches(key) if callable(batches) else jax.tree.map(lambda a: a[0], batches)
+    return result["step"], result["loss"], params, result["carry"], batch
+
+
+def _result(target: str) -> Any:
+    """What the function returns: a tuple of five, or a dict of arguments."""
     name, separator, function_name = target.rpartition(":")
     if not separator or not name or not function_name.isidentifier():
         raise ValueError(
@@ -39,11 +105,22 @@ def load_problem(target: str) -> tuple[Any, ...]:
         result = function()
     except (Exception, SystemExit) as error:
         raise ValueError(f"{target} failed: {describe(error)}") from error
+    if isinstance(result, dict):
+        missing = [name for name in NEEDED if name not in result]
+        unknown = sorted(set(result) - {*NEEDED, *OPTIONAL})
+        if missing or unknown:
+            said = f"lacks {', '.join(missing)}" if missing else f"holds {', '.join(unknown)}"
+            raise ValueError(
+                f"{target} returned a dict that {said}; wanted {', '.join(NEEDED)}, and if you "
+                f"like {', '.join(OPTIONAL)}, as jbptt.learning_study takes them"
+            )
+        return result
     if not isinstance(result, tuple) or len(result) != len(RESULT):
         size = f" of {len(result)} entries" if isinstance(result, tuple) else ""
         raise ValueError(
-            f"{target} must return a tuple ({', '.join(RESULT)}), got "
-            f"{type(result).__name__}{size}; end it with return {', '.join(RESULT)}"
+            f"{target} must return a tuple ({', '.join(RESULT)}), got {type(result).__name__}"
+            f"{size}; end it with return {', '.join(RESULT)}, or return a dict of "
+            f"{', '.join(NEEDED)}"
         )
     return result
 

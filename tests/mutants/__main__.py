@@ -29,10 +29,11 @@ from .core import CORE
 from .edits import check_table, mutated, path_of, plain
 from .experiments import EXPERIMENTS
 from .interop import INTEROP
+from .learning import LEARNING
 from .report import REPORT
 from .sweeps import SWEEPS
 
-MUTANTS = CORE + ANALYSES + EXPERIMENTS + SWEEPS + INTEROP + REPORT
+MUTANTS = CORE + ANALYSES + EXPERIMENTS + SWEEPS + LEARNING + INTEROP + REPORT
 ROOT = Path(__file__).resolve().parents[2]
 LEFT_OUT = shutil.ignore_patterns(
     ".*",

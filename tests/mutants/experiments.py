@@ -79,7 +79,7 @@ EXPERIMENTS = (
         "jnp.asarray(leaf, jnp.result_type(leaf))",
         "jnp.asarray(leaf)",
     ),
-    Mutant("evaluation_resets_the_carry", TRAINING, "mean_loss", "carry, ys", "_, ys"),
+    Mutant("evaluation_resets_the_carry", TRAINING, "mean_loss", "start if fresh else after", "start"),
     Mutant(
         "evaluation_averages_batches",
         TRAINING,

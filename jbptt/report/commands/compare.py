@@ -1,8 +1,7 @@
-"""What `jbptt compare` does: train a small model on a task, then hold its truncated gradients
-against the exact one.
-"""
+"""`jbptt compare`: the gradients of a small model, or of a user's own, against the exact one."""
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,9 +19,16 @@ from jbptt.cells import Cell
 from jbptt.estimators import full_bptt, randomized_bptt, truncated_bptt
 from jbptt.experiments import tasks
 from jbptt.experiments.training import train
-from jbptt.report.measurements import first, take
+from jbptt.report import interruption, output, plots
+from jbptt.report.commands import own_models
+from jbptt.report.commands.errors import UsageError, device_errors, device_gave_up
+from jbptt.report.commands.options import check_belongs
+from jbptt.report.questions import gradients, learning
+from jbptt.report.text_models import first, take
+from jbptt.report.themes import to_svg
 from jbptt.types import Batch, Carry, Estimator, Loss, Params, Step
 
+FILES = ("comparison.json", "comparison.svg")
 NUM_WARMING = 4
 """Updates that windows which follow a bound see before they are compared."""
 
@@ -38,13 +44,17 @@ class ComparisonSettings:
       hidden_size: H.
       num_steps: T, steps per sequence; what full BPTT goes back through.
       batch_size: B, sequences side by side.
-      num_updates: of training with full BPTT before the gradients are compared.
-      window: steps per block, and per sliding window; several are compared.
-      keep_prob: of randomized truncation; several are compared, each with and without its weights.
-      mean_length: of ARTBP, in steps; several are compared.
+      num_updates: of training with full BPTT before the gradients are compared, 200; of a model of
+        your own of every training.
+      window: steps per block, and per sliding window; several are compared; 16.
+      keep_prob: of randomized truncation; several are compared, each with and without its weights;
+        0.9375.
+      mean_length: of ARTBP, in steps; several are compared; 16.
       tolerance: of windows that follow a bound on the bias (at most max(window) steps); left out if
         not given.
       num_samples: draws of each estimator that draws.
+      learning_rates: of a model of your own: that every way is first tried with.
+      num_seeds: of a model of your own: of every way and rate.
       seed: of everything random, in [0, 2³²).
     """
 
@@ -54,13 +64,29 @@ class ComparisonSettings:
     hidden_size: int = 64
     num_steps: int = 128
     batch_size: int = 16
-    num_updates: int = 200
-    window: tuple[int, ...] = (16,)
-    keep_prob: tuple[float, ...] = (0.9375,)
-    mean_length: tuple[float, ...] = (16.0,)
+    num_updates: int | None = None
+    window: tuple[int, ...] | None = None
+    keep_prob: tuple[float, ...] | None = None
+    mean_length: tuple[float, ...] | None = None
     tolerance: float | None = None
     num_samples: int = 100
+    learning_rates: tuple[float, ...] | None = None
+    num_seeds: int | None = None
     seed: int = 0
+
+
+BUILT_IN = (
+    "task", "text", "cell", "hidden_size", "num_steps", "batch_size", "mean_length", "tolerance",
+)  # fmt: skip
+"""Options of the models that the comparison brings along."""
+OF_ITS_OWN = ("learning_rates", "num_seeds")
+"""Options of a model of one's own."""
+NUM_UPDATES = 200
+
+
+def windows_of(settings: ComparisonSettings) -> tuple[int, ...]:
+    """Those compared with the built-in models."""
+    return (16,) if settings.window is None else settings.window
 
 
 @dataclass(frozen=True)
@@ -75,18 +101,20 @@ class Setup:
 
 def check_comparison_settings(settings: ComparisonSettings) -> None:
     """A ValueError says what is wrong, before anything runs."""
-    for name in ("hidden_size", "batch_size", "num_updates"):
+    for name in ("hidden_size", "batch_size"):
         validation.check_positive_integer(name, getattr(settings, name))
+    if settings.num_updates is not None:
+        validation.check_positive_integer("num_updates", settings.num_updates)
     validation.check_positive_integer(
         "num_steps", settings.num_steps, smallest=3 if settings.task == "copy" else 2
     )
     validation.check_positive_integer("num_samples", settings.num_samples, smallest=2)
     validation.check_seed(settings.seed)
-    for window in settings.window:
+    for window in settings.window or ():
         validation.check_positive_integer("window", window)
-    for keep_prob in settings.keep_prob:
+    for keep_prob in settings.keep_prob or ():
         validation.check_probability("keep_prob", keep_prob)
-    for mean_length in settings.mean_length:
+    for mean_length in settings.mean_length or ():
         validation.check_mean_length(mean_length)
     if settings.text is not None and settings.task != "text":
         raise ValueError(
@@ -94,7 +122,7 @@ def check_comparison_settings(settings: ComparisonSettings) -> None:
         )
     if settings.tolerance is not None:
         validation.check_between("tolerance", settings.tolerance, 0, 1, "0.1 means a bias of 10 %")
-        if not settings.window:
+        if not windows_of(settings):
             raise ValueError(
                 "tolerance needs a window, the longest that may be taken; pass --window"
             )
@@ -115,7 +143,7 @@ def make_setup(settings: ComparisonSettings) -> Setup:
         return Setup(
             cell,
             tasks.cross_entropy,
-            take(task.train, 0, settings.num_updates),
+            take(task.train, 0, settings.num_updates or NUM_UPDATES),
             first(task.heldout),
         )
     if settings.task == "copy":
@@ -126,7 +154,8 @@ def make_setup(settings: ComparisonSettings) -> Setup:
         draw = partial(tasks.adding, num_steps=steps, batch_size=examples)
         cell, loss = cells.with_linear_readout(make(2, hidden), 1), tasks.squared_error
     keys = jax.random.split(
-        jax.random.fold_in(jax.random.key(settings.seed), 1), settings.num_updates + 1
+        jax.random.fold_in(jax.random.key(settings.seed), 1),
+        (settings.num_updates or NUM_UPDATES) + 1,
     )
     return Setup(cell, loss, jax.jit(jax.vmap(draw))(keys[1:]), jax.jit(draw)(keys[0]))
 
@@ -139,18 +168,18 @@ def symbols_read(settings: ComparisonSettings) -> dict[str, int] | None:
 def estimators_of(settings: ComparisonSettings, step: Step, loss: Loss) -> dict[str, Estimator]:
     """What is compared, by name; full BPTT first."""
     found = {"full": full_bptt(step, loss)}
-    for window in dict.fromkeys(settings.window):
+    for window in dict.fromkeys(windows_of(settings)):
         found[f"blocks of {window}"] = truncated_bptt(step, loss, window=window, streams=False)
         found[f"sliding {window}"] = truncated_bptt(step, loss, window=window, stride=1)
-    for keep_prob in dict.fromkeys(settings.keep_prob):
+    for keep_prob in dict.fromkeys((0.9375,) if settings.keep_prob is None else settings.keep_prob):
         found[f"keep {keep_prob}"] = randomized_bptt(step, loss, keep_prob=keep_prob)
         found[f"keep {keep_prob}, no 1/π"] = randomized_bptt(
             step, loss, keep_prob=keep_prob, reweight=False
         )
-    for length in dict.fromkeys(settings.mean_length):
+    for length in dict.fromkeys((16.0,) if settings.mean_length is None else settings.mean_length):
         found[f"artbp {length}"] = randomized_bptt(step, loss, mean_length=length)
     if settings.tolerance is not None:
-        longest = max(settings.window)
+        longest = max(windows_of(settings))
         found[f"adaptive {settings.tolerance}"] = adaptive_bptt(
             step, loss, tolerance=settings.tolerance, max_window=longest
         )
@@ -187,7 +216,7 @@ def run_comparison(
         )
     key = jax.random.fold_in(jax.random.key(settings.seed), 0)
     estimators = estimators_of(settings, setup.cell.step, setup.loss)
-    say(f"train: {settings.num_updates} updates with full BPTT")
+    say(f"train: {settings.num_updates or NUM_UPDATES} updates with full BPTT")
     optimizer = optax.chain(clipping.clip_by_global_norm(1.0), optax.adam(3e-3))
     run = jax.jit(partial(train, estimators["full"], optimizer))
     carry = setup.cell.initial_carry((settings.batch_size,))
@@ -207,8 +236,6 @@ def comparison_json(
     settings: ComparisonSettings, found: Comparison, cost: Cost, command: str
 ) -> str:
     """Every number, as JSON; what is not finite becomes null."""
-    from jbptt.report.study import plain_numbers
-
     data: dict[str, Any] = {
         name: getattr(found, name) for name in (*PER_ESTIMATOR, "coverage", "alignment")
     }
@@ -222,4 +249,76 @@ def comparison_json(
     data |= {"temporary_bytes": cost.temporary_bytes}
     data["text"] = symbols_read(settings)
     data["settings"]["text"] = None if settings.text is None else str(settings.text)
-    return json.dumps(plain_numbers(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return (
+        json.dumps(output.plain_numbers(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    )
+
+
+def run_compare(
+    settings: ComparisonSettings,
+    *,
+    model: str | None = None,
+    out: Path | None = None,
+    command: str = "jbptt compare",
+) -> int:
+    """Compares estimators, prints two tables and writes what was asked for.
+
+    Raises: UsageError, before anything runs where that can be known.
+    """
+    files = FILES if model is None else (*FILES, "learning.svg")
+    try:
+        check_comparison_settings(settings)
+        if model is None:
+            check_belongs(settings, OF_ITS_OWN, "models of your own")
+        else:
+            check_belongs(settings, BUILT_IN, "the built-in models")
+        if out is not None:
+            output.check_target(Path(out), files)
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
+    if model is not None:
+        return _run_own(model, settings, None if out is None else Path(out), command)
+    try:
+        with interruption.unfinished(
+            "the comparison was stopped before it was finished; nothing was written"
+        ):
+            found, cost = run_comparison(
+                settings, lambda what: print(what, file=sys.stderr, flush=True)
+            )
+            if out is not None:
+                picture = to_svg(plots.plot_comparison(found).figure)
+                texts = comparison_json(settings, found, cost, command), picture
+                output.write_files(dict(zip(FILES, texts, strict=True)), Path(out))
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
+    except device_errors() as error:
+        raise device_gave_up(error, "a smaller --hidden-size or --batch-size") from error
+    print(found, "", "time of one update, temporary memory", cost, sep="\n")
+    return 0
+
+
+def _run_own(target: str, settings: ComparisonSettings, out: Path | None, command: str) -> int:
+    """The same for a model of one's own: its gradients, and what each way learns."""
+    given = {
+        "windows": settings.window,
+        "keep_probs": settings.keep_prob,
+        "learning_rates": settings.learning_rates,
+        "seeds": settings.num_seeds,
+        "num_updates": settings.num_updates,
+    }
+    with own_models.asking(target, out):
+        _, found, study = own_models.compared(
+            target, given, settings.num_samples, settings.seed, out
+        )
+    if out is not None:
+        data = gradients.measure(found) | {"learning": learning.numbers_of(study)}
+        data |= {"model": target, "command": command, "settings": asdict(settings)}
+        pictures = plots.plot_comparison(found), plots.plot_learning_study(study)
+        texts = {FILES[0]: output.json_text(data), FILES[1]: to_svg(pictures[0].figure)}
+        texts["learning.svg"] = to_svg(pictures[1].figure)
+        try:
+            output.write_files(texts, out)
+        except OSError as error:
+            raise UsageError(str(error)) from error
+    print(found, "", study, sep="\n")
+    return 0

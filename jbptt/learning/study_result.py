@@ -128,8 +128,9 @@ class LearningStudy:
         What it gains: from a constant prediction's loss, or where there is none from the loss
         before training, to the lowest test loss of a way at its own rate.
         """
-        gained = self.known_without_inputs - self.at_equal_data.judged.losses.mean(1).min()
-        return replace(self, margin=share * max(float(gained), 0.0))
+        means = self.at_equal_data.judged.losses.mean(1)
+        lowest = means[np.isfinite(means)].min(initial=np.inf)
+        return replace(self, margin=share * max(float(self.known_without_inputs - lowest), 0.0))
 
     def at_own_rate(self, errors: list[np.ndarray]) -> np.ndarray:
         """`[way]`, the median over seeds of what is given by way, rate and seed."""
@@ -137,7 +138,7 @@ class LearningStudy:
         return np.array([np.median(of[i]) for of, i in zip(errors, chosen, strict=True)])
 
     def __str__(self) -> str:
-        from jbptt.learning.page import write_page
+        from jbptt.learning.study_page import write_page
 
         return write_page(self)
 

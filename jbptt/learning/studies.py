@@ -17,8 +17,8 @@ from jbptt.arrays import is_key
 from jbptt.executables import is_traced
 from jbptt.learning.constants import best_constant_loss
 from jbptt.learning.lessons import Lessons, lessons_of
-from jbptt.learning.result import LearningStudy
 from jbptt.learning.rounds import train_all
+from jbptt.learning.study_result import LearningStudy
 from jbptt.learning.trainings import Trainings, usual_optimizer
 from jbptt.learning.ways import ways_of
 from jbptt.problem import check_problem

@@ -1,5 +1,6 @@
 """The page of a learning study, in plain text of at most 100 columns: a decision, its evidence."""
 
+import math
 import textwrap
 from typing import Any
 
@@ -108,6 +109,13 @@ def _beside(study: Any, way: int) -> list[str]:
     ]
 
 
+def beside_full(study: Any, way: int) -> str:
+    """`+0.01 (−0.02 to +0.04)`."""
+    beside = study.at_equal_data.verdicts.beside_full
+    mean, low, high = (_signed(float(of[way])) for of in (beside.mean, beside.low, beside.high))
+    return f"{mean} ({low} to {high})"
+
+
 def _interval(beside: Any, way: int) -> str:
     return (
         f"{_signed(float(beside.mean[way]))}, 95 % interval {_signed(float(beside.low[way]))} to "
@@ -116,6 +124,8 @@ def _interval(beside: Any, way: int) -> str:
 
 
 def _signed(value: float) -> str:
+    if not math.isfinite(value):
+        return "not finite"
     return f"{value:+.3g}".replace("-", "−") if value else "0"
 
 
@@ -166,7 +176,7 @@ def table(study: Any) -> list[str]:
         f"{'updates':>11}{'test loss':>13}",
     ]
     for i, name in enumerate(study.ways):
-        own = ("", "") if i == 0 else (_percent(float(error[i])) for error in errors)
+        own = ("", "") if i == 0 else (share_words(float(error[i])) for error in errors)
         before, after = own
         rows.append(
             f"  {name:<{width}}{before:>11}{after:>11}{1e3 * study.seconds[i]:>11.2f} ms"
@@ -176,14 +186,15 @@ def table(study: Any) -> list[str]:
     return rows
 
 
-def _percent(share: float) -> str:
+def share_words(share: float) -> str:
+    """`12 %`; from tenfold on `12 ×`."""
     return f"{100 * share:.2g} %" if share < 10 else f"{share:.2g} ×"
 
 
 def _notes(study: Any) -> list[tuple[str, str]]:
     return [
-        ("budget", _budget(study)),
-        ("time", _at_equal_time(study)),
+        ("budget", budget(study)),
+        ("time", after_equal_time(study)),
         ("foretold", foretold(study)),
         ("rates", _unbracketed(study)),
         ("intervals", _intervals(study)),
@@ -200,7 +211,7 @@ def _intervals(study: Any) -> str:
     )
 
 
-def _budget(study: Any) -> str:
+def budget(study: Any) -> str:
     """Whether training came to a plateau."""
     shares = study.still_falling
     moving = [i for i in np.flatnonzero(shares > STILL_FALLING) if study.learned[i]]
@@ -209,7 +220,7 @@ def _budget(study: Any) -> str:
     if not moving:
         return (
             "at a plateau: over the last quarter of its updates no way gained more than "
-            f"{_percent(STILL_FALLING)} of all that it gained"
+            f"{share_words(STILL_FALLING)} of all that it gained"
         )
     named = [f"{study.ways[i]} {100 * shares[i]:.0f} %" for i in moving]
     return (
@@ -218,7 +229,7 @@ def _budget(study: Any) -> str:
     )
 
 
-def _at_equal_time(study: Any) -> str:
+def after_equal_time(study: Any) -> str:
     """The answer where all ways may compute equally long."""
     if not study.learned.any():
         return ""
@@ -245,7 +256,7 @@ def foretold(study: Any) -> str:
     worse = (beside.low > 0) & (beside.mean > study.margin)
     outcomes = {"worse": worse, "not shown to be worse": ~worse}
     said = [
-        f"{size} {_percent(FORETOLD)}, {outcome}: {_listed(names)}"
+        f"{size} {share_words(FORETOLD)}, {outcome}: {_listed(names)}"
         for size, of_size in {"at most": small, "above": ~small}.items()
         for outcome, which in outcomes.items()
         if (names := [study.ways[i] for i in np.flatnonzero(of_size & which) if i])

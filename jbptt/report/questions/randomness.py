@@ -1,6 +1,4 @@
-"""The price of randomness: random cuts with and without their weights, beside fixed ones of the
-same mean length.
-"""
+"""The price of randomness: random cuts with and without weights, beside fixed ones."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -16,11 +14,19 @@ from jbptt.analysis.lags import LagProfile
 from jbptt.analysis.window_lengths import optimize_schedule
 from jbptt.estimators import full_bptt, randomized_bptt, truncated_bptt
 from jbptt.experiments import tasks
-from jbptt.report.axes import numbers
-from jbptt.report.measurements import Effort, Progress, Trained
+from jbptt.report.axes import (
+    numbers,
+)
+from jbptt.report.one_question import Question
 from jbptt.report.plots import plot_comparison
-from jbptt.report.tables import Table, format_number, format_seconds
+from jbptt.report.tables import (
+    Table,
+    format_number,
+    format_seconds,
+)
+from jbptt.report.text_models import Trained
 from jbptt.report.themes import LIGHT, Theme
+from jbptt.report.work import Effort, Progress
 from jbptt.types import Estimator, Loss, Step
 
 
@@ -59,7 +65,7 @@ def fitted_cuts(
     return found
 
 
-def price(
+def measure(
     trained: Trained,
     grad_norms: np.ndarray,
     keep_prob: float,
@@ -101,7 +107,7 @@ def time_them(
     return price | {"seconds": [*cost.median_seconds, *missing]}
 
 
-def draw_price(price: dict[str, Any], *, ax: Any = None, theme: Theme = LIGHT) -> Any:
+def draw(price: dict[str, Any], *, ax: Any = None, theme: Theme = LIGHT) -> Any:
     """Bias and standard deviation of each way to cut."""
     return plot_comparison(SimpleNamespace(**price), ax=ax, theme=theme)
 
@@ -110,7 +116,7 @@ def _row(price: dict[str, Any], i: int) -> dict[str, float]:
     return {field: float(numbers(price[field])[i]) for field in PER_ESTIMATOR}
 
 
-def describe_price(price: dict[str, Any]) -> str:
+def say(price: dict[str, Any]) -> str:
     """What the draws say about bias, and what they cost in spread and time."""
     blocks, kept, bare = (_row(price, i) for i in (1, 2, 3))
     if not np.all(np.isfinite([*blocks.values(), *kept.values(), *bare.values()])):
@@ -157,7 +163,7 @@ def _percent(share: float) -> str:
     return f"{format_number(100 * share)} %"
 
 
-def price_table(price: dict[str, Any]) -> Table:
+def table(price: dict[str, Any]) -> Table:
     """One row for each way to cut."""
     rows = []
     for i, name in enumerate(price["names"]):
@@ -189,6 +195,22 @@ def price_table(price: dict[str, Any]) -> Table:
     return Table("The price of randomness", columns, rows)
 
 
-def alt_price(price: dict[str, Any]) -> str:
+def alt(price: dict[str, Any]) -> str:
     """What stands in the picture."""
     return f"Dot plot of relative bias and standard deviation for {', '.join(price['names'])}."
+
+
+QUESTION = Question(
+    "randomness",
+    "What is the price of randomness?",
+    "Ways to cut the gradient of one held-out batch, windows of the same mean length. Filled: "
+    "how far the mean over all draws is from the exact gradient, with two standard errors; "
+    "without bias it is about one of them, never 0. Hollow: how far one draw scatters around "
+    "that mean. Fitted lengths: windows of least predicted variance, given how this gradient "
+    "falls with the lag.",
+    0.8,
+    draw,
+    say,
+    table,
+    alt,
+)

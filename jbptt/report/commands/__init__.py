@@ -1,0 +1,1 @@
+"""The commands, a room each: what it is given, what it measures, prints and writes."""
