@@ -282,6 +282,10 @@ def test_verdicts():
     assert small_but_sure.words == ("best", "as good", "worse") and small_but_sure.choice == 1
     same_time = verdicts_of(means_with(0.01, 1.0, 1.0, 1.0), 0.05, np.array([1.0, 1.05, 1.2]), small)
     assert same_time.choice == 1  # of the two that take as long the one with less memory
+    equals = verdicts_of(means_with(0.01, 1.0, 0.999, 1.0), 0.05, np.array([1.05, 1.0, 1.02]), np.array([1.0, 0.99, 1]))
+    assert (equals.best, equals.choice, equals.smallest) == (1, 0, 0)  # full BPTT, which is exact
+    unknown = verdicts_of(means_with(0.01, 1.0, 1.0, 1.0), 0.05, np.array([1.0, 0.5, 0.5]), np.full(3, np.nan))
+    assert (unknown.choice, unknown.smallest) == (1, 0)
 
 
 def test_a_loss_that_is_not_finite_is_never_taken():

@@ -8,8 +8,8 @@ from jbptt.learning.intervals import Differences, differences
 
 BEST, AS_GOOD, NOT_TOLD_APART, WORSE = "best", "as good", "not told apart", "worse"
 NOT_FINITE = "not finite"
-SAME_TIME = 1.1
-"""Times that differ by less are the same; then memory decides which way is cheaper."""
+SAME_COST = 1.1
+"""Times that differ by less are the same, and so is memory; full BPTT then comes first."""
 
 
 class Verdicts(NamedTuple):
@@ -20,7 +20,8 @@ class Verdicts(NamedTuple):
       words: of each way, beside the best: "best"; "as good", where the whole interval lies below
         the margin; "worse", where the whole interval lies above 0 and the mean above the margin;
         "not finite", where a loss is not; else "not told apart".
-      choice: the cheapest way in time of those that may be taken.
+      choice: the cheapest way in time of those that may be taken; of equals the one that takes
+        less memory, then the first.
       smallest: the one of them that takes the least memory.
       beside_best, beside_full: the differences to the best way and to full BPTT.
     """
@@ -72,13 +73,18 @@ def verdicts_of(
     near &= np.array([word not in (WORSE, NOT_FINITE) for word in words])
     near[best] = True
     taken = np.flatnonzero(near)
-    fastest = seconds[taken].min()
-    fast = taken[seconds[taken] <= SAME_TIME * fastest]
+    fast = _lowest(taken, seconds)
     return Verdicts(
         best,
         tuple(words),
-        int(fast[np.argmin(sizes[fast])]),
-        int(taken[np.argmin(sizes[taken])]),
+        int(_lowest(fast, sizes)[0]),
+        int(_lowest(taken, sizes)[0]),
         beside,
         differences(losses, 0),
     )
+
+
+def _lowest(ways: np.ndarray, costs: np.ndarray) -> np.ndarray:
+    """The ways whose cost is the lowest, or as good as that."""
+    of_ways = costs[ways]
+    return ways if np.isnan(of_ways).any() else ways[of_ways <= SAME_COST * of_ways.min()]

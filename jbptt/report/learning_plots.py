@@ -62,6 +62,8 @@ def plot_learning_curves(study: Any, *, ax: Any = None, theme: Theme = LIGHT) ->
 
     ax = new_axes((7.0, 4.4), 1, 1, ax)
     name, low, high = theme.shades
+    # Full BPTT has the ink; what is nearly as dark or as light as that is left to it.
+    high = low + 0.7 * (high - low)
     shades = colormaps[name](np.linspace(low, high, max(len(study.ways) - 1, 1)))
     _, judged, _ = study.at_equal_data
     for i, way in enumerate(study.ways):

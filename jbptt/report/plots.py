@@ -177,6 +177,8 @@ def plot_comparison(comparison: Any, *, ax: Any = None, theme: Theme = LIGHT) ->
     """Relative bias of each estimator with two standard errors (filled), and its standard deviation
     (hollow).
     """
+    from matplotlib.ticker import FuncFormatter
+
     names = comparison.names
     ax = new_axes((7.0, 0.4 * len(names) + 1.6), 1, 1, ax)
     places, variance = np.arange(len(names)), numbers(comparison.variance)
@@ -196,6 +198,7 @@ def plot_comparison(comparison: Any, *, ax: Any = None, theme: Theme = LIGHT) ->
     )
     _lines(ax, "relative to the norm of the exact gradient", "", legend=False)
     ax.set_xscale("symlog", linthresh=0.01)
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.set_xlim(left=-0.002)
     ax.set_yticks(places, labels=names)
     ax.set_ylim(len(names) - 0.4, -0.6)

@@ -15,9 +15,9 @@ class Effort(NamedTuple):
       rates: learning rates that they are first tried with.
       num_seeds: of each way and rate.
       study_updates: of each of these trainings.
+      study_evals: evaluations of each of them.
       cost_windows: timed beside the recommended ones.
       cost_tolerances: how many of the recommended windows are timed, beginning with 10 % of error.
-      windows_of_all_cells: or of the last one only; spectra too.
       num_repeats: timed updates of each.
       spectrum_steps: of the trajectory behind a Lyapunov spectrum.
       num_exponents: how many of its exponents, the leading ones.
@@ -30,9 +30,9 @@ class Effort(NamedTuple):
     rates: tuple[float, ...]
     num_seeds: int
     study_updates: int
+    study_evals: int
     cost_windows: tuple[int, ...]
     cost_tolerances: int
-    windows_of_all_cells: bool
     num_repeats: int
     spectrum_steps: int
     num_exponents: int
@@ -41,15 +41,15 @@ class Effort(NamedTuple):
 
     def total_work(self, num_cells: int) -> float:
         """In the units in which the functions of this study report progress: some seconds each."""
-        per_cell = (num_cells if self.windows_of_all_cells else 1) * (5 + len(self.cost_windows))
+        of_the_last = 5 + len(self.cost_windows)
         of_study = STUDY_WORK * len(self.rates) * self.num_seeds
-        return num_cells + per_cell + of_study + 3 + 4 * (self.num_draws > 0) + 8 * self.remedies
+        return num_cells + of_the_last + of_study + 3 + 4 * (self.num_draws > 0) + 8 * self.remedies
 
 
 STUDY_WORK = 2
 """Units of work of the trainings of one learning rate and seed."""
-FULL = Effort(600, (4, 16), (3e-3, 1e-2, 3e-2), 5, 400, (4, 16, 64), 2, True, 7, 1024, 64, 64, True)
-QUICK = Effort(60, (4, 16), (1e-2, 3e-2), 3, 100, (), 1, False, 3, 256, 8, 0, False)
+FULL = Effort(600, (4, 16), (1e-2, 3e-2, 1e-1), 5, 300, 10, (4, 16, 64), 2, 7, 1024, 64, 64, True)
+QUICK = Effort(60, (8,), (3e-2, 1e-1), 3, 60, 5, (), 1, 3, 256, 8, 0, False)
 
 
 class Progress:

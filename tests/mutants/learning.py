@@ -88,8 +88,8 @@ LEARNING = (
         "beside.mean <= np.maximum(margin, beside.error)",
         "beside.mean < np.inf",
     ),
-    Mutant("the_choice_is_the_best", VERDICTS, "verdicts_of", "int(fast[np.argmin(sizes[fast])])", "best"),
-    Mutant("equal_times_are_told_apart", VERDICTS, "verdicts_of", "SAME_TIME * fastest", "fastest"),
+    Mutant("the_choice_is_the_best", VERDICTS, "verdicts_of", "int(_lowest(fast, sizes)[0])", "best"),
+    Mutant("equal_times_are_told_apart", VERDICTS, "_lowest", "SAME_COST * of_ways.min()", "of_ways.min()"),
     Mutant("rates_end_where_they_began", ROUNDS, "Trained.missing", "wanted.append((way, float(rate)))", "pass"),
     Mutant(
         "rates_go_on_where_nothing_is_learned",

@@ -64,7 +64,7 @@ class ReportSettings:
       num_seeds: of every way and rate.
       num_updates: of every training that the ways are judged by.
       seed: of everything random, in [0, 2³²).
-      quick: fewer updates, seeds and timings; windows of the last cell only.
+      quick: fewer ways, rates, updates, seeds and timings, and fewer questions.
     """
 
     text: Path | None = None
@@ -127,7 +127,6 @@ def run_study(
     task = tasks.text(text, num_steps=settings.num_steps, batch_size=settings.batch_size)
     names = tuple(dict.fromkeys(settings.cell))
     last = len(names) - 1
-    chosen = range(len(names)) if effort.windows_of_all_cells else [last]
     count = Progress(progress, effort.total_work(len(names)))
 
     def device(i: int):
@@ -165,21 +164,18 @@ def run_study(
         return curves, look(randomness.measure, i, norms, settings.keep_prob, effort)()
 
     jobs = [partial(reach_and_price, i) for i in reversed(range(len(names)))]
-    jobs += [look(window_costs.find_windows, i) for i in chosen]
-    jobs += [look(spectra.measure, i, task.heldout, effort) for i in chosen]
-    *looked, flows = in_parallel(count, [*jobs, look(flow.measure, last)])
-    lags = looked[: len(names)]
+    jobs += [
+        look(window_costs.find_windows, last),
+        look(spectra.measure, last, task.heldout, effort),
+    ]
+    *lags, found, spectrums, flows = in_parallel(count, [*jobs, look(flow.measure, last)])
     price = lags[0][1]
-    diagnoses, spectrums = looked[len(names) : -len(chosen)], looked[-len(chosen) :]
     random = {}
     if price is not None:
         random["randomness"] = randomness.time_them(
             trained[last], price, settings.keep_prob, effort, count
         )
-    measured = [
-        window_costs.measure(trained[i], found, effort, count)
-        for i, found in zip(chosen, diagnoses, strict=True)
-    ]
+    measured = window_costs.measure(trained[last], found, effort, count)
     # Alone, since its updates are timed too.
     learned = learning.measure(settings, text, effort, count)
     curves = [curve for found, _ in reversed(lags) for curve in found]
@@ -189,9 +185,9 @@ def run_study(
         "learning": learned,
         "coverage": coverage.measure(text, trained[last].model.cell.step, settings),
         "reach": {"lags": list(range(len(curves[0]["norms"]))), "curves": curves},
-        "windows": {"models": measured},
+        "windows": {"models": [measured]},
         "flow": flows,
-        "spectra": {"models": [model for found in spectrums for model in found]},
+        "spectra": {"models": spectrums},
         **random,
         **others,
     }

@@ -26,7 +26,7 @@ from jbptt.report.tables import Table, format_bytes, format_number, format_secon
 from jbptt.report.themes import LIGHT, Theme
 from jbptt.report.work import STUDY_WORK, Effort, Progress
 
-NUM_STEPS, NUM_UNITS, NUM_ROWS, NUM_HELDOUT = 64, 32, 8, 16
+NUM_STEPS, NUM_UNITS, NUM_ROWS, NUM_HELDOUT = 64, 32, 8, 8
 """A small model of its own: what decides is many trainings, not large ones."""
 WIDTH = 5
 """Trainings side by side: given, since times decide nothing that the same seed must repeat."""
@@ -58,6 +58,7 @@ def measure(settings: Any, text: str, effort: Effort, progress: Progress) -> Num
         learning_rates=settings.learning_rates or effort.rates,
         seeds=num_seeds,
         num_updates=settings.num_updates or effort.study_updates,
+        num_evals=effort.study_evals,
         key=jax.random.key(settings.seed),
         progress=False,
         width=WIDTH,
