@@ -60,7 +60,7 @@ def test_the_commands_take_its_problem(name, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small.py").write_text(
         f"import sys\nsys.path.insert(0, {str(FOLDER)!r})\nfrom {name} import problem\n"
-        f"def small():\n    return problem(**{SIZES[name]!r})\n"
+        f"def small():\n    return problem(**{SIZES[name]!r}) | {{'windows': (3,), 'sliding': (), 'keep_probs': ()}}\n"
     )
     options = ["--num-seeds=2", "--num-updates=20", "--learning-rates=0.01", "--num-samples=2", "--out=found"]
     with jax.enable_x64(False):

@@ -467,7 +467,10 @@ def test_the_page_says_what_the_numbers_say():
     assert worse.startswith("Train with blocks of 4 (1 × the time, 0.33 × the memory of full BPTT). It is the cheapest")
     assert "learns as well as the best (+0.001 beside full BPTT)" in worse
     assert "Worse than full BPTT: blocks of 2." in worse and "noise" not in worse
+    wide = page(made_up(1.0, 1.5, 1.1, 1.09, noise=0.1))
+    assert "Worse than full BPTT: blocks of 2. Not told apart from it by 5 seeds: blocks of 4 and blocks of 8." in wide
     alone = page(made_up(1.0, 1.5, 1.4))
+    assert "Not told apart" not in alone
     assert alone.startswith("Train with full BPTT. It has the lowest test loss. Worse than full BPTT: blocks of 2 and")
     tie = page(made_up(1.0, 1.1, 1.05, noise=0.5))
     assert tie.startswith("The ways do not differ by more than the noise of 5 seeds: none is shown to be better.")
@@ -514,8 +517,8 @@ def test_the_page_says_what_equal_time_changes():
 def test_the_page_says_what_gradient_errors_foretold():
     text = page(made_up(1.0, 1.001, 1.5, 1.0005, 1.6, errors=[0, 0.05, 0.05, 0.5, 0.5]))
     wanted = (
-        "at most 10 %, worse: blocks of 4; at most 10 %, not shown to be worse: blocks of 2; "
-        "above 10 %, worse: blocks of 16; above 10 %, not shown to be worse: blocks of 8"
+        "was at most 10 % for blocks of 4 (worse than full BPTT) and blocks of 2 (not shown to be worse); "
+        "above 10 % for blocks of 16 (worse than full BPTT) and blocks of 8 (not shown to be worse)"
     )
     assert wanted in text
 

@@ -56,6 +56,13 @@ def decision(study: Any) -> str:
         worse = [study.ways[i] for i, word in enumerate(verdicts.words) if word == WORSE]
         best = study.ways[verdicts.best]
         words.append(f"Worse than {best}: {_listed(worse)}.")
+        apart = [
+            study.ways[i]
+            for i, word in enumerate(verdicts.words)
+            if word == NOT_TOLD_APART and i != choice
+        ]
+        if apart:
+            words.append(f"Not told apart from it by {seeds}: {_listed(apart)}.")
     if verdicts.smallest != choice:
         least = verdicts.smallest
         words.append(f"Least memory: {study.ways[least]}{_cost(study, least)}.")
@@ -188,7 +195,9 @@ def table(study: Any) -> list[str]:
 
 def share_words(share: float) -> str:
     """`12 %`; from tenfold on `12 ×`."""
-    return f"{100 * share:.2g} %" if share < 10 else f"{share:.2g} ×"
+    if share >= 10:
+        return f"{share:.2g} ×"
+    return f"{100 * share:.2g} %" if share < 0.995 else f"{100 * share:.0f} %"
 
 
 def _notes(study: Any) -> list[tuple[str, str]]:
@@ -254,17 +263,17 @@ def foretold(study: Any) -> str:
     beside = study.at_equal_data.verdicts.beside_full
     small = study.at_own_rate(study.errors_at_start) <= FORETOLD
     worse = (beside.low > 0) & (beside.mean > study.margin)
-    outcomes = {"worse": worse, "not shown to be worse": ~worse}
-    said = [
-        f"{size} {share_words(FORETOLD)}, {outcome}: {_listed(names)}"
-        for size, of_size in {"at most": small, "above": ~small}.items()
-        for outcome, which in outcomes.items()
-        if (names := [study.ways[i] for i in np.flatnonzero(of_size & which) if i])
-    ]
-    return (
-        "the gradient's error before training, and what came of it beside full BPTT: "
-        + "; ".join(said)
-    )
+    outcomes = {"worse than full BPTT": worse, "not shown to be worse": ~worse}
+    clauses = []
+    for size, of_size in {"at most": small, "above": ~small}.items():
+        groups = [
+            f"{_listed(names)} ({outcome})"
+            for outcome, which in outcomes.items()
+            if (names := [study.ways[i] for i in np.flatnonzero(of_size & which) if i])
+        ]
+        if groups:
+            clauses.append(f"{size} {share_words(FORETOLD)} for {_listed(groups)}")
+    return f"the gradient's error before training was {'; '.join(clauses)}"
 
 
 def _unbracketed(study: Any) -> str:

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 from jbptt.learning.study_page import decision
 from jbptt.report.questions.learning import study_of
+from jbptt.report.words import capital
 
 
 class Conclusion(NamedTuple):
@@ -23,9 +24,7 @@ def introduction(data: dict[str, Any]) -> list[str]:
     """What was trained on what, a paragraph each."""
     if "model" in data:
         learning = data["learning"]
-        return [
-            f"The model of {data['model']}. {learning['data'][:1].upper()}{learning['data'][1:]}."
-        ]
+        return [f"The model of {data['model']}. {capital(learning['data'])}."]
     settings, text = data["settings"], data["text"]
     cells = ", ".join(settings["cell"])
     paragraphs = [

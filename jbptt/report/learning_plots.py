@@ -77,7 +77,7 @@ def plot_learning_curves(study: Any, *, ax: Any = None, theme: Theme = LIGHT) ->
     ax.set_xlabel("updates")
     ax.set_ylabel("test loss")
     ax.grid(True)
-    ax.legend(frameon=False, fontsize=9)
+    ax.legend(fontsize=9, facecolor=theme.paper, edgecolor="none", framealpha=0.9)
     return ax
 
 

@@ -24,6 +24,7 @@ from jbptt.report.learning_plots import plot_learning_curves, plot_learning_stud
 from jbptt.report.one_question import Numbers, Question
 from jbptt.report.tables import Table, format_bytes, format_number, format_seconds
 from jbptt.report.themes import LIGHT, Theme
+from jbptt.report.words import capital
 from jbptt.report.work import STUDY_WORK, Effort, Progress
 
 NUM_STEPS, NUM_UNITS, NUM_ROWS, NUM_HELDOUT = 64, 32, 8, 8
@@ -122,15 +123,8 @@ def draw(learning: Numbers, *, axes: Any = None, theme: Theme = LIGHT) -> Any:
 def say(learning: Numbers) -> str:
     """The decision, whether it holds for longer training, and what gradient errors foretold."""
     study = study_of(learning)
-    clauses = [decision(study)]
-    for begin, words in (
-        ("", budget(study)),
-        ("", after_equal_time(study)),
-        ("", foretold(study)),
-    ):
-        if words:
-            clauses.append(f"{begin}{words[:1].upper()}{words[1:]}.")
-    return " ".join(clauses)
+    notes = [budget(study), after_equal_time(study), foretold(study)]
+    return " ".join([decision(study), *(f"{capital(words)}." for words in notes if words)])
 
 
 def table(learning: Numbers) -> Table:
