@@ -24,4 +24,4 @@ def made_up(*means, noise=0.01, constant=2.0, seconds=None, falling=0.0, errors=
         tuple(ways), Curves([np.array([0.01])] * number, validation, validation), np.arange(5) * 10,
         np.ones(number) if seconds is None else np.array(seconds), np.arange(number, 0, -1.0) * 2**20,
         by_seed, by_seed, constant, 0.0, (), "data", "start and data",
-    ).with_margin(0.02)  # fmt: skip
+    ).with_margin()  # fmt: skip

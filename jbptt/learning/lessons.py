@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jbptt import validation
 from jbptt.experiments.training import check_batches
@@ -35,23 +36,27 @@ class Lessons:
     stream: bool
 
     @property
+    def num_batches(self) -> int | None:
+        """N of the training data; None where they are drawn."""
+        return None if callable(self.train) else len(jax.tree.leaves(self.train)[0])
+
+    @property
     def first(self) -> Batch:
         """One batch of the training data."""
-        return self.reader(jax.random.key(0), 1)(0)
+        return self.reader(jax.random.key(0), 1, 0)(0)
 
-    def reader(self, key: jax.Array, num_updates: int) -> Callable[[Any], Batch]:
+    def reader(self, key: jax.Array, num_updates: int, begin: Any) -> Callable[[Any], Batch]:
         """`number of an update -> batch`, in the order of this key.
 
-        A stream begins at any of its batches, and again at the first after the last. Batches that
-        are sequences of their own come in a random order, each once before any comes again.
+        A stream begins at batch `begin`, and again at the first after the last. Batches that are
+        sequences of their own come in a random order, each once before any comes again.
         """
         if callable(self.train):
             draw = self.train
             return lambda number: draw(jax.random.fold_in(key, number))
         batches, num_batches = self.train, len(jax.tree.leaves(self.train)[0])
         if self.stream:
-            first = jax.random.randint(key, (), 0, num_batches)
-            return lambda number: _at(batches, (first + number) % num_batches)
+            return lambda number: _at(batches, (begin + number) % num_batches)
         rounds = jax.random.split(key, -(-num_updates // num_batches))
         order = jax.vmap(partial(jax.random.permutation, x=num_batches))(rounds).ravel()
         return lambda number: _at(batches, order[number])
@@ -66,13 +71,14 @@ def lessons_of(batches: Any, heldout: Any, stream: bool, key: jax.Array) -> Less
 
     Args:
       batches: leaves `[N, T, ...]`, or a function of a key.
-      heldout: leaves `[M, T, ...]`, of which the first half is for validation; None: the last
-        fifth of the batches, or what the function draws.
+      heldout: leaves `[M, T, ...]`, of which the first half is for validation; None: a fifth of
+        the batches, the last ones of a stream, else drawn; or what the function draws.
       stream: whether batch n + 1 goes on where batch n ended.
       key: draws what is held out of a function.
 
     Raises:
-      ValueError: too few batches; shapes that do not go together; a stream from a function.
+      ValueError: too few batches; shapes that do not go together; a stream from a function, or a
+        function that draws the same batch for every key.
     """
     if not isinstance(stream, bool):
         raise ValueError(
@@ -85,8 +91,13 @@ def lessons_of(batches: Any, heldout: Any, stream: bool, key: jax.Array) -> Less
                 "stream=True needs batches in an order, got a function that draws them; pass "
                 "leaves [N, T, ...], or stream=False"
             )
-        if heldout is None:
-            heldout = jax.jit(jax.vmap(batches))(jax.random.split(key, NUM_DRAWN))
+        drawn = jax.jit(jax.vmap(batches))(jax.random.split(key, NUM_DRAWN))
+        if all(bool((leaf == leaf[:1]).all()) for leaf in jax.tree.leaves(drawn)):
+            raise ValueError(
+                "batches must draw another batch for another key, got the same for all; draw with "
+                "jax.random from its argument"
+            )
+        heldout = drawn if heldout is None else heldout
         one = jax.eval_shape(batches, key)
     else:
         num_batches = check_batches(batches)
@@ -97,8 +108,14 @@ def lessons_of(batches: Any, heldout: Any, stream: bool, key: jax.Array) -> Less
                     f"batches must be at least 4 where heldout is not given, got {num_batches}; "
                     "pass heldout, at least 2 batches that training does not read"
                 )
-            heldout = jax.tree.map(lambda a: a[num_batches - away :], batches)
-            batches = jax.tree.map(lambda a: a[: num_batches - away], batches)
+            order = np.arange(num_batches)
+            if not stream:  # they may be sorted
+                order = np.random.default_rng(0).permutation(order)
+            kept, away = np.sort(order[: num_batches - away]), np.sort(order[num_batches - away :])
+            heldout, batches = (
+                jax.tree.map(lambda a, rows=rows: jnp.asarray(a)[rows], batches)
+                for rows in (away, kept)
+            )
         one = jax.eval_shape(partial(_at, index=0), batches)
     num_heldout = _check_heldout(heldout, one)
     half = num_heldout // 2

@@ -15,7 +15,7 @@ from jbptt.problem import check_problem
 from jbptt.starts import start_of
 from jbptt.types import Batch, Carry, Loss, Params, Step
 
-FEWEST = 8
+FEWEST = 10
 REMEDY = (
     "return a dict instead: step, loss, params, carry and batches, leaves [N, T, ...] or a "
     "function key -> Batch, as jbptt.learning_study takes them"
@@ -25,11 +25,11 @@ REMEDY = (
 def divided(step: Step, loss: Loss, params: Params, carry: Carry, batch: Batch) -> dict[str, Any]:
     """`batches` and `heldout` for `learning_study`, from one batch `[T, B, ...]`.
 
-    A fifth of the examples chooses learning rates, a fifth judges; both are repeated to B rows and
-    weigh as much as they are many.
+    A fifth of the examples, drawn, chooses learning rates, a fifth judges; both are repeated to B
+    rows and weigh as much as they are many.
 
     Raises:
-      ValueError: fewer than 8 examples, examples that depend on each other, or that start from
+      ValueError: fewer than 10 examples, examples that depend on each other, or that start from
         different carries.
     """
     _, batch_shape, *_ = check_problem(step, loss, params, carry, batch)
@@ -60,15 +60,26 @@ def divided(step: Step, loss: Loss, params: Params, carry: Carry, batch: Batch) 
         num_steps = jax.tree.leaves(batch)[0].shape[0]
         return picked._replace(weights=jnp.broadcast_to(given * shares, (num_steps, size)))
 
+    order = np.random.default_rng(0).permutation(size)  # they may be sorted
+
     def repeated(first: int) -> Batch:
-        rows = first + np.arange(size) % away
-        return chosen(jnp.asarray(rows), jnp.asarray(1 / np.bincount(rows)[rows]))
+        places = first + np.arange(size) % away
+        return chosen(jnp.asarray(order[places]), jnp.asarray(1 / np.bincount(places)[places]))
 
     def draw(key: jax.Array) -> Batch:
-        rows = jax.random.randint(key, (size,), 0, num_train)
-        return chosen(rows, jnp.ones(size))
+        places = jax.random.randint(key, (size,), 0, num_train)
+        return chosen(jnp.asarray(order)[places], jnp.ones(size))
 
     heldout = jax.tree.map(
         lambda *leaves: jnp.stack(leaves), repeated(num_train), repeated(num_train + away)
     )
     return {"batches": draw, "heldout": heldout}
+
+
+def words_of(num_steps: int, size: int) -> str:
+    """What a study on one batch reads."""
+    away = size // 5
+    return (
+        f"{num_steps} steps; {size - 2 * away} of {size} examples are trained on, drawn with "
+        f"replacement; {away} choose rates and checkpoints, {away} judge"
+    )

@@ -59,7 +59,8 @@ def train_all(
     trainings: Trainings,
     rates: tuple[float, ...],
     num_seeds: int,
-    factor: float | None,
+    factor: float,
+    extend: bool,
     ask: Callable[..., Any],
     tell: Callable[[str], None],
 ) -> tuple[Trained, list[tuple[int, float]]]:
@@ -69,7 +70,8 @@ def train_all(
       trainings: what they share.
       rates: that every way is tried with at first.
       num_seeds: of each way and rate.
-      factor: between one rate and the next that is tried; None: no more than those given.
+      factor: between one rate and the next that is tried.
+      extend: whether more than the given rates are tried.
       ask: `(number of the round, run_fn, points) -> dataset`.
       tell: says what comes next.
     """
@@ -92,7 +94,7 @@ def train_all(
             own = slice(i * num_seeds, (i + 1) * num_seeds)
             outputs = {name: np.asarray(found[name])[own] for name in found.data_vars}
             trained.add(way, rate, outputs)
-        wanted = [] if factor is None else trained.missing(factor)
-        if not wanted:
+        wanted = trained.missing(factor)
+        if not wanted or not extend:
             break
     return trained, wanted

@@ -1,25 +1,26 @@
 """`learning_study`: with which window should I train?"""
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jbptt import validation
 from jbptt.analysis.costs import measure_cost
-from jbptt.arrays import is_key
+from jbptt.arrays import is_key, widened
 from jbptt.executables import is_traced
 from jbptt.learning.constants import best_constant_loss
 from jbptt.learning.lessons import Lessons, lessons_of
 from jbptt.learning.rounds import train_all
 from jbptt.learning.study_result import LearningStudy
-from jbptt.learning.trainings import Trainings, usual_optimizer
+from jbptt.learning.trainings import Trainings, draws_starts, usual_optimizer
 from jbptt.learning.ways import ways_of
 from jbptt.problem import check_problem
 from jbptt.starts import start_of
@@ -28,7 +29,6 @@ from jbptt.types import Batch, Estimator, Loss, Step
 
 RATES = (1e-3, 3e-3, 1e-2)
 FACTOR = 10**0.5
-MARGIN = 0.02
 NUM_REPEATS = 7
 COSTS = "costs.json"
 
@@ -66,11 +66,11 @@ def learning_study(
     all of its own.
 
     A training is judged by the checkpoint with the lowest validation loss so far, the start
-    included. Learning rates are chosen by the mean validation loss; a seed is judged at the rate
-    that the other seeds chose. Differences are paired over seeds; intervals hold for all pairs of
-    ways together in 95 % of studies (t, Bonferroni). May be taken: every way that is not shown to
-    be worse than the best and is within one standard error of it, or nearer than 2 % of what
-    training gains; of those the cheapest is chosen.
+    included. Each way has the learning rate with the lowest mean validation loss. Differences are
+    paired over seeds; intervals are Student's t at 95 % for all pairs of ways together
+    (Bonferroni). May be taken: every way that is not shown to be worse than another and is within
+    one standard error of the best, or nearer than 2 % of what training gains; of those the cheapest
+    is chosen.
 
     Costs K · R · S trainings (K ways, R rates at first, S seeds), and S more for each further rate;
     one compilation for full BPTT, blocks and random cuts together, one for each other way. Their
@@ -84,8 +84,8 @@ def learning_study(
       batches: leaves `[N, T, ...]`, read again and again; or a function `key -> Batch` that draws
         one `[T, ...]`, a new one for every update.
       heldout: leaves `[M, T, ...]` that training does not read, M ≥ 2: the first half chooses
-        learning rates and checkpoints, the second half judges. None: the last fifth of the batches
-        is kept back, or 16 are drawn.
+        learning rates and checkpoints, the second half judges. None: a fifth of the batches is kept
+        back, or 16 are drawn: where `batches` draws from a fixed set, training reads that too.
       stream: whether each batch goes on where the one before ended, as in a text: the carry goes on
         too. Else `carry` enters every batch, and their order is drawn.
       windows: steps per block; None: 2, 8, 32, … below T.
@@ -101,7 +101,8 @@ def learning_study(
       optimizer: `learning_rate -> optax transformation`; clipping to a norm of 1, then Adam, if not
         given. The rate is traced.
       key: of all randomness; None: `jax.random.key(0)`.
-      store: a folder that keeps every training; the same call again goes on where this one stopped.
+      store: a folder that keeps every training; the same call again goes on where this one stopped,
+        and another one (data, start, loss, optimizer, ways, budget) is refused.
       progress: whether to say on standard error what is being done.
       **how: further arguments of `sweep`: executor, mesh, memory_budget, version, width, changed.
 
@@ -111,51 +112,57 @@ def learning_study(
       SweepStopped: Ctrl-C; with a store the same call goes on.
     """
     key = jax.random.key(0) if key is None else key
-    _check(key, learning_rates, how)
+    learning_rates = _listed("learning_rates", learning_rates)
+    windows, sliding, keep_probs = (
+        None if values is None else _listed(name, values)
+        for name, values in (("windows", windows), ("sliding", sliding), ("keep_probs", keep_probs))
+    )
+    _check(key, learning_rates, optimizer, how)
     seeds = validation.check_positive_integer("seeds", seeds, smallest=2)
     num_evals = validation.check_positive_integer("num_evals", num_evals)
     num_updates = validation.check_positive_integer("num_updates", num_updates)
     eval_every = -(-num_updates // num_evals)
     for_heldout, for_seeds = jax.random.split(key)
     lessons = lessons_of(batches, heldout, stream, for_heldout)
-    if (
-        not callable(params)
-        and not callable(batches)
-        and len(jax.tree.leaves(lessons.train)[0]) < 2
-    ):
-        raise ValueError(
-            "seeds would all be the same training: one start and one batch; pass params as a "
-            "function of a key, or more batches"
-        )
-    trainings = Trainings(
-        step, loss, params, carry, lessons, (), optimizer, eval_every * num_evals, eval_every,
-        for_seeds,
-    )  # fmt: skip
-    start, first = trainings.start(trainings.keys(0)[0]), lessons.first
+    _check_seeds(seeds, params, lessons)
+    first = lessons.first
+    start = params(for_seeds) if draws_starts(params) else params
     num_steps, batch_shape, *_ = check_problem(step, loss, start, carry, first)
     ways = ways_of(
-        step, loss, num_steps, windows=windows, sliding=sliding, keep_probs=keep_probs,
+        step,
+        loss,
+        num_steps,
+        windows=windows,
+        sliding=sliding,
+        keep_probs=keep_probs,
         estimators=estimators,
-    )  # fmt: skip
-    trainings = replace(trainings, ways=ways)
+    )
+    trainings = Trainings(
+        step,
+        loss,
+        params,
+        carry,
+        lessons,
+        ways,
+        optimizer,
+        eval_every * num_evals,
+        eval_every,
+        for_seeds,
+    )
+    mark = mark_of(trainings)
     tell = partial(_tell, progress)
     folder = None if store is None else Path(store)
     tell(f"{len(ways)} ways: {', '.join(way.name for way in ways)}")
-    seconds, sizes = _costs(trainings, start, first, folder, tell)
-    version = json.dumps(
-        [how.pop("version", None), trainings.num_updates, eval_every, [way.name for way in ways]]
-    )
+    seconds, sizes = _costs(trainings, first, folder, mark, tell)
+    version = f"{how.pop('version', None)}, {mark}"
     ask = partial(_sweep, for_seeds, folder, {"version": version, "progress": progress} | how)
-    trained, wanted = train_all(
-        trainings, tuple(map(float, learning_rates)), seeds, FACTOR if extend else None, ask, tell
-    )
+    trained, wanted = train_all(trainings, learning_rates, seeds, FACTOR, extend, ask, tell)
     entering = start_of(carry, start)
     _, y = jax.eval_shape(step, start, entering, jax.tree.map(lambda a: a[0], first.xs))
     constant = float(jax.jit(partial(best_constant_loss, loss, y, batch_shape))(lessons.test))
-    curves = trained.curves
     study = LearningStudy(
         tuple(way.name for way in ways),
-        curves,
+        trained.curves,
         eval_every * np.arange(num_evals + 1),
         seconds,
         sizes,
@@ -165,21 +172,75 @@ def learning_study(
         0.0,
         tuple(dict.fromkeys(ways[way].name for way, _ in wanted)),
         _data_words(lessons, num_steps, batch_shape),
-        "start and data" if callable(params) else "data alone",
+        "start and data" if draws_starts(params) else "data alone",
     )
-    return study.with_margin(MARGIN)
+    return study.with_margin()
 
 
-def _check(key: Any, learning_rates: Any, how: dict[str, Any]) -> None:
+def _listed(name: str, values: Any) -> tuple:
+    """As a tuple, of a generator too; a ValueError for a number alone."""
+    try:
+        return tuple(values)
+    except TypeError:
+        raise ValueError(f"{name} must be a list, got {values!r}; write {name}=[…]") from None
+
+
+def _check_seeds(seeds: int, params: Any, lessons: Lessons) -> None:
+    """A ValueError where two seeds would be the same training."""
+    number = lessons.num_batches
+    if draws_starts(params) or number is None:
+        return
+    if number < 2 or (lessons.stream and seeds > number):
+        raise ValueError(
+            f"{seeds} seeds would be the same training in part: one start, and {number} batches to "
+            "train on; pass params as a function of a key, more batches, or fewer seeds"
+        )
+
+
+def mark_of(trainings: Trainings) -> str:
+    """What tells two studies apart: ways, budget, data, the first seed's start and its losses, and
+    what the optimizer does to it.
+
+    Raises:
+      ValueError: a loss on what is held out is not finite before training.
+    """
+    start = trainings.start(trainings.keys(0)[0])
+    losses = jax.jit(lambda: trainings.losses(start, trainings.carry))()
+    for name, value in losses.items():
+        if not np.isfinite(value):
+            raise ValueError(
+                f"the {name} loss is {float(value)} before training; look for what is not finite "
+                "by jbptt.find_nonfinite, or in heldout"
+            )
+    ones = jax.tree.map(jnp.ones_like, jax.tree.map(widened, start))
+    optimizer = trainings.optimizer(1e-2)
+    updates, _ = optimizer.update(ones, optimizer.init(ones), ones)
+    lessons = trainings.lessons
+    data = lessons.first if callable(lessons.train) else lessons.train
+    mark = hashlib.sha256()
+    for leaf in jax.tree.leaves((data, lessons.validation, lessons.test, start)):
+        leaf = jax.random.key_data(leaf) if is_key(leaf) else leaf
+        mark.update(f"{np.shape(leaf)}".encode() + np.asarray(leaf).tobytes())
+    # Rounded, since another machine may add up in another order.
+    rounded = [f"{float(value):.3g}" for value in losses.values()]
+    rounded += [f"{float(jnp.sum(jnp.abs(leaf))):.3g}" for leaf in jax.tree.leaves(updates)]
+    settings = [way.name for way in trainings.ways], trainings.num_updates, trainings.eval_every
+    mark.update(f"{settings} {lessons.stream} {rounded}".encode())
+    return mark.hexdigest()[:16]
+
+
+def _check(key: Any, learning_rates: tuple, optimizer: Any, how: dict[str, Any]) -> None:
     if not (isinstance(key, jax.Array) and is_key(key) and key.shape == ()) or is_traced(key):
         raise ValueError(f"key must be one key, as jax.random.key(0), got {key!r}")
-    if isinstance(learning_rates, int | float) or not list(learning_rates):
-        raise ValueError(
-            f"learning_rates must be a list of one rate at least, got {learning_rates!r}; write "
-            "[1e-3, 3e-3, 1e-2]"
-        )
+    if not learning_rates:
+        raise ValueError("learning_rates must hold one rate at least; write [1e-3, 3e-3, 1e-2]")
     for rate in learning_rates:
         validation.check_above("learning_rates", rate, 0, "nothing would be learned")
+    if not callable(optimizer) or not hasattr(optimizer(learning_rates[0]), "update"):
+        raise ValueError(
+            "optimizer must be a function of a learning rate that returns an optax "
+            f"transformation, got {optimizer!r}; write lambda rate: optax.adam(rate)"
+        )
     allowed = {"executor", "mesh", "memory_budget", "version", "width", "chunk", "changed"}
     if unknown := sorted(set(how) - allowed):
         raise TypeError(f"learning_study got an unexpected argument {unknown[0]!r}")
@@ -199,33 +260,36 @@ def _sweep(
 
 
 def _costs(
-    trainings: Trainings, start: Any, first: Batch, folder: Path | None, tell: Callable
+    trainings: Trainings, first: Batch, folder: Path | None, mark: str, tell: Callable
 ) -> tuple[np.ndarray, np.ndarray]:
     """Seconds and temporary bytes of one update of each way; those of the store where it has them.
 
     They decide what equal time is: a study that goes on must not decide anew.
     """
-    names = [way.name for way in trainings.ways]
     kept = None if folder is None else folder / COSTS
     if kept is not None and kept.is_file():
         found = json.loads(kept.read_text())
-        if found["ways"] == names:
+        if found["mark"] == mark:
             return np.array(found["seconds"]), np.array(found["temporary_bytes"], float)
     tell("time one update of each way")
     estimators = {way.name: way.estimator for way in trainings.ways}
+    start_key, _, draws = trainings.keys(0)
     cost = measure_cost(
-        estimators, start, trainings.carry, first, num_repeats=NUM_REPEATS,
-        key=trainings.keys(0)[2],
-    )  # fmt: skip
+        estimators,
+        trainings.start(start_key),
+        trainings.carry,
+        first,
+        num_repeats=NUM_REPEATS,
+        key=draws,
+    )
+    seconds, sizes = cost.median_seconds, cost.temporary_bytes
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        data = {
-            "ways": names,
-            "seconds": cost.median_seconds.tolist(),
-            "temporary_bytes": cost.temporary_bytes.tolist(),
-        }
-        kept.write_text(json.dumps(data))
-    return cost.median_seconds, cost.temporary_bytes
+        data = {"mark": mark, "seconds": seconds.tolist(), "temporary_bytes": sizes.tolist()}
+        beside = kept.with_suffix(".new")
+        beside.write_text(json.dumps(data))
+        beside.replace(kept)  # whole, or not at all
+    return seconds, sizes
 
 
 def _data_words(lessons: Lessons, num_steps: int, batch_shape: tuple[int, ...]) -> str:
@@ -236,7 +300,8 @@ def _data_words(lessons: Lessons, num_steps: int, batch_shape: tuple[int, ...]) 
     else:
         kind = "in a stream" if lessons.stream else "in an order drawn for each seed"
         train = f"{len(jax.tree.leaves(lessons.train)[0])} batches {kind}"
+    chooses, judges = (f"{n} batch{'es' * (n > 1)}" for n in heldout)
     return (
-        f"{num_steps} steps, {examples} examples; {train}; {heldout[0]} batches choose rates and "
-        f"checkpoints, {heldout[1]} judge"
+        f"{num_steps} steps, {examples} example{'s' * (examples != '1')}; {train}; held out: "
+        f"{chooses} to choose rates and checkpoints by, {judges} to judge by"
     )

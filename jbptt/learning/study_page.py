@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 
 from jbptt.diagnosis.advice import TOLERANCES
+from jbptt.diagnosis.baseline import LEARNT
 from jbptt.learning.judging import STILL_FALLING
-from jbptt.learning.verdicts import NOT_TOLD_APART, WORSE
+from jbptt.learning.study_result import MARGIN
+from jbptt.learning.verdicts import AS_GOOD, BEST, NOT_FINITE, NOT_TOLD_APART, WORSE
 
 WIDTH, INDENT = 100, 12
 FORETOLD = TOLERANCES[0]
 """A gradient with at most this error was expected to learn as the exact one does."""
-MANY = 1000
 
 
 def write_page(study: Any) -> str:
@@ -28,50 +29,54 @@ def write_page(study: Any) -> str:
 
 
 def decision(study: Any) -> str:
-    """With which way to train, and why; one to four sentences."""
-    verdicts, _, _ = _parts(study)
+    """With which way to train, and why; one to five sentences."""
+    _, judged, verdicts = study.at_equal_data
     if not study.learned.any():
         return (
-            "No answer: nothing was learned. No way's test loss is clearly below "
+            f"No answer: nothing was learned. No way's test loss is {LEARNT:.0%} below "
             f"{_known_without_inputs(study)}; try more updates, a larger model or other data."
-        )
+        ).replace("%", " %")
+    if len(study.ways) == 1:
+        return f"No answer: {study.ways[0]} was the only way to train, nothing was compared."
     choice = verdicts.choice
-    seeds = f"{study.num_seeds} seeds"
+    taken = f"{study.ways[choice]}{_cost(study, choice)}"
     if verdicts.is_tie:
-        begin = (
-            "All ways learn equally well: they differ by less than 2 % of what training gains."
-            if NOT_TOLD_APART not in verdicts.words
-            else f"The ways do not differ by more than the noise of {seeds}: none is shown to be "
-            "better."
-        )
-        words = [
-            f"{begin} The cheapest is {study.ways[choice]}{_cost(study, choice)}.",
-            *_beside(study, choice),
-        ]
+        words = [f"{_tie(study)} The cheapest is {taken}."]
     else:
-        words = [
-            f"Train with {study.ways[choice]}{_cost(study, choice)}. {_why(study)}",
-            *_beside(study, choice),
-        ]
-        worse = [study.ways[i] for i, word in enumerate(verdicts.words) if word == WORSE]
-        best = study.ways[verdicts.best]
-        words.append(f"Worse than {best}: {_listed(worse)}.")
-        apart = [
-            study.ways[i]
-            for i, word in enumerate(verdicts.words)
-            if word == NOT_TOLD_APART and i != choice
-        ]
-        if apart:
-            words.append(f"Not told apart from it by {seeds}: {_listed(apart)}.")
+        words = [f"Train with {taken}. {_why(study)}"]
+    if choice:
+        own, full = judged.losses[choice].mean(), judged.losses[0].mean()
+        words.append(
+            f"Its test loss is {own:.4g}, that of full BPTT {full:.4g}: difference "
+            f"{beside_full(study, choice, ', 95 % interval ')}."
+        )
+    if worse := verdicts.named(WORSE):
+        words.append(f"Shown to be worse than another way: {_names(study, worse)}.")
+        if apart := [way for way in verdicts.named(NOT_TOLD_APART) if way != choice]:
+            best = study.ways[verdicts.best]
+            words.append(
+                f"Not told apart from {best} by {study.num_seeds} seeds: {_names(study, apart)}."
+            )
+    if broken := verdicts.named(NOT_FINITE):
+        words.append(f"Not finite: {_names(study, broken)}.")
     if verdicts.smallest != choice:
         least = verdicts.smallest
         words.append(f"Least memory: {study.ways[least]}{_cost(study, least)}.")
     return " ".join(words)
 
 
-def _parts(study: Any) -> tuple[Any, Any, Any]:
-    places, judged, verdicts = study.at_equal_data
-    return verdicts, judged, places
+def _tie(study: Any) -> str:
+    """That no way is worse than another, and in which sense."""
+    words = {word for word in study.at_equal_data.verdicts.words if word != NOT_FINITE}
+    share = share_words(MARGIN)
+    if words <= {BEST, AS_GOOD}:
+        return f"No way is worse than the best by more than {share} of what training gains."
+    if NOT_TOLD_APART in words:
+        return (
+            f"No way is shown to be worse than another: the noise of {study.num_seeds} seeds is "
+            "too large to tell."
+        )
+    return f"No way is shown to be worse than another by more than {share} of what training gains."
 
 
 def _known_without_inputs(study: Any) -> str:
@@ -81,17 +86,14 @@ def _known_without_inputs(study: Any) -> str:
 
 
 def _why(study: Any) -> str:
-    verdicts, _, _ = _parts(study)
+    verdicts = study.at_equal_data.verdicts
     if verdicts.choice == verdicts.best:
         return "It has the lowest test loss."
-    best = study.ways[verdicts.best]
-    apart = f"{_signed(float(verdicts.beside_best.mean[verdicts.choice]))} beside {best}"
-    if verdicts.words[verdicts.choice] == NOT_TOLD_APART:
-        return (
-            f"It is the cheapest that is not shown to be worse than the best ({apart}), and is "
-            "within one standard error of it, or so near that it does not matter."
-        )
-    return f"It is the cheapest that learns as well as the best ({apart})."
+    apart = _signed(float(verdicts.beside_best.mean[verdicts.choice]))
+    return (
+        f"It is the cheapest of those that are not shown to be worse and come near the lowest test "
+        f"loss ({apart} beside {study.ways[verdicts.best]})."
+    )
 
 
 def _cost(study: Any, way: int) -> str:
@@ -104,30 +106,11 @@ def _cost(study: Any, way: int) -> str:
     return f" ({time:.2g} × the time{share} of full BPTT)"
 
 
-def _beside(study: Any, way: int) -> list[str]:
-    """The test losses of this way and of full BPTT, with the interval of their difference."""
-    verdicts, judged, _ = _parts(study)
-    if way == 0:
-        return []
-    own, full = judged.losses[way].mean(), judged.losses[0].mean()
-    return [
-        f"Its test loss is {own:.4g}, that of full BPTT {full:.4g}: difference "
-        f"{_interval(verdicts.beside_full, way)}."
-    ]
-
-
-def beside_full(study: Any, way: int) -> str:
-    """`+0.01 (−0.02 to +0.04)`."""
+def beside_full(study: Any, way: int, between: str = " ") -> str:
+    """`+0.01 −0.02 to +0.04`, the difference to full BPTT and its interval."""
     beside = study.at_equal_data.verdicts.beside_full
     mean, low, high = (_signed(float(of[way])) for of in (beside.mean, beside.low, beside.high))
-    return f"{mean} ({low} to {high})"
-
-
-def _interval(beside: Any, way: int) -> str:
-    return (
-        f"{_signed(float(beside.mean[way]))}, 95 % interval {_signed(float(beside.low[way]))} to "
-        f"{_signed(float(beside.high[way]))}"
-    )
+    return f"{mean}{between}{low} to {high}"
 
 
 def _signed(value: float) -> str:
@@ -140,38 +123,41 @@ def _listed(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
+def _names(study: Any, ways: Any) -> str:
+    return _listed([study.ways[way] for way in ways])
+
+
 def _facts(study: Any) -> list[tuple[str, str]]:
     counts = [len(rates) for rates in study.curves.rates]
     few, most = min(counts), max(counts)
     rates = f"{few}" if few == most else f"{few} to {most}"
-    known = f"{_known_without_inputs(study)}" if not np.isnan(study.constant_loss) else ""
     facts = [
         (
             "trained",
             f"{study.num_updates:,} updates, {study.num_seeds} seeds ({study.seeds_differ_in}), "
-            f"{rates} learning rates for each way",
+            f"{rates} learning rate{'s' * (most > 1)} for each way",
         ),
         ("data", study.data),
     ]
-    if known:
-        facts.append(("chance", f"the test loss of a constant prediction is {known.split()[-1]}"))
+    if not np.isnan(study.constant_loss):
+        known = f"the test loss of the best constant prediction is {study.constant_loss:.4g}"
+        facts.append(("chance", known))
     return facts
 
 
 def table(study: Any) -> list[str]:
     """What each way learned, and below it what its gradient is like and what it costs."""
-    verdicts, judged, _ = _parts(study)
-    beside = verdicts.beside_full
+    _, judged, verdicts = study.at_equal_data
     width = max(len(name) for name in (*study.ways, "way"))
     rows = [
-        f"  {'way':<{width}}{'rate':>8}{'test loss':>11}{'beside full BPTT':>19}"
-        f"{'95 % interval':>24}   beside the best"
+        f"  {'way':<{width}}{'rate':>10}{'test loss':>11}{'beside full BPTT':>18}"
+        f"{'95 % interval':>23}   verdict"
     ]
     for i, name in enumerate(study.ways):
-        interval = f"{_signed(float(beside.low[i]))} to {_signed(float(beside.high[i]))}"
-        apart = f"{_signed(float(beside.mean[i])):>19}{interval:>24}" if i else " " * 43
+        mean, interval = beside_full(study, i, "\t").split("\t")
+        apart = f"{mean:>18}{interval:>23}" if i else " " * 41
         rows.append(
-            f"  {name:<{width}}{study.curves.rates[i][judged.rate[i]]:>8.3g}"
+            f"  {name:<{width}}{study.curves.rates[i][judged.rate[i]]:>10.3g}"
             f"{judged.losses[i].mean():>11.4g}{apart}   {verdicts.words[i]}"
         )
     errors = study.at_own_rate(study.errors_at_start), study.at_own_rate(study.errors_at_end)
@@ -183,12 +169,12 @@ def table(study: Any) -> list[str]:
         f"{'updates':>11}{'test loss':>13}",
     ]
     for i, name in enumerate(study.ways):
-        own = ("", "") if i == 0 else (share_words(float(error[i])) for error in errors)
-        before, after = own
+        before, after = ("", "") if i == 0 else (share_words(float(error[i])) for error in errors)
+        size = study.temporary_bytes[i] / 2**20
+        memory = "not known" if np.isnan(size) else f"{size:.3g} MiB"
         rows.append(
             f"  {name:<{width}}{before:>11}{after:>11}{1e3 * study.seconds[i]:>11.2f} ms"
-            f"{study.temporary_bytes[i] / 2**20:>9.3g} MiB{int(study.updates[places[i]]):>11,}"
-            f"{at_time.losses[i].mean():>13.4g}"
+            f"{memory:>13}{int(study.updates[places[i]]):>11,}{at_time.losses[i].mean():>13.4g}"
         )
     return rows
 
@@ -210,23 +196,29 @@ def _notes(study: Any) -> list[tuple[str, str]]:
     ]
 
 
+def _says_something(study: Any) -> bool:
+    return len(study.ways) > 1 and bool(study.learned.any())
+
+
 def _intervals(study: Any) -> str:
-    words = "over paired seeds, for all pairs of ways at once"
-    if not study.margin:
-        return words
+    if not _says_something(study):
+        return ""
     return (
-        f"{words}; a difference of {study.margin:.2g} or less (2 % of what training gains) is of "
-        "no interest"
+        "over paired seeds, for all pairs of ways at once; a difference of "
+        f"{study.margin:.2g} or less ({share_words(MARGIN)} of what training gains) is of no "
+        "interest"
     )
 
 
 def budget(study: Any) -> str:
     """Whether training came to a plateau."""
     shares = study.still_falling
-    moving = [i for i in np.flatnonzero(shares > STILL_FALLING) if study.learned[i]]
     if not study.learned.any():
         return ""
-    if not moving:
+    if np.isnan(shares).all():
+        return "too few evaluations to tell whether training came to a plateau"
+    moving = np.flatnonzero(shares > STILL_FALLING)
+    if not moving.size:
         return (
             "at a plateau: over the last quarter of its updates no way gained more than "
             f"{share_words(STILL_FALLING)} of all that it gained"
@@ -239,41 +231,40 @@ def budget(study: Any) -> str:
 
 
 def after_equal_time(study: Any) -> str:
-    """The answer where all ways may compute equally long."""
-    if not study.learned.any():
+    """The ways where all of them may compute equally long."""
+    if not _says_something(study):
         return ""
     places, _, verdicts = study.at_equal_time
     seconds = study.num_updates * float(study.seconds.min())
     updates = study.updates[places]
     span = f"{int(updates.min()):,} to {int(updates.max()):,} updates"
     begin = f"in equal computing time ({seconds:.3g} s of updates here: {span})"
-    choice = study.ways[verdicts.choice]
     if verdicts.is_tie:
-        end = f"no way is shown to be better; the cheapest is {choice}"
-    else:
-        worse = [study.ways[i] for i, word in enumerate(verdicts.words) if word == WORSE]
-        end = f"{choice}; worse than {study.ways[verdicts.best]}: {_listed(worse)}"
-    return f"{begin}: {end}"
+        return f"{begin} no way is shown to be worse than another"
+    worse = _names(study, verdicts.named(WORSE))
+    best = study.ways[verdicts.best]
+    return f"{begin} {best} has the lowest test loss; shown to be worse than another way: {worse}"
 
 
 def foretold(study: Any) -> str:
     """What the error of the gradient before training said of each way, and what came of it."""
-    if not study.learned.any() or len(study.ways) == 1:
+    if not _says_something(study):
         return ""
     beside = study.at_equal_data.verdicts.beside_full
-    small = study.at_own_rate(study.errors_at_start) <= FORETOLD
+    errors = study.at_own_rate(study.errors_at_start)
+    told = np.isfinite(errors) & np.isfinite(beside.mean)
     worse = (beside.low > 0) & (beside.mean > study.margin)
     outcomes = {"worse than full BPTT": worse, "not shown to be worse": ~worse}
     clauses = []
-    for size, of_size in {"at most": small, "above": ~small}.items():
+    for size, of_size in {"at most": errors <= FORETOLD, "above": errors > FORETOLD}.items():
         groups = [
-            f"{_listed(names)} ({outcome})"
+            f"{_names(study, ways)} ({outcome})"
             for outcome, which in outcomes.items()
-            if (names := [study.ways[i] for i in np.flatnonzero(of_size & which) if i])
+            if (ways := [i for i in np.flatnonzero(told & of_size & which) if i])
         ]
         if groups:
             clauses.append(f"{size} {share_words(FORETOLD)} for {_listed(groups)}")
-    return f"the gradient's error before training was {'; '.join(clauses)}"
+    return f"the gradient's error before training was {'; '.join(clauses)}" if clauses else ""
 
 
 def _unbracketed(study: Any) -> str:

@@ -17,6 +17,9 @@ from jbptt.learning.judging import (
 )
 from jbptt.learning.verdicts import Verdicts, verdicts_of
 
+MARGIN = 0.02
+"""The share of what training gains below which a difference does not matter."""
+
 
 class Comparison(NamedTuple):
     """The ways at one budget.
@@ -118,19 +121,19 @@ class LearningStudy:
 
     @property
     def learned(self) -> np.ndarray:
-        """`[way]`, whether the mean test loss is clearly below what is known without inputs."""
+        """`[way]`, whether the mean test loss is 5 % below what is known without inputs."""
         means = self.at_equal_data.judged.losses.mean(1)
         return np.array([is_trained(float(mean), self.known_without_inputs) for mean in means])
 
-    def with_margin(self, share: float) -> "LearningStudy":
-        """The study where differences below this share of what training gains do not matter.
+    def with_margin(self) -> "LearningStudy":
+        """The study where differences below `MARGIN` of what training gains do not matter.
 
         What it gains: from a constant prediction's loss, or where there is none from the loss
         before training, to the lowest test loss of a way at its own rate.
         """
         means = self.at_equal_data.judged.losses.mean(1)
-        lowest = means[np.isfinite(means)].min(initial=np.inf)
-        return replace(self, margin=share * max(float(self.known_without_inputs - lowest), 0.0))
+        gained = self.known_without_inputs - means[np.isfinite(means)].min(initial=np.inf)
+        return replace(self, margin=MARGIN * float(gained) if gained > 0 else 0.0)
 
     def at_own_rate(self, errors: list[np.ndarray]) -> np.ndarray:
         """`[way]`, the median over seeds of what is given by way, rate and seed."""

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import all_leaves
 
 from jbptt import clipping
 from jbptt.experiments.training import mean_loss, train
@@ -20,6 +21,11 @@ from jbptt.types import Batch, Estimator, Loss, Params, Step
 def usual_optimizer(learning_rate: Any) -> optax.GradientTransformation:
     """Adam at a constant rate, behind clipping to a global norm of 1."""
     return optax.chain(clipping.clip_by_global_norm(1.0), optax.adam(learning_rate))
+
+
+def draws_starts(params: Any) -> bool:
+    """Whether it is a function of a key, and not a tree that can be called, as a module."""
+    return callable(params) and all_leaves([params])
 
 
 @dataclass(frozen=True)
@@ -51,12 +57,20 @@ class Trainings:
 
     def start(self, key: jax.Array) -> Params:
         """Parameters of one seed."""
-        return self.params(key) if callable(self.params) else self.params
+        return self.params(key) if draws_starts(self.params) else self.params
 
     def keys(self, seed: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         """For the parameters, the order of the data and the draws of the estimator."""
         start, data, draws = jax.random.split(jax.random.fold_in(self.key, seed), 3)
         return start, data, draws
+
+    def reader(self, seed: Any, key: jax.Array) -> Callable[[Any], Batch]:
+        """What a seed reads; each begins a stream at another batch, as long as there are some."""
+        number = self.lessons.num_batches
+        begin = None
+        if number is not None:
+            begin = jax.random.permutation(self.key, number)[jnp.asarray(seed) % number]
+        return self.lessons.reader(key, self.num_updates, begin)
 
     def run(self, point: dict[str, Any], key: jax.Array) -> dict[str, Any]:
         """One training: losses before the first update and at every evaluation, and the error of
@@ -67,7 +81,7 @@ class Trainings:
         del key  # that of a run would not be the same for all ways
         estimator = self._estimator(point)
         start, data, draws = self.keys(point["seed"])
-        params, read = self.start(start), self.lessons.reader(data, self.num_updates)
+        params, read = self.start(start), self.reader(point["seed"], data)
         # A scan over numbers, which the estimator turns into batches, holds one batch at a time.
         numbers: Any = jnp.arange(self.num_updates)
 

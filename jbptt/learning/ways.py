@@ -73,7 +73,7 @@ def ways_of(
     middle = middle_window(blocks, num_steps)
     slides = ((middle,) if middle else ()) if sliding is None else _listed("sliding", sliding)
     if keep_probs is None:
-        probabilities: tuple = (1 - 1 / middle,) if middle else ()
+        probabilities: tuple = (1 - 1 / middle,) if middle and middle > 1 else ()
     else:
         probabilities = _listed("keep_probs", keep_probs)
     for name, values in {"windows": blocks, "sliding": slides}.items():
@@ -97,13 +97,20 @@ def ways_of(
         )
         estimator = randomized_bptt(step, loss, keep_prob=keep_prob)
         ways.append(Way(f"random, keep {keep_prob:.4g}", estimator, GATES, num_steps, keep_prob))
+    if estimators is not None and not isinstance(estimators, Mapping):
+        raise ValueError(f"estimators must be {{name: estimator}}, got {estimators!r}; name them")
     for name, estimator in (estimators or {}).items():
+        if not isinstance(estimator, Estimator):
+            raise ValueError(
+                f"estimators must hold estimators, as full_bptt(step, loss), got {estimator!r} for "
+                f"{name!r}; call the function that makes one"
+            )
         ways.append(Way(name, estimator, name, num_steps))
     names = [way.name for way in ways]
-    if twice := sorted({name for name in names if names.count(name) > 1} | ({GATES} & {*names})):
+    if taken := sorted({name for name in names if names.count(name) > 1} | ({GATES} & {*names})):
         raise ValueError(
-            f"ways to train must have different names, got {twice[0]!r} twice; leave one out, or "
-            "rename it in estimators"
+            f"ways to train must have names of their own, but {taken[0]!r} is taken; leave it out, "
+            "or rename it in estimators"
         )
     return tuple(ways)
 
@@ -121,27 +128,27 @@ def gated(step: Step, loss: Loss, window: Any, keep_prob: Any) -> Estimator:
     return gated_bptt(step, loss, gates_fn=partial(cuts, window=window, keep_prob=keep_prob))
 
 
-class Anew(NamedTuple):
-    """Between two batches that have nothing to do with each other only the key is left."""
-
-    carry: tuple
-    key: Any
+STREAMED = ("carry", "history", "phase")
+"""What a state remembers of the batch before, by the names of the fields."""
 
 
 def anew(estimator: Estimator, carry: Any) -> Estimator:
     """The estimator where each batch is a sequence of its own, which `carry` enters.
 
-    Nothing streams: neither the carry nor what windows remember of the batch before.
+    Nothing streams: neither the carry nor what windows remember of the batch before. What else a
+    state holds goes on: a key, what an adaptive window has seen.
     """
 
-    def init(params: Params, _: Carry, batch: Batch, key: jax.Array | None = None) -> Anew:
-        del params, batch
-        return Anew((), key)
+    def blank(state: Any) -> Any:
+        return state._replace(**{name: () for name in STREAMED if hasattr(state, name)})
 
-    def update(params: Params, state: Anew, batch: Batch) -> tuple[Estimate, Anew]:
-        key, now = (None, None) if state.key is None else jax.random.split(state.key)
-        fresh = estimator.init(params, carry, batch, key=now)
-        estimate, _ = estimator.update(params, fresh, batch)
-        return estimate, Anew((), key)
+    def init(params: Params, _: Carry, batch: Batch, key: jax.Array | None = None) -> Any:
+        return blank(estimator.init(params, carry, batch, key=key))
+
+    def update(params: Params, state: Any, batch: Batch) -> tuple[Estimate, Any]:
+        fresh = estimator.init(params, carry, batch, key=getattr(state, "key", None))
+        streamed = {name: getattr(fresh, name) for name in STREAMED if hasattr(fresh, name)}
+        estimate, after = estimator.update(params, state._replace(**streamed), batch)
+        return estimate, blank(after)
 
     return Estimator(init, update, estimator.coverage)

@@ -6,13 +6,17 @@ import sys
 import sysconfig
 import traceback
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
 
-from jbptt.learning.one_batch import divided
+from jbptt.experiments.training import check_batches
+from jbptt.learning.one_batch import divided, words_of
+from jbptt.learning.trainings import draws_starts
+from jbptt.problem import check_problem
 
 _PACKAGE = Path(__file__).parents[1]
 RESULT = ("step", "loss", "params", "carry", "batch")
@@ -40,10 +44,12 @@ class UserModel(NamedTuple):
     Attributes:
       problem: step, loss, params, carry and one batch: what is asked of a gradient.
       study: arguments of `learning_study` by name.
+      data: what is read, where that is one batch; "" where the study says it.
     """
 
     problem: tuple[Any, ...]
     study: dict[str, Any]
+    data: str = ""
 
 
 def load_problem(target: str) -> tuple[Any, ...]:
@@ -66,8 +72,11 @@ def load_model(target: str) -> UserModel:
     result = _result(target)
     if isinstance(result, dict):
         return UserModel(_one_batch(result), result)
-    common = dict(zip(RESULT[:4], result, strict=False))
-    return UserModel(result, common | divided(*result))
+    step, loss, params, carry, batch = result
+    common = {"step": step, "loss": loss, "params": params, "carry": carry}
+    common |= divided(step, loss, params, carry, batch)
+    num_steps, (size, *_), *_ = check_problem(step, loss, params, carry, batch)
+    return UserModel(result, common, words_of(num_steps, size))
 
 
 def source_of(target: str) -> bytes:
@@ -83,7 +92,9 @@ def _one_batch(result: dict[str, Any]) -> tuple[Any, ...]:
     """One problem of what is to be trained: the first parameters, the first batch."""
     key = jax.random.key(0)
     params, batches = result["params"], result["batches"]
-    params = params(key) if callable(params) else params
+    params = params(key) if draws_starts(params) else params
+    if not callable(batches):
+        check_batches(batches)
     batch = batches(key) if callable(batches) else jax.tree.map(lambda a: a[0], batches)
     return result["step"], result["loss"], params, result["carry"], batch
 
@@ -114,7 +125,12 @@ def _result(target: str) -> Any:
                 f"{target} returned a dict that {said}; wanted {', '.join(NEEDED)}, and if you "
                 f"like {', '.join(OPTIONAL)}, as jbptt.learning_study takes them"
             )
-        return result
+        # A generator could be read once alone.
+        lists = {"windows", "sliding", "keep_probs", "learning_rates"}
+        return {
+            name: tuple(value) if name in lists and isinstance(value, Iterable) else value
+            for name, value in result.items()
+        }
     if not isinstance(result, tuple) or len(result) != len(RESULT):
         size = f" of {len(result)} entries" if isinstance(result, tuple) else ""
         raise ValueError(

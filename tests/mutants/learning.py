@@ -17,13 +17,13 @@ from .rooms import (
 )
 
 LEARNING = (
-    Mutant("key_of_a_batch_is_kept", WAYS, "anew.update", "Anew((), key)", "Anew((), state.key)"),
+    Mutant("windows_reach_into_the_batch_before", WAYS, "anew.update", "state._replace(**streamed)", "fresh"),
     Mutant("sliding_windows_are_gates", WAYS, "ways_of", "f'sliding {window}', num_steps", "GATES, window"),
     Mutant("windows_of_all_steps_are_taken", WAYS, "ways_of", "window >= num_steps", "window > num_steps"),
     Mutant("batches_in_one_order", LESSONS, "Lessons.reader", "order[number]", "number % num_batches"),
-    Mutant("a_stream_begins_at_its_start", LESSONS, "Lessons.reader", "(first + number)", "number"),
+    Mutant("seeds_begin_a_stream_alike", TRAININGS, "Trainings.reader", "jnp.asarray(seed) % number", "0"),
     Mutant("test_data_choose", LESSONS, "lessons_of", "a[half:]", "a[:half]"),
-    Mutant("held_out_batches_are_trained_on", LESSONS, "lessons_of", "a[:num_batches - away]", "a"),
+    Mutant("held_out_batches_are_trained_on", LESSONS, "lessons_of", "order[:num_batches - away]", "order"),
     Mutant("seeds_are_not_paired", TRAININGS, "Trainings.run", "self.keys(point['seed'])", "jax.random.split(key, 3)"),
     Mutant(
         "what_is_held_out_is_read_on",
@@ -67,19 +67,13 @@ LEARNING = (
         "a_seed_chooses_its_own_rate",
         JUDGING,
         "judge",
-        "np.delete(validation, seed, axis=1).mean(1)",
-        "validation[:, seed]",
+        "kept.test[way][rate[-1], :, place]",
+        "kept.test[way][..., place].min(0)",
     ),
-    Mutant(
-        "rates_chosen_by_test_losses",
-        JUDGING,
-        "judge",
-        "rate.append(int(np.argmin(validation.mean(1))))",
-        "rate.append(int(np.argmin(test.mean(1))))",
-    ),
+    Mutant("rates_chosen_by_test_losses", JUDGING, "judge", "np.argmin(kept.validation", "np.argmin(kept.test"),
     Mutant("equal_time_is_equal_data", JUDGING, "places_at_equal_time", "seconds.min() / seconds", "1"),
-    Mutant("worse_without_an_interval", VERDICTS, "verdicts_of", "beside.low[way] > 0 and", ""),
-    Mutant("worse_by_next_to_nothing", VERDICTS, "verdicts_of", "and beside.mean[way] > margin", ""),
+    Mutant("worse_without_an_interval", VERDICTS, "shown_worse", "(beside.low > 0) &", ""),
+    Mutant("worse_by_next_to_nothing", VERDICTS, "shown_worse", "& (beside.mean > margin)", ""),
     Mutant("as_good_on_average", VERDICTS, "verdicts_of", "beside.high[way] <= margin", "beside.mean[way] <= margin"),
     Mutant(
         "any_way_in_the_noise_is_taken",
@@ -88,7 +82,9 @@ LEARNING = (
         "beside.mean <= np.maximum(margin, beside.error)",
         "beside.mean < np.inf",
     ),
-    Mutant("the_choice_is_the_best", VERDICTS, "verdicts_of", "int(_lowest(fast, sizes)[0])", "best"),
+    Mutant(
+        "the_choice_is_the_best", VERDICTS, "verdicts_of", "int(_lowest(_lowest(taken, seconds), sizes)[0])", "best"
+    ),
     Mutant("equal_times_are_told_apart", VERDICTS, "_lowest", "SAME_COST * of_ways.min()", "of_ways.min()"),
     Mutant("rates_end_where_they_began", ROUNDS, "Trained.missing", "wanted.append((way, float(rate)))", "pass"),
     Mutant(
@@ -104,8 +100,8 @@ LEARNING = (
         "a_margin_of_the_loss",
         STUDY_RESULT,
         "LearningStudy.with_margin",
-        "self.known_without_inputs - lowest",
-        "2 * self.known_without_inputs - lowest",
+        "self.known_without_inputs - means",
+        "2 * self.known_without_inputs - means",
     ),
     Mutant(
         "everything_is_learned",
@@ -115,15 +111,21 @@ LEARNING = (
         "True",
     ),
     Mutant("ties_have_a_winner", STUDY_PAGE, "decision", "verdicts.is_tie", "False"),
-    Mutant("noise_is_equality", STUDY_PAGE, "decision", "NOT_TOLD_APART not in verdicts.words", "True"),
+    Mutant("noise_is_equality", STUDY_PAGE, "_tie", "words <= {BEST, AS_GOOD}", "True"),
     Mutant("always_at_a_plateau", STUDY_PAGE, "budget", "shares > STILL_FALLING", "shares > np.inf"),
     Mutant(
         "what_was_foretold_is_swapped",
         STUDY_PAGE,
         "foretold",
-        "'at most': small, 'above': ~small",
-        "'at most': ~small, 'above': small",
+        "'at most': errors <= FORETOLD, 'above': errors > FORETOLD",
+        "'at most': errors > FORETOLD, 'above': errors <= FORETOLD",
     ),
     Mutant("one_batch_trains_on_all", ONE_BATCH, "divided", "size - 2 * away", "size"),
-    Mutant("repeated_examples_weigh_more", ONE_BATCH, "divided", "1 / np.bincount(rows)[rows]", "np.ones(size)"),
+    Mutant("repeated_examples_weigh_more", ONE_BATCH, "divided", "1 / np.bincount(places)[places]", "np.ones(size)"),
+    Mutant(
+        "worse_than_the_best_alone", VERDICTS, "shown_worse", "range(len(losses))", "[int(np.argmin(losses.mean(1)))]"
+    ),
+    Mutant("noise_is_time", JUDGING, "places_at_equal_time", "shares * SAME_COST >= 1", "shares >= 1"),
+    Mutant("any_constant_source_will_do", LESSONS, "lessons_of", "(leaf == leaf[:1]).all()", "False"),
+    Mutant("a_store_takes_other_data", STUDIES, "mark_of", "np.asarray(leaf).tobytes()", "b''"),
 )

@@ -109,6 +109,10 @@ def check_comparison_settings(settings: ComparisonSettings) -> None:
         "num_steps", settings.num_steps, smallest=3 if settings.task == "copy" else 2
     )
     validation.check_positive_integer("num_samples", settings.num_samples, smallest=2)
+    if settings.num_seeds is not None:
+        validation.check_positive_integer("num_seeds", settings.num_seeds, smallest=2)
+    for rate in settings.learning_rates or ():
+        validation.check_above("learning_rates", rate, 0, "nothing would be learned")
     validation.check_seed(settings.seed)
     for window in settings.window or ():
         validation.check_positive_integer("window", window)

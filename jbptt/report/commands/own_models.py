@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,8 @@ def compared(
     arguments = arguments_of(model, given)
     tell(f"compare the gradients of all ways, {num_draws} draws of each that draws")
     found = gradients.compared(estimators_of(arguments, model.problem), model.problem, num_draws)
-    return model, found, study(target, arguments, seed, out)
+    learned = study(target, arguments, seed, out)
+    return model, found, replace(learned, data=model.data or learned.data)
 
 
 def tell(words: str) -> None:

@@ -41,7 +41,6 @@ from jbptt.report.text_models import first, make_model, train_fully
 from jbptt.report.work import FULL, QUICK, Progress, in_parallel
 
 SCHEMA_VERSION = 2
-KEEP_PROB = 0.9375
 QUICK_DRAWS = 16
 BUILT_IN = ("text", "cell", "hidden_size", "num_steps", "batch_size")
 """Options of the models that the report brings along."""
@@ -59,7 +58,8 @@ class ReportSettings:
       num_steps: T, characters per sequence; what full BPTT goes back through.
       batch_size: B, sequences side by side.
       windows: steps per block of the ways that learn; 4 and 16 if not given.
-      keep_prob: probability that randomized truncation lets a step's gradient through.
+      keep_prob: probability that randomized truncation lets a step's gradient through; 0.9375 for
+        the built-in models.
       learning_rates: that every way is first tried with.
       num_seeds: of every way and rate.
       num_updates: of every training that the ways are judged by.
@@ -73,7 +73,7 @@ class ReportSettings:
     num_steps: int = 128
     batch_size: int = 16
     windows: tuple[int, ...] | None = None
-    keep_prob: float = KEEP_PROB
+    keep_prob: float | None = None
     learning_rates: tuple[float, ...] | None = None
     num_seeds: int | None = None
     num_updates: int | None = None
@@ -107,7 +107,8 @@ def check_learning(settings: Any) -> None:
     """Checks the options of the ways that learn; a ValueError says what is wrong."""
     for window in settings.windows or ():
         validation.check_positive_integer("windows", window)
-    validation.check_probability("keep_prob", settings.keep_prob)
+    if settings.keep_prob is not None:
+        validation.check_probability("keep_prob", settings.keep_prob)
     for rate in settings.learning_rates or ():
         validation.check_above("learning_rates", rate, 0, "nothing would be learned")
     if settings.num_seeds is not None:
@@ -124,6 +125,7 @@ def run_study(
     schema).
     """
     effort = QUICK if settings.quick else FULL
+    keep_prob = learning.keep_prob_of(settings)
     task = tasks.text(text, num_steps=settings.num_steps, batch_size=settings.batch_size)
     names = tuple(dict.fromkeys(settings.cell))
     last = len(names) - 1
@@ -161,7 +163,7 @@ def run_study(
         if i != last or not effort.num_draws:
             return curves, None
         norms = np.asarray(curves[1]["grad_norms"])
-        return curves, look(randomness.measure, i, norms, settings.keep_prob, effort)()
+        return curves, look(randomness.measure, i, norms, keep_prob, effort)()
 
     jobs = [partial(reach_and_price, i) for i in reversed(range(len(names)))]
     jobs += [
@@ -172,9 +174,7 @@ def run_study(
     price = lags[0][1]
     random = {}
     if price is not None:
-        random["randomness"] = randomness.time_them(
-            trained[last], price, settings.keep_prob, effort, count
-        )
+        random["randomness"] = randomness.time_them(trained[last], price, keep_prob, effort, count)
     measured = window_costs.measure(trained[last], found, effort, count)
     # Alone, since its updates are timed too.
     learned = learning.measure(settings, text, effort, count)
@@ -285,7 +285,7 @@ def run_own_study(target: str, settings: ReportSettings, out: Path) -> dict[str,
         name: value
         for name, value in {
             "windows": settings.windows,
-            "keep_probs": None if settings.keep_prob == KEEP_PROB else (settings.keep_prob,),
+            "keep_probs": None if settings.keep_prob is None else (settings.keep_prob,),
             "learning_rates": settings.learning_rates,
             "seeds": settings.num_seeds,
             "num_updates": settings.num_updates,

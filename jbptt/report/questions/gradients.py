@@ -39,6 +39,8 @@ def draw(gradients: Numbers, *, ax: Any = None, theme: Theme = LIGHT) -> Any:
 def say(gradients: Numbers) -> str:
     """The ways by how far one of their gradients is from the exact one, root mean square."""
     bias, variance = (numbers(gradients[name]) for name in ("relative_bias", "variance"))
+    if len(bias) == 1:
+        return f"{gradients['names'][0]} was the only way to train, nothing was compared."
     off = np.sqrt(bias[1:] ** 2 + variance[1:])
     if not np.isfinite(off).all():
         return "A gradient is not finite, or the exact one is zero: nothing can be compared."

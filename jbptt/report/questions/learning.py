@@ -29,6 +29,7 @@ from jbptt.report.work import STUDY_WORK, Effort, Progress
 
 NUM_STEPS, NUM_UNITS, NUM_ROWS, NUM_HELDOUT = 64, 32, 8, 8
 """A small model of its own: what decides is many trainings, not large ones."""
+KEEP_PROB = 0.9375
 WIDTH = 5
 """Trainings side by side: given, since times decide nothing that the same seed must repeat."""
 
@@ -38,7 +39,7 @@ def measure(settings: Any, text: str, effort: Effort, progress: Progress) -> Num
     name = settings.cell[-1]
     num_seeds = settings.num_seeds or effort.num_seeds
     progress(f"{name}: learn in different ways, {num_seeds} seeds each")
-    num_steps = steps_of(settings)
+    num_steps, keep_prob = steps_of(settings), keep_prob_of(settings)
     task = tasks.text(text, num_steps=num_steps, batch_size=min(NUM_ROWS, settings.batch_size))
     size = len(task.vocabulary)
     core = getattr(cells, name)(size, min(NUM_UNITS, settings.hidden_size))
@@ -55,7 +56,7 @@ def measure(settings: Any, text: str, effort: Effort, progress: Progress) -> Num
         stream=True,
         windows=windows,
         sliding=(),
-        keep_probs=(settings.keep_prob,) if settings.keep_prob < 1 else (),
+        keep_probs=(keep_prob,) if keep_prob < 1 else (),
         learning_rates=settings.learning_rates or effort.rates,
         seeds=num_seeds,
         num_updates=settings.num_updates or effort.study_updates,
@@ -71,6 +72,11 @@ def measure(settings: Any, text: str, effort: Effort, progress: Progress) -> Num
 def steps_of(settings: Any) -> int:
     """T of what learns."""
     return min(NUM_STEPS, settings.num_steps)
+
+
+def keep_prob_of(settings: Any) -> float:
+    """Of the random cuts of the built-in models."""
+    return KEEP_PROB if settings.keep_prob is None else settings.keep_prob
 
 
 def core_units(cell: cells.Cell) -> int:
@@ -99,7 +105,7 @@ def study_of(learning: Numbers) -> LearningStudy:
         errors_at_start=start,
         errors_at_end=end,
         constant_loss=float(numbers(learning["constant_loss"])),
-        margin=float(learning["margin"]),
+        margin=float(numbers(learning["margin"])),
         unbracketed=tuple(learning["unbracketed"]),
         data=learning["data"],
         seeds_differ_in=learning["seeds_differ_in"],
@@ -143,12 +149,12 @@ def table(learning: Numbers) -> Table:
                 way,
                 f"{study.curves.rates[i][judged.rate[i]]:.3g}",
                 f"{judged.losses[i].mean():.4g}",
-                "–" if full else beside_full(study, i),
+                "–" if full else beside_full(study, i, ": "),
                 verdicts.words[i],
                 "0" if full else share_words(float(before[i])),
                 "0" if full else share_words(float(after[i])),
                 format_seconds(float(study.seconds[i])),
-                format_bytes(float(study.temporary_bytes[i])),
+                format_bytes(_known(study.temporary_bytes[i])),
                 f"{in_time.losses[i].mean():.4g} ({format_number(int(study.updates[places[i]]))})",
             )
         )
@@ -157,7 +163,7 @@ def table(learning: Numbers) -> Table:
         "learning rate",
         "test loss",
         "beside full BPTT (95 % interval)",
-        "beside the best",
+        "verdict",
         "gradient error before",
         "after training",
         "time of an update",
@@ -166,6 +172,10 @@ def table(learning: Numbers) -> Table:
     )
     title = f"{study.num_updates:,} updates, {study.num_seeds} seeds, {learning['model']}"
     return Table(title, columns, rows)
+
+
+def _known(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
 
 
 def alt(learning: Numbers) -> str:
