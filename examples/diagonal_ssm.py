@@ -69,6 +69,7 @@ def problem(*, num_modes=16, num_steps=64, num_updates=400):
         "carry": jnp.zeros((NUM_EXAMPLES, num_modes), complex),
         "batches": lambda key: draw_batch(key, num_steps),
         "windows": (4, 16, 32),
+        "seeds": 10,
         "num_updates": num_updates,
     }
 

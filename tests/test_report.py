@@ -354,14 +354,14 @@ def test_a_text_full_of_markup_stays_text(data):
 
 
 @pytest.mark.more("test_the_page_loads_nothing_and_says_everything")
-def test_letters_that_the_built_in_font_lacks_stay_text(data):
-    """In the fonts of whoever looks at them, not as boxes; the other pictures draw theirs."""
+def test_letters_are_text_in_any_script(data):
+    """In the fonts of whoever looks at them, not as boxes or paths."""
     data["coverage"]["characters"] = "文<好"
     data["text"] |= {"vocabulary": 128, "distinct_characters": 3000, "folded_characters": 5130}
     drawn = contents.draw_pictures(data)
     labels = [node.text for node in ElementTree.fromstring(drawn["coverage"]).iter() if node.tag.endswith("}text")]
     assert all(labels.count(letter) == 6 for letter in "文<好") and "monospace" in drawn["coverage"]
-    assert "<text" not in drawn["reach"]
+    assert all("<text" in svg for svg in drawn.values())
     assert "5,130 of 9,000 characters (57 %)" in Page(render(data)).text
 
 

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+MARGIN = 0.02
+"""The share of what training gains below which a difference does not matter."""
 SAME_COST = 1.1
 """Times that differ by no more than this factor are the same, and so is memory."""
 FEWEST_EVALS = 4

@@ -8,8 +8,7 @@ import numpy as np
 
 from jbptt.diagnosis.advice import TOLERANCES
 from jbptt.diagnosis.baseline import LEARNT
-from jbptt.learning.judging import STILL_FALLING
-from jbptt.learning.study_result import MARGIN
+from jbptt.learning.judging import MARGIN, STILL_FALLING
 from jbptt.learning.verdicts import AS_GOOD, BEST, NOT_FINITE, NOT_TOLD_APART, WORSE
 
 WIDTH, INDENT = 100, 12

@@ -8,6 +8,7 @@ import numpy as np
 
 from jbptt.diagnosis.baseline import is_trained
 from jbptt.learning.judging import (
+    MARGIN,
     Curves,
     Judged,
     checkpoints,
@@ -16,9 +17,6 @@ from jbptt.learning.judging import (
     still_falling,
 )
 from jbptt.learning.verdicts import Verdicts, verdicts_of
-
-MARGIN = 0.02
-"""The share of what training gains below which a difference does not matter."""
 
 
 class Comparison(NamedTuple):

@@ -1,6 +1,5 @@
 """The questions of a report, in the order of the page."""
 
-import re
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -25,7 +24,6 @@ from jbptt.report.questions import (
 from jbptt.report.tables import Table
 from jbptt.report.themes import LIGHT, Theme, style, to_svg
 
-MISSING_LETTER = "Glyph .* missing from"  # of Matplotlib, when it draws a box instead
 ROOMS = (
     learning,
     diagnosis,
@@ -66,26 +64,16 @@ def draw_pictures(
 ) -> dict[str, str]:
     """The pictures of a study, or those named, as SVG text by the question's name.
 
-    The same data gives the same bytes: no date, fixed ids. Letters are drawn as paths. Where
-    Matplotlib's own font lacks one (Chinese, say), the letters of that picture stay text, which is
-    shown in the fonts of whoever looks at it.
+    The same data gives the same bytes: no date, fixed ids. Letters are text, in any script, shown
+    in the fonts of whoever looks at them.
     """
     import matplotlib
-
-    def draw(name: str) -> str:
-        axes = QUESTIONS[name].draw(data[name], theme=theme)
-        return to_svg(np.ravel(axes)[0].figure)
 
     drawn = {}
     for name in asked(data) if names is None else names:
         with matplotlib.rc_context(style(theme)), warnings.catch_warnings():
-            warnings.filterwarnings("error", MISSING_LETTER)
-            try:
-                drawn[name] = draw(name)
-            except UserWarning as warning:
-                if not re.match(MISSING_LETTER, str(warning)):
-                    raise
-                warnings.filterwarnings("ignore", MISSING_LETTER)
-                matplotlib.rcParams["svg.fonttype"] = "none"
-                drawn[name] = draw(name)
+            # The widths of such letters are guessed; they are not drawn here.
+            warnings.filterwarnings("ignore", "Glyph .* missing from")
+            axes = QUESTIONS[name].draw(data[name], theme=theme)
+            drawn[name] = to_svg(np.ravel(axes)[0].figure)
     return drawn

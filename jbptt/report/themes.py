@@ -44,7 +44,7 @@ def style(theme: Theme) -> Any:
     quiet = ("xtick.color", "ytick.color", "axes.edgecolor")
     return {
         "svg.hashsalt": "jbptt",
-        "svg.fonttype": "path",
+        "svg.fonttype": "none",  # text stays text
         "font.family": ["DejaVu Sans", "sans-serif"],
         "font.size": 10,
         "axes.titlesize": 10.5,
