@@ -29,13 +29,20 @@ def positive(values: Iterable[float | None]) -> np.ndarray:
     return np.where(found > 0, found, np.nan)
 
 
+def plain_ticks() -> Any:
+    """A formatter of ticks: `0.01`, not a power of ten, which needs other fonts."""
+    from matplotlib.ticker import FuncFormatter
+
+    return FuncFormatter(lambda value, _: f"{value:g}")
+
+
 def log_scale(
     ax: Any, axis: str, values: Iterable[float | None], steps: tuple[float, ...] = (1, 2, 5)
 ) -> None:
     """A log axis with plain numbers at `steps` times powers of ten, unless nothing on it is
     positive.
     """
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     ax.grid(True)
     if not np.isfinite(positive(list(values))).any():
@@ -43,16 +50,14 @@ def log_scale(
     ax.set(**{f"{axis}scale": "log"})
     ruler = getattr(ax, f"{axis}axis")
     ruler.set_major_locator(LogLocator(subs=steps))
-    ruler.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ruler.set_major_formatter(plain_ticks())
     ruler.set_minor_formatter(NullFormatter())
 
 
 def powers_of_two(ax: Any) -> None:
     """A log axis of windows, with plain numbers at powers of two."""
-    from matplotlib.ticker import FuncFormatter
-
     ax.set_xscale("log", base=2)
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.xaxis.set_major_formatter(plain_ticks())
 
 
 def legend_below(ax: Any, num_columns: int, title: str) -> None:

@@ -19,6 +19,7 @@ from jbptt.report.axes import (
     log_scale,
     new_axes,
     numbers,
+    plain_ticks,
     positive,
     powers_of_two,
     rule_tolerances,
@@ -77,7 +78,7 @@ def plot_gradient_flow(flow: Any, *, ax: Any = None, theme: Theme = LIGHT) -> An
 def _matrix_axes(ax: Any, mesh: Any, xlabel: str, ylabel: str, label: str) -> None:
     ax.set_xlabel(xlabel)
     ax.set_ylabel(ylabel)
-    bar = ax.figure.colorbar(mesh, ax=ax, shrink=0.85)
+    bar = ax.figure.colorbar(mesh, ax=ax, shrink=0.85, format=plain_ticks())
     bar.set_label(label)
     bar.outline.set_visible(False)
 
@@ -177,8 +178,6 @@ def plot_comparison(comparison: Any, *, ax: Any = None, theme: Theme = LIGHT) ->
     """Relative bias of each estimator with two standard errors (filled), and its standard deviation
     (hollow).
     """
-    from matplotlib.ticker import FuncFormatter
-
     names = comparison.names
     ax = new_axes((7.0, 0.4 * len(names) + 1.6), 1, 1, ax)
     places, variance = np.arange(len(names)), numbers(comparison.variance)
@@ -198,7 +197,7 @@ def plot_comparison(comparison: Any, *, ax: Any = None, theme: Theme = LIGHT) ->
     )
     _lines(ax, "relative to the norm of the exact gradient", "", legend=False)
     ax.set_xscale("symlog", linthresh=0.01)
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.xaxis.set_major_formatter(plain_ticks())
     ax.set_xlim(left=-0.002)
     ax.set_yticks(places, labels=names)
     ax.set_ylim(len(names) - 0.4, -0.6)
@@ -382,6 +381,7 @@ def plot_remedies(
 def _remedies_scale(ax: Any, measure: str, values: np.ndarray, theme: Theme) -> None:
     if measure == "gradient_error":
         ax.set_xscale("symlog", linthresh=0.01)
+        ax.xaxis.set_major_formatter(plain_ticks())
         ax.set_xlim(-0.004, 2 * ax.get_xlim()[1])
     elif measure == "loss":
         # What an untrained network scores in millions would press all differences flat: it may lie
