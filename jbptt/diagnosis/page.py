@@ -56,9 +56,9 @@ def write_page(found: Any, explain: bool = False) -> str:
       explain: with what each line means and how it was found.
     """
     title, lines = _title_and_lines(found)
-    paragraphs = [_filled(decide(found), ""), _filled(f"Gradient over {title}", "")]
+    paragraphs = [filled(decide(found), ""), filled(f"Gradient over {title}", "")]
     for line in lines:
-        paragraphs.append(_filled(f"{line.label:<{INDENT - 2}}{line.words}", "  "))
+        paragraphs.append(filled(f"{line.label:<{INDENT - 2}}{line.words}", "  "))
         if explain and line.meaning:
             paragraphs.append(_meaning(line.meaning))
     if _has_windows(found):
@@ -66,7 +66,7 @@ def write_page(found: Any, explain: bool = False) -> str:
         if explain:
             paragraphs.append(_meaning(meanings.WINDOWS))
     if found.advice:
-        paragraphs += ["", "  advice", *(_filled(str(one), "  ") for one in found.advice)]
+        paragraphs += ["", "  advice", *(filled(str(one), "  ") for one in found.advice)]
     return "\n".join(paragraphs)
 
 
@@ -321,7 +321,7 @@ def _cells(costs: Any, name: str) -> str:
     return f"{1e3 * seconds:>10.2f} ms{size / 2**20:>8.2f} MiB{beside:>38}".rstrip()
 
 
-def _filled(words: str, indent: str) -> str:
+def filled(words: str, indent: str) -> str:
     """Words in lines of at most 100 columns, the later ones below the first one's words."""
     later = " " * INDENT if indent else ""
     return textwrap.fill(

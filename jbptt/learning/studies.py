@@ -21,7 +21,7 @@ from jbptt.learning.lessons import Lessons, lessons_of
 from jbptt.learning.rounds import train_all
 from jbptt.learning.study_result import LearningStudy
 from jbptt.learning.trainings import Trainings, draws_starts, usual_optimizer
-from jbptt.learning.ways import ways_of
+from jbptt.learning.ways import listed, ways_of
 from jbptt.problem import check_problem
 from jbptt.starts import start_of
 from jbptt.sweeps.sweeping import sweep
@@ -112,11 +112,7 @@ def learning_study(
       SweepStopped: Ctrl-C; with a store the same call goes on.
     """
     key = jax.random.key(0) if key is None else key
-    learning_rates = _listed("learning_rates", learning_rates)
-    windows, sliding, keep_probs = (
-        None if values is None else _listed(name, values)
-        for name, values in (("windows", windows), ("sliding", sliding), ("keep_probs", keep_probs))
-    )
+    learning_rates = listed("learning_rates", learning_rates)
     _check(key, learning_rates, optimizer, how)
     seeds = validation.check_positive_integer("seeds", seeds, smallest=2)
     num_evals = validation.check_positive_integer("num_evals", num_evals)
@@ -175,14 +171,6 @@ def learning_study(
         "start and data" if draws_starts(params) else "data alone",
     )
     return study.with_margin()
-
-
-def _listed(name: str, values: Any) -> tuple:
-    """As a tuple, of a generator too; a ValueError for a number alone."""
-    try:
-        return tuple(values)
-    except TypeError:
-        raise ValueError(f"{name} must be a list, got {values!r}; write {name}=[…]") from None
 
 
 def _check_seeds(seeds: int, params: Any, lessons: Lessons) -> None:

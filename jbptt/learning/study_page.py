@@ -1,29 +1,28 @@
 """The page of a learning study, in plain text of at most 100 columns: a decision, its evidence."""
 
 import math
-import textwrap
 from typing import Any
 
 import numpy as np
 
 from jbptt.diagnosis.advice import TOLERANCES
 from jbptt.diagnosis.baseline import LEARNT
+from jbptt.diagnosis.page import INDENT, filled
 from jbptt.learning.judging import MARGIN, STILL_FALLING
 from jbptt.learning.verdicts import AS_GOOD, BEST, NOT_FINITE, NOT_TOLD_APART, WORSE
 
-WIDTH, INDENT = 100, 12
 FORETOLD = TOLERANCES[0]
 """A gradient with at most this error was expected to learn as the exact one does."""
 
 
 def write_page(study: Any) -> str:
     """The decision, the table of all ways, and what stands behind both."""
-    paragraphs = [_filled(decision(study), "")]
-    paragraphs += [_filled(f"{label:<{INDENT - 2}}{words}", "  ") for label, words in _facts(study)]
+    paragraphs = [filled(decision(study), "")]
+    paragraphs += [filled(f"{label:<{INDENT - 2}}{words}", "  ") for label, words in _facts(study)]
     paragraphs += ["", *table(study)]
     notes = [(label, words) for label, words in _notes(study) if words]
     if notes:
-        paragraphs += ["", *(_filled(f"{label:<{INDENT - 2}}{w}", "  ") for label, w in notes)]
+        paragraphs += ["", *(filled(f"{label:<{INDENT - 2}}{w}", "  ") for label, w in notes)]
     return "\n".join(paragraphs)
 
 
@@ -271,15 +270,3 @@ def _unbracketed(study: Any) -> str:
         return ""
     names = _listed(list(study.unbracketed))
     return f"the best one tried is the first or the last for {names}: a better one may lie beyond"
-
-
-def _filled(words: str, indent: str) -> str:
-    later = " " * INDENT if indent else ""
-    return textwrap.fill(
-        words,
-        WIDTH,
-        initial_indent=indent,
-        subsequent_indent=later,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )

@@ -69,13 +69,13 @@ def ways_of(
     Raises:
       ValueError: a window that is no integer in [1, T), a probability out of (0, 1), a name twice.
     """
-    blocks = default_windows(num_steps) if windows is None else _listed("windows", windows)
+    blocks = default_windows(num_steps) if windows is None else listed("windows", windows)
     middle = middle_window(blocks, num_steps)
-    slides = ((middle,) if middle else ()) if sliding is None else _listed("sliding", sliding)
+    slides = ((middle,) if middle else ()) if sliding is None else listed("sliding", sliding)
     if keep_probs is None:
         probabilities: tuple = (1 - 1 / middle,) if middle and middle > 1 else ()
     else:
-        probabilities = _listed("keep_probs", keep_probs)
+        probabilities = listed("keep_probs", keep_probs)
     for name, values in {"windows": blocks, "sliding": slides}.items():
         for window in values:
             validation.check_positive_integer(name, window)
@@ -115,12 +115,12 @@ def ways_of(
     return tuple(ways)
 
 
-def _listed(name: str, values: Any) -> tuple:
+def listed(name: str, values: Any) -> tuple:
     """As a tuple without repetitions; a ValueError for a number alone."""
     try:
         return tuple(dict.fromkeys(values))
     except TypeError:
-        raise ValueError(f"{name} must be a list, got {values!r}; write {name}=[8, 32]") from None
+        raise ValueError(f"{name} must be a list, got {values!r}; write {name}=[…]") from None
 
 
 def gated(step: Step, loss: Loss, window: Any, keep_prob: Any) -> Estimator:
