@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from jbptt.experiments.training_chunks import TrainingChunk, train_in_chunks
     from jbptt.learning.studies import learning_study
     from jbptt.learning.study_result import LearningStudy
+    from jbptt.online.rank_one import uoro
+    from jbptt.online.sparse import rflo, rtrl, snap
+    from jbptt.online.structure import InfluenceStructure, influence_structure
     from jbptt.plans import Plan
     from jbptt.recurrence import unroll
     from jbptt.report import plots
@@ -56,6 +59,9 @@ _get, __dir__, __all__ = lazy.attach(
         "experiments.training": "History train",
         "learning.studies": "learning_study",
         "learning.study_result": "LearningStudy",
+        "online.rank_one": "uoro",
+        "online.sparse": "rflo rtrl snap",
+        "online.structure": "InfluenceStructure influence_structure",
         "plans": "Plan",
         "recurrence": "unroll",
         "scanning": "scan",

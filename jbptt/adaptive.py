@@ -12,7 +12,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from jbptt import truncation, validation
-from jbptt.arrays import align_leading, is_key, one_if_zero, split_inexact, weighted_mean, widened
+from jbptt.arrays import (
+    align_leading,
+    one_if_zero,
+    split_inexact,
+    varying,
+    weighted_mean,
+    widened,
+)
 from jbptt.bias_bound import TAIL_LAGS, bound_bias
 from jbptt.norms import norm
 from jbptt.past_steps import PastSteps, empty_history, latest
@@ -20,7 +27,7 @@ from jbptt.plans import NO_WINDOWS, Plan, plan_of, planned
 from jbptt.problem import Problem, check_problem, entered_problem
 from jbptt.segments import Updated, estimate_of
 from jbptt.starts import kept, start_of
-from jbptt.types import Batch, Carry, Estimate, Estimator, Loss, Params, PyTree, Step, exported
+from jbptt.types import Batch, Carry, Estimate, Estimator, Loss, Params, Step, exported
 from jbptt.windows import Streamed, go_on, overlapping_sums, sum_pieces
 
 
@@ -174,19 +181,6 @@ def adaptive_bptt(
         return truncation.window_coverage(num_steps, max_window, 1)
 
     return Estimator(init, update, coverage)
-
-
-def varying(tree: PyTree, given: PyTree) -> PyTree:
-    """`tree`, inside a `shard_map` marked as different on each device if something given is.
-
-    A loop wants its carry so from the start.
-    """
-    leaves = [leaf for leaf in jax.tree.leaves(given) if not is_key(leaf)]
-    count = jax.eval_shape(
-        lambda leaves: sum(map(jnp.count_nonzero, leaves), jnp.zeros((), int)), leaves
-    )
-    zero = lax.full_like(count, 0)
-    return jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), tree)
 
 
 def says_something(streamed: Streamed, weights: jax.Array, add_up: Callable) -> jax.Array:

@@ -40,22 +40,36 @@ def split_inexact(tree: PyTree) -> tuple[list[jax.Array], Callable[[list[jax.Arr
     return [jnp.asarray(leaf) for i, leaf in zip(inexact, leaves, strict=True) if i], rebuild
 
 
+def real_leaves(leaves: list[jax.Array]) -> tuple[list[jax.Array], Callable]:
+    """Inexact leaves as real ones, and the way back.
+
+    A complex leaf gives two, its real and its imaginary part. JAX's gradient in it has the sign of
+    the latter turned, `∂f/∂x − i ∂f/∂y`, so that `df = Re Σ g·dz`.
+    """
+    leaves = [jnp.asarray(leaf) for leaf in leaves]
+    are_complex = [jnp.iscomplexobj(leaf) for leaf in leaves]
+    parts = [
+        part
+        for leaf, is_complex in zip(leaves, are_complex, strict=True)
+        for part in ((leaf.real, leaf.imag) if is_complex else (leaf,))
+    ]
+
+    def rebuild(parts):
+        rest = iter(parts)
+        return [lax.complex(next(rest), next(rest)) if c else next(rest) for c in are_complex]
+
+    return parts, rebuild
+
+
 def real_vector(tree: PyTree) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:
     """All numbers of a tree of inexact leaves as one real vector, and the way back.
 
-    A complex leaf gives its real parts, then its imaginary parts. JAX's gradient in it has the sign
-    of the latter turned, `∂f/∂x − i ∂f/∂y`, so that `df = Re Σ g·dz`.
+    The `real_leaves` one after another.
     """
     leaves, structure = jax.tree.flatten(tree)
-    leaves = [jnp.asarray(leaf) for leaf in leaves]
-    flat, back = ravel_pytree([(a.real, a.imag) if jnp.iscomplexobj(a) else (a,) for a in leaves])
-
-    def rebuild(vector):
-        return structure.unflatten(
-            [lax.complex(*parts) if len(parts) == 2 else parts[0] for parts in back(vector)]
-        )
-
-    return flat, rebuild
+    parts, join = real_leaves(leaves)
+    flat, back = ravel_pytree(parts)
+    return flat, lambda vector: structure.unflatten(join(back(vector)))
 
 
 def align_leading(array: jax.Array, ndim: int) -> jax.Array:
@@ -144,3 +158,16 @@ def zeros_along(leaf: Any, length: int) -> jax.Array:
     """
     zeros = lax.full_like(leaf, 0, jax.dtypes.canonicalize_dtype(leaf.dtype))
     return jnp.broadcast_to(zeros[:1], (length, *leaf.shape[1:]))
+
+
+def varying(tree: PyTree, given: PyTree) -> PyTree:
+    """`tree`, inside a `shard_map` marked as different on each device if something given is.
+
+    A loop wants its carry so from the start.
+    """
+    leaves = [leaf for leaf in jax.tree.leaves(given) if not is_key(leaf)]
+    count = jax.eval_shape(
+        lambda leaves: sum(map(jnp.count_nonzero, leaves), jnp.zeros((), int)), leaves
+    )
+    zero = lax.full_like(count, 0)
+    return jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), tree)

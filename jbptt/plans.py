@@ -124,7 +124,7 @@ def planned(
     """
     if plan.num_shards == 1:
         return run(problem, history, seen, lambda tree: tree)
-    check_division(problem, plan.num_shards)
+    check_shards(problem, plan.num_shards)
     num_examples, devices = problem.batch_shape[0], jax.devices()[: plan.num_shards]
     mesh = jax.make_mesh(
         (plan.num_shards,), (SHARDS,), axis_types=(AxisType.Auto,), devices=devices
@@ -170,28 +170,41 @@ def _specs(tree: PyTree, axis: int, num_examples: int) -> PyTree:
     return jax.tree.map(one, tree)
 
 
-def check_division(problem: Problem, num_shards: int) -> None:
+def check_shards(problem: Problem, num_shards: int) -> None:
     """A ValueError unless, by shapes, each device computes what one device would."""
+    what, otherwise = f"num_shards={num_shards}", "pass num_shards=1"
+    if not jax.sharding.get_abstract_mesh().empty:
+        raise ValueError(f"{what}: it makes a mesh of its own, and another one is set; {otherwise}")
+    check_division(problem, num_shards, what, otherwise)
 
-    def refuse(reason, remedy="pass num_shards=1", cause=None):
-        raise ValueError(f"num_shards={num_shards}: {reason}; {remedy}") from cause
+
+def check_division(problem: Problem, num_parts: int, what: str, otherwise: str) -> None:
+    """A ValueError unless, by shapes, each part of the examples computes what all of them would.
+
+    Args:
+      problem: the whole batch.
+      num_parts: of as many examples each.
+      what: is asked for, as the error names it.
+      otherwise: what to do without.
+    """
+
+    def refuse(reason, remedy="", cause=None):
+        raise ValueError(f"{what}: {reason}; {remedy or otherwise}") from cause
 
     batch_shape, carry = problem.batch_shape, problem.carry
     if not batch_shape:
         refuse("the loss has no batch axis, so there are no examples to divide")
     num_examples = batch_shape[0]
-    if num_examples % num_shards:
+    if num_examples % num_parts:
         refuse(f"it must divide the batch of {num_examples} examples", "pass a number that does")
-    if not jax.sharding.get_abstract_mesh().empty:
-        refuse("it makes a mesh of its own, and another one is set")
     for path, leaf in jax.tree_util.tree_leaves_with_path(carry):
         if not _is_per_example(leaf, 0, num_examples):
             where = f"carry{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}"
             reason = (
                 f"{where} and no axis of {num_examples} examples in front, so it cannot be divided"
             )
-            refuse(reason, "pass num_shards=1, or a carry whose leaves are per example")
-    share = _Share(problem, num_examples // num_shards)
+            refuse(reason, f"{otherwise}, or a carry whose leaves are per example")
+    share = _Share(problem, num_examples // num_parts)
     try:
         fits = share.fits(share.inputs)
     except Exception as error:  # whatever the user's functions raise at shapes that do not fit
@@ -199,17 +212,15 @@ def check_division(problem: Problem, num_shards: int) -> None:
     if not fits:
         refuse(f"of {share.size} examples alone, step or loss does not give one result each")
     if share.draws_for_all_at_once():
-        remedy = "pass num_shards=1, or give each example a key of its own in the carry"
         refuse(
-            "from one key are drawn random numbers for all examples, so each device would draw the "
+            "from one key are drawn random numbers for all examples, so each part would draw the "
             "same",
-            remedy,
+            f"{otherwise}, or give each example a key of its own in the carry",
         )
     for name in share.ambiguous():
-        remedy = "pass num_shards=1, or hand on among the parameters what all share"
         refuse(
             f"step and loss take {name} whole as well as divided, so it may not be per example",
-            remedy,
+            f"{otherwise}, or hand on among the parameters what all share",
         )
 
 

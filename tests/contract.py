@@ -6,7 +6,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jbptt import Plan, adaptive_bptt, full_bptt, gated_bptt, randomized_bptt, truncated_bptt, truncation
+from jbptt import (
+    Plan,
+    adaptive_bptt,
+    full_bptt,
+    gated_bptt,
+    randomized_bptt,
+    rflo,
+    rtrl,
+    snap,
+    truncated_bptt,
+    truncation,
+    uoro,
+)
 
 
 class Entry(NamedTuple):
@@ -15,10 +27,12 @@ class Entry(NamedTuple):
     Attributes:
       make: `(step, loss) -> Estimator`.
       streams: whether any split of a sequence into updates gives the unsplit total.
+      covers: whether it says how much of each pair of steps it counts.
     """
 
     make: Callable[..., Any]
     streams: bool = False
+    covers: bool = True
 
     def coverage(self, num_steps, key):
         """What it declares of a first update from a state initialised with that key, `[T, T]`."""
@@ -52,4 +66,8 @@ ESTIMATORS = {
     "artbp": Entry(partial(randomized_bptt, mean_length=3.0)),
     "random lengths": Entry(partial(randomized_bptt, length_probs=np.array([0.1, 0.4, 0.3]))),
     "without weights": Entry(partial(randomized_bptt, keep_prob=0.5, reweight=False)),
+    "rtrl": Entry(rtrl, streams=True),
+    "snap": Entry(partial(snap, order=1), streams=True, covers=False),
+    "rflo": Entry(partial(rflo, leak=0.9), streams=True, covers=False),
+    "uoro": Entry(uoro, streams=True, covers=False),
 }

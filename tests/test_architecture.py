@@ -26,11 +26,14 @@ CORE = [
     "types",
     "datasets",
     "progress",
+    "memory",
     "norms",
     "engine.primitives",
     "engine.dependence",
+    "engine.entries",
     "engine.facts",
     "engine.jaxprs",
+    "engine.emitted",
     "engine.weight_uses",
     "engine.splitting",
     "engine.weight_products",
@@ -68,7 +71,7 @@ CORE = [
     "testing",
 ]
 # Interop is a wing of the core, a room a library.
-FLOORS = ["core", "interop", "analysis", "diagnosis", "experiments", "sweeps", "learning", "report"]
+FLOORS = ["core", "interop", "online", "analysis", "diagnosis", "experiments", "sweeps", "learning", "report"]
 OPTIONAL = {"matplotlib", "rich", "tyro", "jinja2", "torch", "xarray", "flax", "haiku", "equinox"}
 OPTIONAL |= {"zarr", "icechunk", "dask", "distributed"}
 INTEROP = {"interop.nnx": "flax", "interop.linen": "flax", "interop.haiku": "haiku", "interop.equinox": "equinox"}
@@ -232,6 +235,7 @@ CONTRACT = """
 analysis cells clipping experiments interop plots powers tasks testing truncation
 Batch Carry Estimate Estimator Loss Params Step
 scan unroll full_bptt truncated_bptt gated_bptt randomized_bptt adaptive_bptt Plan choose_plan
+rtrl snap rflo uoro influence_structure InfluenceStructure
 adjoints gradient_flow lag_profile truncation_curve diagnose find_nonfinite compare measure_cost
 step_jacobians jacobian_products lyapunov_spectrum train train_in_chunks grid sweep load_sweep
 learning_study LearningStudy

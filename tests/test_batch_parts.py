@@ -183,14 +183,14 @@ def test_a_loss_may_assert_its_shapes():
     """What is tried with more or fewer examples may raise anything."""
     step, _, params, carry, batch = problems.make("tanh", 9, examples=4)
     assert layout_of(problem_of(step, checked, params, carry, batch)).groups == 4
-    check_division(problem_of(step, checked, params, carry, batch), 2)
+    check_division(problem_of(step, checked, params, carry, batch), 2, "two parts", "pass all")
 
     def takes_all_alone(params, h, x):
         assert len(x) == 4
         return step(params, h, x)
 
     with pytest.raises(ValueError, match="does not take 2 of the examples alone"):
-        check_division(problem_of(takes_all_alone, checked, params, carry, batch), 2)
+        check_division(problem_of(takes_all_alone, checked, params, carry, batch), 2, "two parts", "pass all")
     assert layout_of(problem_of(takes_all_alone, checked, params, carry, batch)).groups == 1
 
 

@@ -12,7 +12,7 @@ from jbptt import validation
 from jbptt.analysis.costs import Cost, measure_cost
 from jbptt.estimators import full_bptt
 from jbptt.executables import WeakCache
-from jbptt.plans import Plan, check_division
+from jbptt.plans import Plan, check_shards
 from jbptt.problem import check_problem, problem_of
 from jbptt.recurrence import default_segment
 from jbptt.starts import kept, start_shapes
@@ -38,7 +38,7 @@ def candidate_plans(
     segments, num_devices, shards = [None, *dict.fromkeys(lengths)], jax.device_count(), [1]
     if num_devices > 1:
         with contextlib.suppress(ValueError):
-            check_division(problem, num_devices)
+            check_shards(problem, num_devices)
             shards.append(num_devices)
     return tuple(Plan(segment, number) for number in shards for segment in segments)
 

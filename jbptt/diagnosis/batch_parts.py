@@ -117,7 +117,9 @@ def _takes(problem: Problem, size: int) -> bool:
     shape = (2 * size, *problem.batch_shape[1:])
     one = first_step(problem.step, problem.loss, problem.params, problem.carry, problem.batch)
     try:
-        check_division(replace(problem, batch_shape=shape).on(carry, batch), 2)
+        check_division(
+            replace(problem, batch_shape=shape).on(carry, batch), 2, "two parts", "pass all"
+        )
         x = jax.eval_shape(lambda xs: jax.tree.map(lambda a: a[0], xs), batch.xs)
         wide = jax.eval_shape(problem.step, problem.params, carry, x)
     except Exception:  # whatever the user's functions raise at shapes that do not fit

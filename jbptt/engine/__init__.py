@@ -8,8 +8,9 @@ and a warning says so once.
     segment_vjp(step, …)                    many steps one after another, and the way back
     pullback(step, …), parallel_pullback    one step, or many side by side: windows that overlap,
                                             and most analyses
+    outputs_of(step, …)                     a step's outputs as a function of the carry it emits
     paths, dependences, …                   questions to a program, answered without running it
-                                            (`dependence`, `facts`)
+                                            (`dependence`, `entries`, `facts`)
 
 Every way back adds to a running total of the gradient, and gives (total, cotangents of the carry).
 
@@ -58,14 +59,15 @@ from jbptt.engine.dependence import (
     paths,
     replaced,
 )
+from jbptt.engine.entries import entry_dependence
 from jbptt.engine.facts import calls, draws, same_under_vmap
 from jbptt.types import Carry, Params, PyTree, Step
 
 import_error: Exception | None = None
 try:
-    from jbptt.engine import fast
+    from jbptt.engine import emitted, fast
 except ImportError as error:  # jax.extend has moved
-    fast, import_error = None, error
+    emitted, fast, import_error = None, None, error
 
 __all__ = [
     "NO_VMAP",
@@ -75,8 +77,10 @@ __all__ = [
     "dependences",
     "dependences_and_factors",
     "draws",
+    "entry_dependence",
     "fast",
     "fast_or_plain",
+    "outputs_of",
     "parallel_pullback",
     "paths",
     "pullback",
@@ -176,3 +180,19 @@ def parallel_pullback(
             return back_one_by_one(*cotangents_and_total)
 
     return results, back
+
+
+def outputs_of(step: Step, params: Params, carry: Carry, inputs: PyTree) -> tuple[Callable, bool]:
+    """The outputs of a step as a function of the carry that it emits; see `emitted.outputs_of`.
+
+    Where programs cannot be read, the whole step: all is then read of the carry received.
+    """
+
+    def whole_step(*arguments):
+        del arguments
+        return lambda params, carry, inputs, _: step(params, carry, inputs)[1], True
+
+    if emitted is None:
+        warn_that_the_plain_engine_runs(import_error)
+        return whole_step()
+    return fast_or_plain(emitted.outputs_of, whole_step, step, params, carry, inputs)

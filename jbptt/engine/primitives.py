@@ -43,4 +43,17 @@ ALIKE = CHEAP | MOVES | frozenset((
 RANDOM = frozenset((
     "random_bits", "random_fold_in", "random_seed", "random_split", "random_unwrap", "random_wrap",
 ))
+# Give entry by entry what depends on the operands' entries there alone.
+ENTRYWISE = frozenset((
+    "abs", "acos", "acosh", "add", "add_any", "asin", "asinh", "atan", "atan2", "atanh", "cbrt",
+    "ceil", "clamp", "complex", "conj", "convert_element_type", "copy", "copy_p", "cos", "cosh",
+    "digamma", "div", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "imag",
+    "integer_pow", "lgamma", "log", "log1p", "logistic", "max", "min", "mul", "neg", "pcast", "pow",
+    "pvary", "real", "reduce_precision", "rem", "round", "rsqrt", "sharding_constraint", "sign",
+    "sin", "sinh", "sqrt", "square", "sub", "tan", "tanh",
+))
+# Reduce whole axes.
+FOLDS = frozenset(("reduce_max", "reduce_min", "reduce_prod", "reduce_sum"))
+# Go along one axis.
+SCANS = frozenset(("cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum"))
 # fmt: on

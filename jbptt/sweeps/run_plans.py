@@ -1,14 +1,14 @@
 """How the runs of one program are computed: how many side by side, on how many devices."""
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from jbptt.memory import usual_memory
 from jbptt.sweeps.programs import Job, Program, column_shapes, key_of, program_of
 
 FIRST_WIDTH = 32
@@ -205,7 +205,7 @@ def _that_fits(
     """The program of this width, or of the widest that needs no more than the budget, by XLA's
     count.
     """
-    budget = _memory() if limits.memory_budget is None else limits.memory_budget
+    budget = usual_memory() if limits.memory_budget is None else limits.memory_budget
     while True:
         program = program_of(run_fn, job, column_shapes(columns), width, devices)
         needed = CALLS_AHEAD * (program.temporary_bytes + width * limits.run_bytes)
@@ -217,11 +217,3 @@ def _that_fits(
                 f"{budget:.3g}; allow more, or make the model, the batch or the sequence smaller"
             )
         width = max(1, min(width - 1, int(width * budget / needed)))
-
-
-def _memory() -> float:
-    """Bytes that programs take if nobody says otherwise: 0.8 of a device's, half of the host's."""
-    statistics: dict[str, Any] = jax.local_devices()[0].memory_stats() or {}
-    if "bytes_limit" in statistics:
-        return 0.8 * statistics["bytes_limit"]
-    return 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,1 @@
+"""Gradients that run forward with the sequence: no pass back through time."""
