@@ -32,6 +32,7 @@ def count_from_zero():
 
 HOST = {
     "choose_plan": "times programs on the host",
+    "influence_structure": "reads a program, on the host",
     "learning_study": "trains and decides on the host",
     "measure_cost": "times programs on the host",
     "optimize_schedule": "L-BFGS in double precision on the host, before a training",

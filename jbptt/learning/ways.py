@@ -128,7 +128,7 @@ def gated(step: Step, loss: Loss, window: Any, keep_prob: Any) -> Estimator:
     return gated_bptt(step, loss, gates_fn=partial(cuts, window=window, keep_prob=keep_prob))
 
 
-STREAMED = ("carry", "history", "phase")
+STREAMED = ("carry", "history", "phase", "influence", "of_carry", "of_params")
 """What a state remembers of the batch before, by the names of the fields."""
 
 

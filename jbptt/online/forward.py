@@ -7,6 +7,7 @@ A loss reads the carry that its step emits, and perhaps more of the one received
 
 from collections.abc import Callable
 from functools import partial
+from math import prod
 from typing import Any, NamedTuple
 
 import jax
@@ -37,10 +38,11 @@ class Method(NamedTuple):
     M is the influence of the carry that entered the update.
 
     Attributes:
-      carry_on: `(advance, carried, number) -> carried`, one step on; number: of the step, counted
-        over the stream.
-      gradient: `(carried, h_bar) -> (h_bar P, h_bar M)`: for each real leaf of the parameters (None
-        where it is zero for certain), and `[n]`.
+      carry_on: `(advance, carried, number) -> carried` of one example, one step on; number: of the
+        step, counted over the stream.
+      gradient: `(carried, h_bar) -> (Σ h_bar P, h_bar M)` of all examples, leaves
+        `[examples, ...]`: for each real leaf of the parameters (None where it is zero for certain)
+        the sum over the examples; and `[examples, n]`.
     """
 
     carry_on: Callable
@@ -81,17 +83,23 @@ def _on_one_device(
     num_leaves = len(inexact_leaves(problem.carry))
     live = problem.live._replace(carries=())
 
-    def vector(bars):
-        """Cotangents of one example in the carry's real numbers, `[n]`."""
-        return real_vector([jnp.conj(bar) for bar in bars])[0].astype(dtype)
+    num_examples = prod(shape)
 
-    def of_one(number, reads_received, own):
-        """An example's step on, and what its loss says of the parameters through the carry."""
-        carry, inputs, received_bar, emitted_bar, carried = own
-        found = [method.gradient(carried, vector(received_bar))] if reads_received else []
-        carried = method.carry_on(advance_of(carry, inputs), carried, number)
-        found.append(method.gradient(carried, vector(emitted_bar)))
-        return carried, jax.tree.map(lambda *parts: sum(parts), *found)
+    def vectors(bars):
+        """Cotangents of the examples' carries in real numbers, `[examples, n]`."""
+        flat = [jnp.conj(bar).reshape(num_examples, *bar.shape[len(shape) :]) for bar in bars]
+        return jax.vmap(lambda leaves: real_vector(leaves)[0])(flat).astype(dtype)
+
+    def say(carried, bars):
+        """What cotangents of the carry say of the parameters, and of the carry that entered."""
+        flat = jax.tree.map(lambda a: a.reshape(num_examples, *a.shape[len(shape) :]), carried)
+        grads, entered = method.gradient(flat, vectors(bars))
+        return grads, entered.reshape(*shape, -1)
+
+    def of_one(number, own):
+        """An example's influence one step on."""
+        carry, inputs, carried = own
+        return method.carry_on(advance_of(carry, inputs), carried, number)
 
     def one(state, piece: Batch, sums: Sums | None):
         carry, carried, reached, number = state
@@ -108,9 +116,10 @@ def _on_one_device(
 
         _, pull = engine.pullback(look, problem.params, (carry, emitted), None, live)
         grad, bars = pull([], [bar[0] for bar in outputs_bar], sums.grad)
-        own = carry, inputs, bars[:num_leaves], bars[num_leaves:], carried
-        carried, (grads, entered) = for_each(partial(of_one, number, reads_received), shape, own)
-        grads = [None if g is None else jnp.sum(g, tuple(range(len(shape)))) for g in grads]
+        said = [say(carried, bars[:num_leaves])] if reads_received else []
+        carried = for_each(partial(of_one, number), shape, (carry, inputs, carried))
+        said.append(say(carried, bars[num_leaves:]))
+        grads, entered = jax.tree.map(lambda *parts: sum(parts), *said)
         after = emitted if mask is None else select_leading(mask, emitted, carry)
         return sums._replace(grad=add_real(grad, grads)), (
             after,

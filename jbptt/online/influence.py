@@ -48,23 +48,30 @@ def param_rows(layout: Layout, emitted: jax.Array, pull: Callable) -> list[jax.A
     return [leaf.astype(widened_dtype(leaf.dtype)) for leaf in rows]
 
 
+def at_rows(vector: jax.Array, rows: np.ndarray) -> jax.Array:
+    """`[..., n]` at rows `[base, S]`, 0 where there is none."""
+    count = np.arange(vector.shape[-1])
+    if np.array_equal(rows, count[:, None]):
+        return vector[..., None]
+    if np.array_equal(rows, count[None]):
+        return vector[..., None, :]
+    padded = jnp.pad(vector, [(0, 0)] * (vector.ndim - 1) + [(0, 1)])
+    return padded[..., rows]
+
+
 def jacobian(layout: Layout, block: Block, found: jax.Array) -> jax.Array:
-    """`[base, S, S]`: J from the rows of a block to its rows."""
-    rows, colours = block.rows, np.append(layout.carry_colours, -1)
-    by_colour = colours[rows][:, :, None]
-    if (layout.reads[rows[:, :, None], rows[:, None, :]]).all() and _counts(
-        by_colour[..., 0], rows
-    ):
-        return found[None]
-    padded = jnp.pad(found, ((0, 0), (0, 1)))
-    entries = padded[np.maximum(by_colour, 0), rows[:, None, :]]
-    return jnp.where(layout.reads[rows[:, :, None], rows[:, None, :]], entries, 0)
-
-
-def _counts(colours: np.ndarray, rows: np.ndarray) -> bool:
-    """Whether the one set of rows is all rows in order, each with its own colour."""
-    count = np.arange(rows.shape[1])[None]
-    return np.array_equal(colours, count) and np.array_equal(rows, count)
+    """`[base, S, S]`: J from the rows of a block to its rows; `found` is that of `carry_rows`."""
+    rows, colours = block.rows, np.append(layout.carry_colours, -1)[block.rows]
+    reads = layout.reads[rows[:, :, None], rows[:, None, :]]
+    in_order = np.arange(rows.shape[1])[None]
+    if np.array_equal(rows, in_order) and np.array_equal(colours, in_order):
+        entries = found[None]  # all of it, as it is
+    elif len(found) == 1:
+        entries = at_rows(found[0], rows)[:, None, :]
+    else:
+        padded = jnp.pad(found, ((0, 0), (0, 1)))
+        entries = padded[np.maximum(colours, 0)[:, :, None], rows[:, None, :]]
+    return entries if reads.all() else jnp.where(reads, entries, 0)
 
 
 def entering(layout: Layout, block: Block, found: jax.Array) -> jax.Array:
@@ -79,7 +86,9 @@ def entering(layout: Layout, block: Block, found: jax.Array) -> jax.Array:
         picked = by_colour[np.maximum(colours, 0), :, base]  # [base, S, outer, inner]
         picked = picked.transpose(2, 0, 3, 1)
     enters = (rows < layout.size)[None, :, None, :]
-    return jnp.where(enters, picked, 0).reshape(block.kept)
+    if not enters.all():
+        picked = jnp.where(enters, picked, 0)
+    return picked.reshape(block.kept)
 
 
 def onward(jacobian: jax.Array, influence: jax.Array) -> jax.Array:
@@ -95,14 +104,19 @@ def onward(jacobian: jax.Array, influence: jax.Array) -> jax.Array:
 
 def scaled(block: Block, factors: jax.Array, influence: jax.Array) -> jax.Array:
     """J P of one block where J is diagonal, `[n]`."""
-    return influence * jnp.pad(factors, (0, 1))[block.rows][None, :, None]
+    return influence * at_rows(factors, block.rows)[None, :, None]
 
 
 def gradient(block: Block, influence: jax.Array, h_bar: jax.Array) -> jax.Array:
-    """λ P of one block, in the leaf's shape."""
-    at_rows = jnp.pad(h_bar, (0, 1))[block.rows]  # [base, S]
-    if block.num_rows == 1:
-        found = influence[..., 0] * at_rows[None]
-    else:
-        found = jnp.einsum("obis,bs->obi", influence, at_rows, precision=HIGHEST)
+    """Σ λ P of one block over examples, in the leaf's shape; leaves `[examples, …]`."""
+    weights = at_rows(h_bar, block.rows)
+    # A product over the examples: several times as fast as a sum of what is multiplied first.
+    found = jnp.einsum("zobis,zbs->obi", influence, weights, precision=HIGHEST)
     return found.reshape(block.leaf)
+
+
+def gradient_of_each(block: Block, influence: jax.Array, h_bar: jax.Array) -> jax.Array:
+    """λ P of one block for each example, `[examples, size]`."""
+    weights = at_rows(h_bar, block.rows)
+    found = jnp.einsum("zobis,zbs->zobi", influence, weights, precision=HIGHEST)
+    return found.reshape(len(found), -1)

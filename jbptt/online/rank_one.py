@@ -28,7 +28,7 @@ class RankOneState(NamedTuple):
       carry: the live carry.
       of_carry: s̃, `[*batch, n]`.
       of_params: w̃, for each real leaf of the parameters `[*batch, *leaf]`.
-      keys: of the noise, one for each example.
+      key: of the noise, the same for the whole stream.
       number: of the next step of the stream, an int array: step t's noise is the same wherever
         updates end.
     """
@@ -36,7 +36,7 @@ class RankOneState(NamedTuple):
     carry: Carry
     of_carry: jax.Array
     of_params: list[jax.Array]
-    keys: chex.PRNGKey
+    key: chex.PRNGKey
     number: jax.Array
 
 
@@ -75,21 +75,21 @@ def uoro(step: Step, loss: Loss, *, plan: Plan | None = None) -> Estimator:
         of_carry = jnp.zeros((*shape, carry_size(problem)), dtype)
         of_params = [jnp.zeros((*shape, *leaf.shape), dtype) for leaf in reals]
         of_carry, of_params = varying((of_carry, of_params), (params, problem.carry, batch))
-        keys, number = jax.random.split(key, shape), jnp.zeros((), int)
-        return RankOneState(kept(carry), of_carry, of_params, keys, number)
+        return RankOneState(kept(carry), of_carry, of_params, key, jnp.zeros((), int))
 
     def update(params: Params, state: RankOneState, batch: Batch):
         problem, start = problem_to_update(step, loss, params, state.carry, batch)
         # That of the carry that enters the update is a pair of its own, which no noise joins.
-        signs = _signs(problem, state.keys, state.number)
+        keys = jax.random.split(state.key, problem.batch_shape)  # a noise for each example
+        signs = _signs(problem, keys, state.number)
         signs = varying(signs, (params, problem.carry, problem.batch))
-        carried = state.of_carry, state.of_params, state.keys, (signs, signs)
+        carried = state.of_carry, state.of_params, keys, (signs, signs)
         method = Method(_carry_on, _gradient)
         updated, carried = run_forward(plan, method, problem, carried, state.number)
-        of_carry, of_params, keys, _ = carried
+        of_carry, of_params, _, _ = carried
         number = state.number + problem.num_steps
         return estimate_of(updated, start), RankOneState(
-            updated.carry, of_carry, of_params, keys, number
+            updated.carry, of_carry, of_params, state.key, number
         )
 
     return Estimator(init, update)
@@ -153,7 +153,8 @@ def _over(array: jax.Array, factor: jax.Array) -> jax.Array:
 
 
 def _gradient(carried: tuple, h_bar: jax.Array) -> tuple[list, jax.Array]:
-    """(h_bar · s̃) w̃ for each real leaf, and the same in the carry that entered."""
+    """Σ (h_bar · s̃) w̃ for each real leaf; and of each example, in the carry that entered."""
     of_carry, of_params, _, (own, signs) = carried
-    size = h_bar @ of_carry
-    return [size * leaf for leaf in of_params], (h_bar @ own) * signs
+    sizes = jnp.sum(h_bar * of_carry, -1)
+    grads = [jnp.tensordot(sizes, leaf, 1, precision=lax.Precision.HIGHEST) for leaf in of_params]
+    return grads, jnp.sum(h_bar * own, -1, keepdims=True) * signs

@@ -278,11 +278,11 @@ def _leaking(leaks: jax.Array, mask: jax.Array | None) -> Callable:
 
 
 def _gradient(layout: Layout, carried: tuple, h_bar: jax.Array) -> tuple[list, jax.Array]:
-    """h_bar P for each real leaf, and h_bar M."""
+    """Σ h_bar P for each real leaf, and h_bar M of each example."""
     influence, own = carried
     rest = iter(influence)
     grads = [
         None if block is None else influences.gradient(block, next(rest), h_bar)
         for block in layout.params
     ]
-    return grads, influences.gradient(layout.carry, own, h_bar).ravel()
+    return grads, influences.gradient_of_each(layout.carry, own, h_bar)
