@@ -19,6 +19,7 @@ from jbptt.cells import Cell
 from jbptt.estimators import full_bptt, randomized_bptt, truncated_bptt
 from jbptt.experiments import tasks
 from jbptt.experiments.training import train
+from jbptt.online.names import check_online_names, online_estimators
 from jbptt.report import interruption, output, plots
 from jbptt.report.commands import own_models
 from jbptt.report.commands.errors import UsageError, device_errors, device_gave_up
@@ -52,6 +53,8 @@ class ComparisonSettings:
       mean_length: of ARTBP, in steps; several are compared; 16.
       tolerance: of windows that follow a bound on the bias (at most max(window) steps); left out if
         not given.
+      online: gradients that run forward, compared beside the others: rtrl, snap-N (order N),
+        rflo-LEAK (what a step keeps of a unit, 0 to 1), uoro.
       num_samples: draws of each estimator that draws.
       learning_rates: of a model of your own: that every way is first tried with.
       num_seeds: of a model of your own: of every way and rate.
@@ -69,6 +72,7 @@ class ComparisonSettings:
     keep_prob: tuple[float, ...] | None = None
     mean_length: tuple[float, ...] | None = None
     tolerance: float | None = None
+    online: tuple[str, ...] = ()
     num_samples: int = 100
     learning_rates: tuple[float, ...] | None = None
     num_seeds: int | None = None
@@ -120,6 +124,7 @@ def check_comparison_settings(settings: ComparisonSettings) -> None:
         validation.check_probability("keep_prob", keep_prob)
     for mean_length in settings.mean_length or ():
         validation.check_mean_length(mean_length)
+    check_online_names(settings.online)
     if settings.text is not None and settings.task != "text":
         raise ValueError(
             f"text is read by the task text only, got task {settings.task}; leave one of them out"
@@ -182,6 +187,7 @@ def estimators_of(settings: ComparisonSettings, step: Step, loss: Loss) -> dict[
         )
     for length in dict.fromkeys((16.0,) if settings.mean_length is None else settings.mean_length):
         found[f"artbp {length}"] = randomized_bptt(step, loss, mean_length=length)
+    found |= online_estimators(settings.online, step, loss)
     if settings.tolerance is not None:
         longest = max(windows_of(settings))
         found[f"adaptive {settings.tolerance}"] = adaptive_bptt(
@@ -309,6 +315,7 @@ def _run_own(target: str, settings: ComparisonSettings, out: Path | None, comman
         "learning_rates": settings.learning_rates,
         "seeds": settings.num_seeds,
         "num_updates": settings.num_updates,
+        "online": settings.online,
     }
     with own_models.asking(target, out):
         _, found, study = own_models.compared(

@@ -15,6 +15,7 @@ from jbptt.analysis.comparison import Comparison
 from jbptt.learning.studies import learning_study
 from jbptt.learning.study_result import LearningStudy
 from jbptt.learning.ways import ways_of
+from jbptt.online.names import online_estimators
 from jbptt.problem import check_problem
 from jbptt.report import interruption
 from jbptt.report.commands.errors import UsageError, device_errors, device_gave_up
@@ -45,8 +46,16 @@ def asking(target: str, out: Path | None) -> Iterator[None]:
 
 
 def arguments_of(model: UserModel, given: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `learning_study`: the function's, under those of the command line."""
-    return model.study | {name: value for name, value in given.items() if value is not None}
+    """Arguments of `learning_study`: the function's, under those of the command line.
+
+    Of these `online` names estimators, which join those that the function gives.
+    """
+    step, loss, *_ = model.problem
+    given = {name: value for name, value in given.items() if value is not None}
+    arguments = model.study | given
+    if online := online_estimators(arguments.pop("online", ()), step, loss):
+        arguments["estimators"] = {**(arguments.get("estimators") or {}), **online}
+    return arguments
 
 
 def estimators_of(arguments: dict[str, Any], problem: tuple) -> dict[str, Estimator]:
@@ -63,6 +72,7 @@ def study(target: str, arguments: dict[str, Any], seed: int, out: Path | None) -
     store = None
     if out is not None:
         text = {name: repr(arguments.get(name)) for name in OPTIONS} | {"seed": seed}
+        text["estimators"] = repr(sorted(arguments.get("estimators") or {}))
         mark = hashlib.sha256(source_of(target) + json.dumps(text, sort_keys=True).encode())
         # Another file or other options are other trainings.
         store = out / KEPT / mark.hexdigest()[:12]
