@@ -186,16 +186,11 @@ def _pools_examples(one: OneStep, carries: list[Shape], batch_shape: Shape) -> b
     return not all(free) and bool(are_independent(one, (size,)))
 
 
-def are_independent(one: OneStep, prefix: Shape, inputs_too: bool = False) -> bool | None:
-    """Whether what comes out at an index of `prefix`'s last axis needs the carry there alone.
-
-    And, with `inputs_too`, the inputs there. One step is run on random numbers, with NaN at index
-    0: a small program. None if that fails, as where the step closes over traced values.
-    """
-    axis = len(prefix) - 1
+def drawn(shapes: PyTree) -> PyTree:
+    """Random numbers and keys in these shapes; zeros where they are integers or bools."""
     numbers = np.random.default_rng(0)
 
-    def drawn(leaf):
+    def one(leaf):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             (key,) = (
                 key
@@ -206,6 +201,17 @@ def are_independent(one: OneStep, prefix: Shape, inputs_too: bool = False) -> bo
         # In NumPy: of jax.numpy each operation would be a program to compile.
         normal = numbers.normal(size=leaf.shape) if is_inexact(leaf) else np.zeros(leaf.shape)
         return np.asarray(normal, leaf.dtype)
+
+    return jax.tree.map(one, shapes)
+
+
+def are_independent(one: OneStep, prefix: Shape, inputs_too: bool = False) -> bool | None:
+    """Whether what comes out at an index of `prefix`'s last axis needs the carry there alone.
+
+    And, with `inputs_too`, the inputs there. One step is run on random numbers, with NaN at index
+    0: a small program. None if that fails, as where the step closes over traced values.
+    """
+    axis = len(prefix) - 1
 
     def poisoned(leaf):
         if not is_inexact(leaf) or not _begins(leaf.shape, prefix):
@@ -221,7 +227,7 @@ def are_independent(one: OneStep, prefix: Shape, inputs_too: bool = False) -> bo
 
     try:
         with jax.ensure_compile_time_eval(), jax.debug_nans(False):
-            params, carry, x = jax.tree.map(drawn, _shapes((one.params, one.carry, one.x)))
+            params, carry, x = drawn(_shapes((one.params, one.carry, one.x)))
             carry = jax.tree.map(poisoned, carry)
             x = jax.tree.map(poisoned, x) if inputs_too else x
             results = jax.jit(one.step)(params, carry, x)

@@ -21,7 +21,7 @@ def load(name):
     return module
 
 
-@pytest.mark.parametrize("name", usual(["equinox_series"], SCRIPTS))
+@pytest.mark.parametrize("name", usual(["equinox_series", "online_stream"], SCRIPTS))
 def test_short_form(name, tmp_path, capsys):
     """In single precision, as its users run it."""
     for package in ("matplotlib", *NEEDS.get(name, ())):
@@ -38,6 +38,9 @@ def test_short_form(name, tmp_path, capsys):
         lines = printed.splitlines()[1:4]
         exact, measured = np.array([line.split() for line in lines], float)[:, 1:].T
         np.testing.assert_allclose(measured, exact, rtol=0.05)
+    if name == "online_stream":
+        rtrl, blocks = (float(line.split("loss ")[1].split()[0]) for line in printed.splitlines()[-5:-3])
+        assert rtrl < 0.01 < 0.1 < blocks
     assert picture.read_text().startswith("<?xml")
 
 
@@ -47,6 +50,7 @@ SIZES = {
     "haiku_lstm": {"hidden_size": 4},
     "nnx_characters": {"hidden_size": 4},
     "equinox_series": {"hidden_size": 4},
+    "online_stream": {"delay": 20},
 }
 
 

@@ -155,6 +155,45 @@ def masked_weights():
     return step, params, lambda shape: jnp.zeros((*shape, 4))
 
 
+def before_what_it_does_not_reach(place):
+    """A network beside the input of the step before, which no parameter reaches, behind it or in front."""
+    params = {"w": draw(1, 2, 3), "u": draw(2, 3, 3), "o": draw(3, 3, 2)}
+
+    def step(params, carry, x):
+        h, last = carry if place == "behind" else carry[::-1]
+        h = jnp.tanh((x + last) @ params["w"] + h @ params["u"])
+        return (h, x) if place == "behind" else (x, h), h @ params["o"]
+
+    def start(shape):
+        zeros = jnp.zeros((*shape, 3)), jnp.zeros((*shape, 2))
+        return zeros if place == "behind" else zeros[::-1]
+
+    return step, params, start
+
+
+def odd(name):
+    """Steps whose examples are independent, in operations of which little is known."""
+    params = {"w": draw(1, 2, 4), "u": draw(2, 4, 4), "k": draw(3, 3)}
+
+    def convolved(h, kernel):
+        return lax.conv_general_dilated(h[:, None], kernel[None, None], (1,), "SAME")[:, 0]
+
+    def step(params, h, x):
+        inner = {
+            "written": lambda: h.at[:, 0].set(x[:, 0]) @ params["u"],
+            "convolved": lambda: convolved(h, params["k"]),
+            "sorted": lambda: jnp.sort(h, -1) @ params["u"],
+            "transformed": lambda: jnp.fft.rfft(h, axis=-1).real @ params["u"][:3],
+            "solved": lambda: jnp.linalg.solve(3 * jnp.eye(4) + params["u"], h.T).T,
+            "looked up": lambda: jnp.take_along_axis(h, jnp.argsort(x @ params["w"], -1), -1),
+        }[name]()
+        h = jnp.tanh(inner + x @ params["w"])
+        return h, h[..., :2]
+
+    return step, params, lambda shape: jnp.zeros((*shape, 4))
+
+
+ODD = ("written", "convolved", "sorted", "transformed", "solved", "looked up")
 SYSTEMS = {
     "diagonal": diagonal,
     "lru": lru,
@@ -163,6 +202,9 @@ SYSTEMS = {
     "stacked": stacked,
     "embedding": with_embedding,
     "sparse": masked_weights,
+    "behind": functools.partial(before_what_it_does_not_reach, "behind"),
+    "in front": functools.partial(before_what_it_does_not_reach, "in front"),
+    **{name: functools.partial(odd, name) for name in ODD},
 }
 CELLS = {name: name for name in ("linear", "tanh", "relu", "gru", "lstm+readout", "gru+reset")}
 
@@ -187,7 +229,7 @@ def system(name, batch_shape=(2,)):
 # RTRL is full BPTT.
 
 
-@pytest.mark.parametrize("name", usual(["lru", "stacked", "gru"], [*SYSTEMS, *CELLS]))
+@pytest.mark.parametrize("name", usual(["lru", "stacked", "gru", "behind", "convolved"], [*SYSTEMS, *CELLS]))
 def test_rtrl_is_full_bptt_over_the_stream(name):
     step, loss, params, carry, batch = system(name)
     wanted, _ = updated(full_bptt(step, loss), params, carry, batch)
@@ -367,8 +409,9 @@ def test_structure_of_a_stack():
     assert "\n  RTRL          157\n" in str(structure)
 
 
-def test_a_structure_from_numbers():
-    """A diagonal matrix that is written out: the program reads all, the numbers say better."""
+@pytest.mark.parametrize("padding", [False, True])
+def test_a_structure_from_numbers(padding):
+    """A diagonal matrix that is written out: the program reads all, the numbers say better; padding is no structure."""
     params = {"a": draw(0, 3), "w": draw(1, 2, 3)}
 
     def step(params, h, x):
@@ -376,6 +419,8 @@ def test_a_structure_from_numbers():
         return h, h[..., :2]
 
     _, loss, _, _, batch = system("diagonal")
+    mask = jnp.ones((T, 2), bool).at[:4, 0].set(False) if padding else None
+    batch = batch._replace(mask=mask, xs=batch.xs.at[:3].set(0))
     carry = jnp.zeros((2, 3))
     program = influence_structure(step, loss, params, carry, batch)
     numbers = influence_structure(step, loss, params, carry, batch, method="numbers")
@@ -491,9 +536,9 @@ def test_padding_leaves_no_trace(name):
     padded = jax.tree.map(lambda a, b: jnp.concatenate([a[:4], b, a[4:]]), batch, pad)
     mask = jnp.asarray([True] * 4 + [False] * 2 + [True] * (T - 4))
     found, _ = updated(estimator, params, carry, padded._replace(mask=mask), KEY)
-    if name == "uoro":  # its noise is that of the step
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found.grads))
-        return
+    if name == "uoro":  # its noise is that of the step: padding at the end alone leaves all others theirs
+        padded = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), batch, pad)
+        found, _ = updated(estimator, params, carry, padded._replace(mask=jnp.arange(T + 2) < T), KEY)
     wanted, _ = updated(estimator, params, carry, batch, KEY)
     assert_close((found.loss, found.grads), (wanted.loss, wanted.grads))
 
@@ -545,6 +590,59 @@ def test_influence_balancing(name):
         assert train(jbptt.truncated_bptt(step, loss, window=window, stride=1), 20_000) > 0.5
 
 
+# On the command line.
+
+
+def test_names_on_the_command_line():
+    """They join the built-in models' estimators, and those of a user's own; what is none is refused by name."""
+    from jbptt.online.names import check_online_names, online_estimators
+    from jbptt.report.commands.compare import ComparisonSettings, check_comparison_settings, estimators_of
+    from jbptt.report.commands.own_models import arguments_of
+
+    step, loss, params, carry, batch = system("tanh")
+    names = "rtrl", "snap-2", "rflo-0.5", "uoro"
+    found = online_estimators(names, step, loss)
+    assert tuple(found) == names == tuple(estimators_of(ComparisonSettings(online=names), step, loss))[-4:]
+    wanted = rtrl(step, loss), snap(step, loss, order=2), rflo(step, loss, leak=0.5), uoro(step, loss)
+    for (name, one), own in zip(found.items(), wanted, strict=True):
+        assert_close(updated(one, params, carry, batch, KEY)[0].grads, updated(own, params, carry, batch, KEY)[0].grads)
+        assert (name == "rtrl") == (one.coverage is not None)
+    model = SimpleNamespace(problem=(step, loss, params, carry, batch), study={"estimators": {"mine": wanted[0]}})
+    assert tuple(arguments_of(model, {"online": names, "seeds": None})["estimators"]) == ("mine", *names)
+    assert arguments_of(model, {"online": ()}) == model.study
+    for name in ("snap", "snap-0", "snap-x", "rflo", "rflo-nan", "RTRL", "uoro-1"):
+        with pytest.raises(ValueError, match=f"online must be of rtrl, snap-N .*got '{name}'"):
+            check_online_names([name])
+    with pytest.raises(ValueError, match="online must be of"):
+        check_comparison_settings(ComparisonSettings(online=("bptt",)))
+
+
+# Large and usual.
+
+
+def test_layouts_of_large_steps_take_no_time():
+    """A dense network of 1000 units and 4096 complex diagonal ones: seconds, where loops over pairs took minutes."""
+    from jbptt.online.layout import layout_of
+    from jbptt.online.structure import InfluenceStructure
+
+    size = 1000
+    everything = (1 << size) - 1
+    sets = [0, everything, *(1 << i for i in range(size))]
+    dense = InfluenceStructure(size, sets, [np.tile(np.arange(2, size + 2), (size, 1))], np.ones(size, int))
+    for order, kept in ((1, (size, size, 1, 1)), (None, (1, 1, size * size, size))):
+        layout = layout_of(dense, order)
+        assert layout.params[0].kept == kept
+        assert layout.carry_colours.tolist() == list(range(size)) and set(layout.param_colours) == {0}
+    units = 4096
+    pairs = [0, *(1 << i | 1 << i + units for i in range(units))]
+    complex_ones = InfluenceStructure(
+        2 * units, pairs, [np.tile(np.arange(1, units + 1), (8, 1))] * 2, np.tile(np.arange(1, units + 1), 2)
+    )
+    layout = layout_of(complex_ones, None)
+    assert [block.kept for block in layout.params] == [(8, units, 1, 2)] * 2
+    assert set(layout.carry_colours) == set(layout.param_colours) == {0, 1}
+
+
 # Bad input.
 
 
@@ -563,6 +661,10 @@ def refused(match, make, params=None, carry=None, batch=None, key=KEY, step=None
 def test_what_cannot_be_is_refused():
     refused("order must be", functools.partial(snap, order=0))
     refused("leak must be a number or a tree", functools.partial(rflo, leak=jnp.zeros(7)))
+    refused("leak must be a number or a tree", functools.partial(rflo, leak={"h": 0.5}))
+    for leak in (None, np.nan):
+        refused("leak must be finite numbers", functools.partial(rflo, leak=leak))
+    refused("carry holds no floating numbers", rtrl, carry=(), step=lambda params, _, x: ((), x @ params["w_x"]))
     refused("uoro needs a key", uoro, key=None)
     refused("plan must leave segment at None", functools.partial(rtrl, plan=jbptt.Plan(segment=2)))
     refused("structure must be what influence_structure returns", functools.partial(rtrl, structure="dense"))
@@ -573,14 +675,31 @@ def test_what_cannot_be_is_refused():
         influence_structure(step, loss, params, carry, batch, method="guess")
 
 
-def test_examples_that_see_each_other_have_no_influence_of_their_own():
-    own, _, _, _, _ = system("tanh")
+@pytest.mark.parametrize("what", ["carry", "inputs", "second axis", "number"])
+def test_examples_that_depend_on_each_other_have_no_influence_of_their_own(what):
+    own, loss, params, carry, batch = system("stacked", (1, 3) if what == "second axis" else (3,))
 
-    def normalised(params, h, x):
-        h, y = own(params, h, x)
-        return h - h.mean(0), y
+    def step(params, carry, x):
+        low, up = carry
+        if what == "carry":
+            low = low - low.mean(0)
+        if what == "inputs":
+            x = x - x.mean(0)
+        if what == "second axis":
+            up = up - up.mean(1, keepdims=True)
+        if what == "number":  # of the example
+            low = low + params["low"]["a"][jnp.arange(low.shape[0])][:, None]
+        return own(params, (low, up), x)
 
-    refused("examples depend on each other", rtrl, step=normalised)
+    with pytest.raises(ValueError, match="emits of an example depends on the others, or on which one it is"):
+        rtrl(step, loss).init(params, carry, batch)
+
+
+def test_a_state_of_another_kind_is_refused():
+    step, loss, params, carry, batch = system("tanh")
+    state = snap(step, loss, order=1).init(params, carry, batch)
+    with pytest.raises(ValueError, match="the state's influence has shapes"):
+        rtrl(step, loss).update(params, state, batch)
 
 
 def test_an_influence_that_fits_nowhere_is_refused_before_anything_is_allocated():

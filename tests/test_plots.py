@@ -153,6 +153,27 @@ def test_a_comparison_has_bias_and_spread():
     ax.figure.draw_without_rendering()
 
 
+def test_agreement_is_every_pair():
+    pairs = jnp.array([[1.0, -0.25, jnp.nan], [-0.25, 1.0, 0.5], [jnp.nan, 0.5, 1.0]])
+    found = jbptt.Comparison(*(jnp.ones(3) for _ in range(5)), pairs, ("a", "b", "c"), num_samples=4)
+    ax = plots.plot_agreement(found)
+    assert [text.get_text() for text in ax.texts] == [
+        "1.00",
+        "-0.25",
+        "–",
+        "-0.25",
+        "1.00",
+        "0.50",
+        "–",
+        "0.50",
+        "1.00",
+    ]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["a", "b", "c"] and ax.yaxis_inverted()
+    (image,) = ax.images
+    assert image.get_clim() == (-0.25, 1.0)
+    ax.figure.draw_without_rendering()
+
+
 def test_a_history_shows_what_broke_and_what_was_evaluated():
     numbers = jnp.array([[4.0, 3.0, jnp.nan, 1.0], [1.0, 0.0, 0.0, 0.5]])
     whole, applied = jnp.isfinite(numbers[0]), jnp.isfinite(numbers[0])

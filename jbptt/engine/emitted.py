@@ -56,8 +56,8 @@ def outputs_of(step: Step, params: Params, carry: Carry, inputs: PyTree) -> Outp
         )
         values.update(given)
         for equation in equations:
-            # An equation may compute an emitted leaf beside what is wanted of it.
-            values = evaluate(jaxpr, [equation], values) | given
+            evaluate(jaxpr, [equation], values)
+            values.update(given)  # it may have computed an emitted leaf beside what is wanted
         return structure.unflatten([read(values, atom) for atom in results])
 
     return OutputsOf(function, not wanted.isdisjoint(received))

@@ -68,8 +68,9 @@ def _replaced(shape: Sequence[int], axis: int, size: int) -> tuple[int, ...]:
 def entry_dependence(function: Callable, vector: Any, *others: Any) -> tuple[list[int], PyTree]:
     """For each entry of `function(vector, *others)`, the entries of the vector that it depends on.
 
-    Sets that are too large are possible, sets that are too small are not: an operation that is not
-    known makes all its results depend on all its operands.
+    What may be other than zero in the derivative: a choice or an index that depends on the vector
+    has none. Sets that are too large are possible, sets that are too small are not: an operation
+    that is not known makes all its results depend on all its operands.
 
     Args:
       function: of arrays.

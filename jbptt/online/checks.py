@@ -1,6 +1,5 @@
 """What is checked before an influence is carried along."""
 
-from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -9,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbptt.arrays import inexact_leaves, real_leaves, split_inexact
+from jbptt.batch_axes import drawn
 from jbptt.memory import usual_memory
-from jbptt.online.examples import carry_size, influence_dtype
-from jbptt.online.structure import WHY, InfluenceStructure, structure_of
+from jbptt.online.examples import alone, carry_size, for_each, influence_dtype, is_own
+from jbptt.online.structure import WHY, InfluenceStructure
 from jbptt.plans import NO_WINDOWS, Plan, check_division, plan_of
 from jbptt.problem import Problem, entered_problem, problem_of
 from jbptt.starts import Entered
@@ -28,9 +28,20 @@ def plan_without_segments(plan: Plan | None) -> Plan:
 
 
 def problem_to_start(step: Step, loss: Loss, params: Params, carry: Any, batch: Batch) -> Problem:
-    """The checked problem that an estimator is initialised with."""
+    """The checked problem that an estimator is initialised with.
+
+    Examples are taken one by one: by shapes, and once with numbers.
+    """
     problem = problem_of(step, loss, params, carry, batch, per_example=WHY)
-    _check_apart(problem)
+    if not inexact_leaves(problem.carry):
+        raise ValueError(
+            "the carry holds no floating numbers, so that nothing of the past has an influence "
+            "with a derivative; take full_bptt"
+        )
+    if problem.batch_shape and problem.batch_shape[0] > 1:
+        check_division(problem, problem.batch_shape[0], WHY, ONE_BY_ONE)
+    if prod(problem.batch_shape) > 1:
+        _check_apart(problem)
     return problem
 
 
@@ -38,64 +49,58 @@ def problem_to_update(
     step: Step, loss: Loss, params: Params, carry: Any, batch: Batch
 ) -> tuple[Problem, Entered]:
     """The checked problem of an update, and the carry that enters."""
-    problem, start = entered_problem(step, loss, params, carry, batch, per_example=WHY)
-    _check_apart(problem)
-    return problem, start
+    return entered_problem(step, loss, params, carry, batch, per_example=WHY)
 
 
 def _check_apart(problem: Problem) -> None:
-    """A ValueError unless a step can be taken example by example."""
-    num_examples = problem.batch_shape[0] if problem.batch_shape else 1
-    if num_examples == 1:
-        return
-    check_division(problem, num_examples, WHY, ONE_BY_ONE)
-    if not _are_independent(_first_two(problem)):
-        raise ValueError(
-            f"{WHY}, but in the step examples depend on each other (a mean over the batch, "
-            f"perhaps), so that none has one; {ONE_BY_ONE}"
-        )
+    """A ValueError where the batch does not emit what its examples emit one by one.
 
-
-def _first_two(problem: Problem) -> Problem:
-    """The problem of two of the examples, on shapes."""
-
-    def two(leaf, axis):
-        shape = np.shape(leaf)
-        if shape[axis : axis + len(problem.batch_shape)] == problem.batch_shape:
-            shape = (*shape[:axis], 2, *shape[axis + 1 :])
-        return jax.ShapeDtypeStruct(shape, jax.dtypes.result_type(leaf))
-
-    return replace(
-        problem.on(
-            jax.tree.map(lambda leaf: two(leaf, 0), problem.carry),
-            jax.tree.map(lambda leaf: two(leaf, 1), problem.batch),
-        ),
-        batch_shape=(2, *problem.batch_shape[1:]),
+    On random numbers, in one small program. A step that closes over traced values cannot be run
+    here, and passes.
+    """
+    core, shape = problem.parts.core, problem.batch_shape
+    x, _ = jax.eval_shape(lambda tree: jax.tree.map(lambda a: a[0], tree), problem.inputs)
+    inputs = x, None  # no padding, which holds the carry
+    given = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.result_type(leaf)),
+        (problem.params, problem.carry, inputs),
     )
 
+    def both(params, carry, inputs):
+        own = jax.tree.map(lambda leaf: is_own(leaf, shape), (carry, inputs))
 
-def _are_independent(problem: Problem) -> bool:
-    """Whether of two examples none emits what depends on the carry of the other."""
-    structure = structure_of(replace(problem, batch_shape=()))  # both as one example
+        def one(carry, inputs):
+            emitted, _ = core(params, *alone((carry, inputs), own, len(shape)))
+            return [leaf.reshape(leaf.shape[len(shape) :]) for leaf in inexact_leaves(emitted)]
 
-    def of_example(leaf):
-        """To which of the two each of its real numbers belongs."""
-        entry = np.arange(leaf.size) // (leaf.size // 2)
-        return np.tile(entry, 2 if jnp.iscomplexobj(leaf) else 1)
+        return inexact_leaves(core(params, carry, inputs)[0]), for_each(one, shape, carry, inputs)
 
-    owners = np.concatenate([of_example(leaf) for leaf in inexact_leaves(problem.carry)])
-    mine = [sum(1 << int(i) for i in np.flatnonzero(owners == number)) for number in (0, 1)]
-    pairs = zip(structure.carry, owners, strict=True)
-    return not any(structure.sets[number] & mine[1 - owner] for number, owner in pairs)
+    try:
+        with jax.ensure_compile_time_eval(), jax.debug_nans(False):
+            together, apart = jax.jit(both)(*drawn(given))
+            pairs = [(np.asarray(a), np.asarray(b)) for a, b in zip(together, apart, strict=True)]
+    except Exception:  # whatever a step raises that is run where it should not be
+        return
+    for a, b in pairs:
+        tolerance = float(np.sqrt(jnp.finfo(a.dtype).eps))
+        wide = np.complex128 if np.iscomplexobj(a) else np.float64
+        a, b = a.astype(wide), b.astype(wide)
+        size = np.max(np.abs(a), initial=0.0, where=np.isfinite(a))
+        if not np.allclose(a, b, rtol=tolerance, atol=tolerance * size, equal_nan=True):
+            raise ValueError(
+                f"{WHY}, but what the step emits of an example depends on the others, or on which "
+                f"one it is (a mean over the batch, perhaps); {ONE_BY_ONE}"
+            )
 
 
 def check_memory(
     structure: InfluenceStructure, order: int | None, problem: Problem, smaller: str
 ) -> None:
     """A ValueError, before anything is allocated, if the influence takes more than there is."""
-    examples = prod(problem.batch_shape)
-    of_one = structure.num_kept(order)
-    needed = COPIES * examples * of_one * np.dtype(influence_dtype(problem)).itemsize
+    examples, of_one = prod(problem.batch_shape), structure.num_kept(order)
+    # Beside it that of the carry which enters an update.
+    both = of_one + structure.num_kept_of_carry(order)
+    needed = COPIES * examples * both * np.dtype(influence_dtype(problem)).itemsize
     if needed > (available := usual_memory()):
         num_params = sum(leaf.size for leaf in structure.params)
         raise ValueError(
@@ -121,4 +126,14 @@ def check_structure(structure: InfluenceStructure, problem: Problem) -> None:
             f"structure is that of a carry of {found[0]} numbers and parameters of shapes "
             f"{found[1]}, wanted {wanted[0]} and {wanted[1]}; call influence_structure with this "
             "step, these parameters and this carry"
+        )
+
+
+def check_influence(influence: list, wanted: list[tuple[int, ...]]) -> None:
+    """A ValueError unless a state holds the influence that this update goes on with."""
+    found = [np.shape(leaf) for leaf in influence]
+    if found != wanted:
+        raise ValueError(
+            f"the state's influence has shapes {found}, wanted {wanted}: it is that of another "
+            "estimator, step or number of examples; call init again"
         )

@@ -63,7 +63,7 @@ def jacobian(layout: Layout, block: Block, found: jax.Array) -> jax.Array:
     """`[base, S, S]`: J from the rows of a block to its rows; `found` is that of `carry_rows`."""
     rows, colours = block.rows, np.append(layout.carry_colours, -1)[block.rows]
     reads = layout.reads[rows[:, :, None], rows[:, None, :]]
-    in_order = np.arange(rows.shape[1])[None]
+    in_order = np.arange(layout.size)[None]
     if np.array_equal(rows, in_order) and np.array_equal(colours, in_order):
         entries = found[None]  # all of it, as it is
     elif len(found) == 1:

@@ -7,6 +7,7 @@ reach all of n entries `[1, 1, input · H, n]`: no indices are looked up while i
 """
 
 from dataclasses import dataclass
+from math import isqrt
 
 import numpy as np
 
@@ -103,7 +104,8 @@ def layout_of(structure: InfluenceStructure, order: int | None, jacobian: bool =
 
 def _members(bits: int) -> np.ndarray:
     """The entries of a set, ascending."""
-    return np.flatnonzero(np.array(list(bin(bits)[:1:-1])) == "1")
+    packed = np.frombuffer(bits.to_bytes(bits.bit_length() // 8 + 1, "little"), np.uint8)
+    return np.flatnonzero(np.unpackbits(packed, bitorder="little"))
 
 
 def _block(
@@ -149,7 +151,8 @@ def _periodic(kinds: np.ndarray) -> tuple[tuple[int, int, int], np.ndarray]:
 def _largest(values: np.ndarray, shaped, first) -> int:
     """The largest divisor n of the length for which `shaped(n)` repeats what is `first` in it."""
     length = len(values)
-    for n in sorted((n for n in range(1, length + 1) if length % n == 0), reverse=True):
+    small = [n for n in range(1, isqrt(length) + 1) if length % n == 0]
+    for n in sorted({*small, *(length // n for n in small)}, reverse=True):
         array = shaped(n)
         if np.array_equal(array, np.broadcast_to(first(array), array.shape)):
             return n
@@ -161,33 +164,38 @@ def _colours(reads: np.ndarray, asked: np.ndarray) -> np.ndarray:
 
     The first colour that is free, row by row.
     """
-    rows = np.flatnonzero(asked.any(1))
     colours = np.full(len(reads), -1)
-    taken_reads: list[np.ndarray] = []
-    taken_asked: list[np.ndarray] = []
-    for row in rows:
-        for colour, (others, theirs) in enumerate(zip(taken_reads, taken_asked, strict=True)):
-            if not (others & asked[row]).any() and not (theirs & reads[row]).any():
-                taken_reads[colour] = others | reads[row]
-                taken_asked[colour] = theirs | asked[row]
-                break
-        else:
-            colour = len(taken_reads)
-            taken_reads.append(reads[row])
-            taken_asked.append(asked[row])
-        colours[row] = colour
+    taken: list[tuple[int, int]] = []  # of each colour, what its rows read and what is asked
+    for row, (own_reads, own_asked) in enumerate(zip(_bits(reads), _bits(asked), strict=True)):
+        if not own_asked:
+            continue
+        free = (
+            number
+            for number, (others_read, others_asked) in enumerate(taken)
+            if not others_read & own_asked and not others_asked & own_reads
+        )
+        colours[row] = number = next(free, len(taken))
+        if number == len(taken):
+            taken.append((0, 0))
+        taken[number] = taken[number][0] | own_reads, taken[number][1] | own_asked
     return colours
+
+
+def _bits(rows: np.ndarray) -> list[int]:
+    """Each row of bools as the bits of an integer."""
+    packed = np.packbits(rows, axis=1, bitorder="little")
+    return [int.from_bytes(row.tobytes(), "little") for row in packed]
 
 
 def _colours_of_sets(size: int, sets: list[np.ndarray]) -> np.ndarray:
     """Colours of the entries of these sets: no set has two entries of one colour."""
     colours = np.full(size, -1)
     together: list[set] = [set() for _ in range(size)]
-    for entries in sets:
+    for entries in map(np.ndarray.tolist, sets):
         for i in entries:
             together[i].update(entries)
     for i in range(size):
         if together[i]:
-            taken = colours[[j for j in together[i] if j != i]].tolist()
+            taken = set(colours[list(together[i])].tolist())
             colours[i] = next(c for c in range(size) if c not in taken)
     return colours

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from jbptt.arrays import real_leaves, split_inexact, varying
-from jbptt.norms import norm
 from jbptt.online.checks import plan_without_segments, problem_to_start, problem_to_update
 from jbptt.online.examples import Advance, carry_size, influence_dtype
 from jbptt.online.forward import Method, run_forward
@@ -133,13 +132,19 @@ def _carry_on(advance: Advance, carried: tuple, number: jax.Array) -> tuple:
     moved = forward(of_carry)
     bar = noise.astype(emitted.dtype) + lax.full_like(emitted, 0)
     entering = [leaf.astype(dtype) for leaf in pull(bar)[0]]
-    old = _balance(norm(of_params), norm(moved))
-    new = _balance(norm(entering), norm(noise))
+    old = _balance(_norm(of_params), _norm(moved))
+    new = _balance(_norm(entering), _norm(noise))
     of_params = [
         _over(now, old) + _over(own_now, new)
         for now, own_now in zip(of_params, entering, strict=True)
     ]
     return old * moved + new * noise, of_params, key, (forward(own), signs)
+
+
+def _norm(tree: Any) -> jax.Array:
+    """Plain: numbers whose squares overflow are beyond what noise of this size serves for."""
+    squares = [jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum(squares, jnp.zeros((), squares[0].dtype)))
 
 
 def _balance(of_params: jax.Array, of_carry: jax.Array) -> jax.Array:

@@ -11,11 +11,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from jbptt import truncation, validation
-from jbptt.arrays import inexact_leaves, real_vector, varying
+from jbptt.arrays import is_inexact, real_vector, varying
 from jbptt.online import influence as influences
 from jbptt.online.checks import (
+    check_influence,
     check_memory,
     check_structure,
     plan_without_segments,
@@ -62,7 +65,8 @@ def rtrl(
         C[t, i] = 1 for every i ≤ t, those of earlier updates too
 
     with J_t = ∂h_t/∂h_{t−1}, D_t = ∂⁺h_t/∂w and P = ∂h/∂w, which is carried from update to update:
-    however a stream is split into updates, the total is full BPTT's over all of it. Where the
+    however a stream is split into updates, the total is full BPTT's over all of it (of a learned
+    start alone only the first update's losses count). Where the
     parameters change between updates, P is what the earlier parameters made of it, as in the paper.
 
     Of P is kept what the program of the step can make other than zero
@@ -160,6 +164,13 @@ def rflo(
     Raises:
       ValueError: a leak that does not fit the carry; what `rtrl` raises.
     """
+    if leak is None or any(
+        not np.isfinite(one).all() for one in jax.tree.leaves(leak) if not isinstance(one, Tracer)
+    ):
+        raise ValueError(
+            f"leak must be finite numbers, what a step keeps of each unit, got {leak!r}; pass 0.0 "
+            "for units that keep nothing"
+        )
     return _influenced(step, loss, plan, Kept(1, leak, structure, "uoro"))
 
 
@@ -204,6 +215,8 @@ def _influenced(step: Step, loss: Loss, plan: Plan | None, keep: Kept) -> Estima
     def update(params: Params, state: InfluenceState, batch: Batch):
         problem, start = problem_to_update(step, loss, params, state.carry, batch)
         layout = layout_for(problem)
+        blocks = [block for block in layout.params if block is not None]
+        check_influence(state.influence, [(*problem.batch_shape, *block.kept) for block in blocks])
         own = influences.identity(layout.carry, influence_dtype(problem))
         own = jnp.broadcast_to(own, (*problem.batch_shape, *own.shape))
         own = varying(own, (params, problem.carry, problem.batch))
@@ -224,22 +237,25 @@ def _leaks(leak: Any, problem: Problem) -> jax.Array | None:
     """`[n]`: what a step keeps of each entry of an example's carry."""
     if leak is None:
         return None
-    ndim = len(problem.batch_shape)
-    leaves = inexact_leaves(problem.carry)
-    given = jax.tree.leaves(leak)
+    ndim, carry = len(problem.batch_shape), problem.carry
     try:
-        given = given * len(leaves) if len(given) == 1 else given
-        whole = [
-            jnp.broadcast_to(jnp.asarray(one, float), leaf.shape[ndim:])
-            for one, leaf in zip(given, leaves, strict=True)
-        ]
+        if jax.tree.structure(leak) == jax.tree.structure(0):
+            leak = jax.tree.map(lambda _: leak, carry)
+        whole = jax.tree.map(
+            lambda own, leaf: jnp.broadcast_to(jnp.asarray(own, float), jnp.shape(leaf)[ndim:]),
+            leak,
+            carry,
+        )
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"leak must be a number or a tree like the carry of one example, whose inexact leaves "
-            f"have shapes {[leaf.shape[ndim:] for leaf in leaves]}, got {leak!r}; pass 0.9, say"
+            "leak must be a number or a tree like the carry of one example, whose leaves have "
+            f"shapes {[np.shape(leaf)[ndim:] for leaf in jax.tree.leaves(carry)]}, got {leak!r}; "
+            "pass 0.9, say"
         ) from error
-    pairs = zip(whole, leaves, strict=True)
-    leaks, _ = real_vector([jnp.stack([a, a]) if jnp.iscomplexobj(b) else a for a, b in pairs])
+    pairs = zip(jax.tree.leaves(whole), jax.tree.leaves(carry), strict=True)
+    leaks, _ = real_vector(
+        [jnp.stack([a, a]) if jnp.iscomplexobj(b) else a for a, b in pairs if is_inexact(b)]
+    )
     return leaks.astype(influence_dtype(problem))
 
 

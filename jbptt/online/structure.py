@@ -50,31 +50,28 @@ class InfluenceStructure:
         reaches what it enters, an entry of the carry itself.
         """
         steps = [self.sets[number] for number in self.carry]
-
-        def grown(bits: int) -> int:
-            found, rest = bits, bits
-            while rest:
-                lowest = rest & -rest
-                found |= steps[lowest.bit_length() - 1]
-                rest ^= lowest
-            return found
-
+        if order is None:
+            # Twice as many steps in every round.
+            reached = [bits | 1 << i for i, bits in enumerate(steps)]
+            while (further := _united(reached, reached)) != reached:
+                reached = further
+            known = _united(self.sets, reached)
+            carry = reached
+        else:
+            known, carry = list(self.sets), [1 << i for i in range(self.size)]
+            for _ in range(order - 1):
+                before = known, carry
+                known, carry = _united(known, steps), _united(carry, steps)
+                if before == (known, carry):
+                    break
         sets: dict[int, int] = {}
-        reached: dict[int, int] = {}
 
-        def reach(bits: int) -> int:
-            """The number of what a set grows into."""
-            if bits not in reached:
-                now, count = bits, 1
-                while (order is None or count < order) and (more := grown(now)) != now:
-                    now, count = more, count + 1
-                reached[bits] = sets.setdefault(now, len(sets))
-            return reached[bits]
+        def numbered(bits):
+            return np.array([sets.setdefault(each, len(sets)) for each in bits], np.int64)
 
-        numbers = np.array([reach(bits) for bits in self.sets])
+        numbers = numbered(known)
         params = [numbers[of_leaf] for of_leaf in self.params]
-        carry = np.array([reach(1 << i) for i in range(self.size)], np.int64)
-        return list(sets), params, carry
+        return list(sets), params, numbered(carry)
 
     def num_kept(self, order: int | None) -> int:
         """Numbers of influence of one example that `order` steps make other than zero; None: any.
@@ -86,6 +83,11 @@ class InfluenceStructure:
             leaf.size * max((sets[number].bit_count() for number in np.unique(leaf)), default=0)
             for leaf in params
         )
+
+    def num_kept_of_carry(self, order: int | None) -> int:
+        """The same of the carry that enters an update, which `info["carry_grads"]` is read off."""
+        sets, _, carry = self.after(order)
+        return self.size * max((sets[number].bit_count() for number in carry), default=0)
 
     def __str__(self):
         num_params = sum(leaf.size for leaf in self.params)
@@ -121,8 +123,9 @@ def influence_structure(
       step, loss, params, carry, batch: as an estimator takes them.
       method: "program" reads the program of the step's derivative, on shapes, and never leaves out
         what may be other than zero; what the program multiplies by zeros (a diagonal matrix that is
-        written out) counts. "numbers" takes for zero what is zero at random parameters and carries
-        and at the batch's first inputs: hand it to `rtrl(…, structure=…)` if you know that it is.
+        written out) counts. "numbers" takes for zero what is zero at a few random parameters,
+        carries and inputs, with what is no number as it is in the batch's first steps: hand it to
+        `rtrl(…, structure=…)` if you know that it is.
 
     Raises:
       ValueError: another method; what an estimator raises at init.
@@ -147,6 +150,20 @@ def influence_structure(
     return ways[method](problem_of(step, loss, params, carry, batch, per_example=WHY))
 
 
+def _united(sets: list[int], steps: list[int]) -> list[int]:
+    """Each set, with the sets that its entries lead to."""
+    found: dict[int, int] = {}
+    for bits in sets:
+        if bits not in found:
+            united, rest = bits, bits
+            while rest:
+                lowest = rest & -rest
+                united |= steps[lowest.bit_length() - 1]
+                rest ^= lowest
+            found[bits] = united
+    return [found[bits] for bits in sets]
+
+
 def structure_of(problem: Problem) -> InfluenceStructure:
     """Read off the program of the step's derivative; nothing runs."""
     sets, (params, received) = entry_dependence(
@@ -167,7 +184,7 @@ def _emitted(problem: Problem) -> jax.ShapeDtypeStruct:
 
 
 def _measured(problem: Problem) -> InfluenceStructure:
-    """What is other than zero at some of a few random parameters and carries."""
+    """What is other than zero at some of a few random parameters, carries and inputs."""
     rng, shape, size = np.random.default_rng(0), problem.batch_shape, carry_size(problem)
     bars = jnp.eye(size, dtype=_emitted(problem).dtype)
 
@@ -180,14 +197,15 @@ def _measured(problem: Problem) -> InfluenceStructure:
 
     @jax.jit
     def rows(params, carry, inputs):
-        return jax.vmap(lambda bar: _way_back(problem, bar, params, carry, inputs))(bars)
+        return jax.vmap(lambda bar: _way_back(unmasked, bar, params, carry, inputs))(bars)
 
-    found = None
+    # Padding, which holds the carry, is counted below.
+    unmasked, found = problem.on(problem.carry, problem.batch._replace(mask=None)), None
     for number in range(NUM_DRAWS):
         at = number % problem.num_steps
-        inputs = jax.tree.map(lambda leaf, at=at: first(leaf[at]), problem.inputs)
-        params, carry = jax.tree.map(drawn, (problem.params, jax.tree.map(first, problem.carry)))
-        nonzero = jax.tree.map(lambda a: np.asarray(a) != 0, rows(params, carry, inputs))
+        inputs = jax.tree.map(lambda leaf, at=at: first(leaf[at]), unmasked.inputs)
+        given = problem.params, jax.tree.map(first, problem.carry), inputs
+        nonzero = jax.tree.map(lambda a: np.asarray(a) != 0, rows(*jax.tree.map(drawn, given)))
         found = nonzero if found is None else jax.tree.map(np.logical_or, found, nonzero)
     assert found is not None  # some are drawn
     sets: dict[int, int] = {0: 0}
@@ -200,5 +218,7 @@ def _measured(problem: Problem) -> InfluenceStructure:
         return np.array(numbered, np.int64).reshape(reads.shape[1:])
 
     params, received = found
+    if problem.batch.mask is not None:
+        received = received | np.eye(size, dtype=bool)
     params, received = [numbers(leaf) for leaf in params], numbers(received)
     return InfluenceStructure(size, list(sets), params, received)

@@ -25,6 +25,7 @@ from jbptt.report.axes import (
     rule_tolerances,
     visible,
 )
+from jbptt.report.comparison_plots import plot_agreement as plot_agreement
 from jbptt.report.history_plots import plot_history as plot_history
 from jbptt.report.learning_plots import plot_learning_curves as plot_learning_curves
 from jbptt.report.learning_plots import plot_learning_study as plot_learning_study
