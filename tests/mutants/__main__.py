@@ -30,10 +30,11 @@ from .edits import check_table, mutated, path_of, plain
 from .experiments import EXPERIMENTS
 from .interop import INTEROP
 from .learning import LEARNING
+from .online import ONLINE
 from .report import REPORT
 from .sweeps import SWEEPS
 
-MUTANTS = CORE + ANALYSES + EXPERIMENTS + SWEEPS + LEARNING + INTEROP + REPORT
+MUTANTS = CORE + ANALYSES + EXPERIMENTS + SWEEPS + LEARNING + ONLINE + INTEROP + REPORT
 ROOT = Path(__file__).resolve().parents[2]
 LEFT_OUT = shutil.ignore_patterns(
     ".*",

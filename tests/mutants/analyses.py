@@ -246,9 +246,9 @@ ANALYSES = (
     Mutant(
         "jacobian_swaps_real_and_imaginary",
         ARRAYS,
-        "real_vector",
-        "(a.real, a.imag)",
-        "(a.imag, a.real)",
+        "real_leaves",
+        "(leaf.real, leaf.imag)",
+        "(leaf.imag, leaf.real)",
     ),
     # graded matrices and products
     Mutant(
