@@ -1,6 +1,6 @@
 """The command line: `python -m benchmarks WHAT [--quick] [--device cpu|gpu] [--out FOLDER]`.
 
-WHAT is speed, scan, memory, analysis, sweep, online or accuracy.
+WHAT is speed, scan, memory, analysis, sweep, online, agreement or accuracy.
 """
 
 import importlib
@@ -13,7 +13,7 @@ import tyro
 
 def main(
     what: Annotated[
-        Literal["speed", "scan", "memory", "analysis", "sweep", "online", "accuracy"],
+        Literal["speed", "scan", "memory", "analysis", "sweep", "online", "agreement", "accuracy"],
         tyro.conf.Positional,
     ],
     /,

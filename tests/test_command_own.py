@@ -1,6 +1,10 @@
 """`jbptt report` and `jbptt compare` on a model of one's own: pages, files, going on, one line for what is wrong."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +122,31 @@ def test_an_interrupted_report_goes_on(folder, capsys, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in before} == before
     Path("mine.py").write_text(MODEL + "\n")
     assert cli.main(call) == 0 and len(list(Path("found/trainings").iterdir())) == 2
+
+
+@pytest.mark.more("test_a_comparison_of_a_model_of_ones_own")
+def test_a_killed_comparison_goes_on(folder):
+    """SIGKILL when trainings are first kept, with no clean-up whatever: the same command ends with the same numbers."""
+    command = [sys.executable, "-m", "jbptt", "compare", "mine.py:drawn", "--num-samples=2", *SMALL]
+
+    def start(out):
+        return subprocess.Popen([*command, f"--out={out}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    process = start("killed")
+    # A store begins with two versions; what follows are trainings.
+    while len(list(Path("killed").rglob("round-1/snapshots/*"))) < 3 and process.poll() is None:
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not Path("killed/comparison.json").exists()
+    ends = []
+    for out in ("killed", "whole"):
+        process = start(out)
+        _, words = process.communicate()
+        assert process.returncode == 0, words
+        ends.append(json.loads(Path(out, "comparison.json").read_text()))
+    assert ends[0]["learning"]["curves"] == ends[1]["learning"]["curves"]
+    assert ends[0]["relative_bias"] == ends[1]["relative_bias"]
 
 
 def test_one_batch_is_divided_by_examples(folder):

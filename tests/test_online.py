@@ -432,6 +432,22 @@ def test_a_structure_from_numbers(padding):
         assert sum(leaf[0].size for leaf in state.influence) == structure.num_kept(None)
 
 
+def test_padding_holds_what_no_unit_keeps_by_itself():
+    """A delay line: nothing reads itself but where padding holds the carry, also by numbers."""
+    params = {"w": draw(1, 2)}
+
+    def step(params, h, x):
+        h = jnp.concatenate([(x @ params["w"])[..., None], h[..., :-1]], -1)
+        return h, h[..., 1:]
+
+    _, loss, _, _, batch = system("diagonal")
+    carry, batch = jnp.zeros((2, 3)), batch._replace(mask=jnp.ones((T, 2), bool).at[3:5, 1].set(False))
+    wanted, _ = updated(full_bptt(step, loss), params, carry, batch)
+    for method in ("program", "numbers"):
+        structure = influence_structure(step, loss, params, carry, batch, method=method)
+        assert_close(updated(rtrl(step, loss, structure=structure), params, carry, batch)[0].grads, wanted.grads)
+
+
 def draws_of(estimator, params, carry, batch, num_draws, seed=0):
     """Gradients `[num_draws, P]`."""
 
