@@ -633,6 +633,25 @@ def test_names_on_the_command_line():
         check_comparison_settings(ComparisonSettings(online=("bptt",)))
 
 
+def test_in_a_learning_study_each_batch_is_a_sequence_of_its_own():
+    """RTRL then is full BPTT, batch after batch; UORO's noise goes on."""
+    from jbptt.learning.ways import anew
+
+    step, loss, params, carry, batch = system("tanh")
+    for make in (rtrl, uoro):
+        estimator, full = anew(make(step, loss), carry), anew(full_bptt(step, loss), carry)
+        state, other = (one.init(params, None, batch, key=KEY) for one in (estimator, full))
+        found = []
+        for _ in range(2):
+            estimate, state = jax.jit(estimator.update)(params, state, batch)
+            wanted, other = jax.jit(full.update)(params, other, batch)
+            found.append(estimate.grads)
+            if make is rtrl:
+                assert_close(estimate.grads, wanted.grads)
+        if make is uoro:
+            assert float(jnp.max(jnp.abs(found[0]["w_h"] - found[1]["w_h"]))) > 1e-3
+
+
 # Large and usual.
 
 

@@ -65,16 +65,14 @@ def rtrl(
         C[t, i] = 1 for every i ≤ t, those of earlier updates too
 
     with J_t = ∂h_t/∂h_{t−1}, D_t = ∂⁺h_t/∂w and P = ∂h/∂w, which is carried from update to update:
-    however a stream is split into updates, the total is full BPTT's over all of it (of a learned
-    start alone only the first update's losses count). Where the
-    parameters change between updates, P is what the earlier parameters made of it, as in the paper.
+    however a stream is split into updates, the total is full BPTT's over all of it (but for a
+    learned start, whose path only the first update's losses count). Where the parameters change
+    between updates, P is what the earlier parameters made of it, as in the paper.
 
-    Of P is kept what the program of the step can make other than zero
-    (`influence_structure`). Where every unit reads itself alone (diagonal linear units, leaky
-    integrators), that is as many numbers as there are parameters, and each step costs a few
-    evaluations of the step. Where all units read each other it is the carry times the parameters:
-    n·P numbers for each example, and n²·P multiplications for each step of each. Memory does not
-    grow with T.
+    Of P is kept what the program of the step can make other than zero (`influence_structure`).
+    Where every unit reads itself alone (diagonal linear units, leaky integrators), that is a number
+    for each parameter and example. Where all n numbers of a carry read each other it is n of them,
+    and n² multiplications in every step. Memory does not grow with T.
 
     Args:
       step: `(params, carry, x) -> (carry, y)`; every inexact carry leaf begins with the batch
@@ -111,10 +109,10 @@ def snap(
         P_t = mask ∘ (J_t P_{t−1} + D_t)
 
     with mask the entries of P that may be other than zero after n steps of the recurrence: of
-    SnAp-1 those of D, one number for each weight of a simple network. The larger n, the closer; for
-    n as large as the longest way from a parameter to a unit it is RTRL, which for units that read
-    themselves alone is n = 1, and for units that all read each other n = 2. Biased otherwise: it
-    drops the paths through units that a parameter reaches later.
+    SnAp-1 those of D, one number for each weight of a simple network. Where n − 1 steps lead from
+    every unit to all that it ever reaches, it is RTRL: with n = 1 for units that read themselves
+    alone, with n = 2 for units that all read each other. Biased otherwise: it drops the paths
+    through units that a parameter reaches later.
 
     Each step asks for J once, at most n ways back through the step (as many as J has colours), and
     multiplies what is kept: of SnAp-1 in a network of H units some H times the step. Parameters
