@@ -72,7 +72,17 @@ def test_a_picture_of_every_result(results, name):
 def test_every_plot_is_tried():
     found = {name.removeprefix("plot_") for name in dir(plots) if name.startswith("plot_")}
     elsewhere = {"learning_study", "learning_curves"}  # test_learning_study.py
-    assert found == {*NAMES, "diagnosis", "remedies", "comparison", "schedule", "history", "sweep", *elsewhere}
+    assert found == {
+        *NAMES,
+        "diagnosis",
+        "remedies",
+        "comparison",
+        "agreement",
+        "schedule",
+        "history",
+        "sweep",
+        *elsewhere,
+    }
 
 
 def test_the_lines_are_the_numbers(results):
