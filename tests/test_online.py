@@ -746,3 +746,19 @@ def test_an_influence_that_fits_nowhere_is_refused_before_anything_is_allocated(
     carry = jnp.zeros((16, 2048), jnp.float32)
     with pytest.raises(ValueError, match=r"[\d,.e+]+ GiB in all.*take snap\(order=1\), or uoro"):
         rtrl(cell.step, square).init(params, carry, batch)
+
+
+def test_the_influence_of_the_entering_carry_takes_memory_too(monkeypatch):
+    """One parameter on 100 numbers that all read each other: little, but for what the carry itself becomes."""
+    from jbptt.online import checks
+
+    def step(p, h, x):
+        h = jnp.tanh(p * jnp.cumsum(h, -1) + x)
+        return h, h
+
+    arguments = jnp.asarray(0.1), jnp.zeros((8, 100)), Batch(jnp.zeros((3, 8, 100)), jnp.zeros((3, 8, 100)))
+    monkeypatch.setattr(checks, "usual_memory", lambda: 1e6)  # 100 · 8 numbers of P, 100 · 100 · 8 of M
+    with pytest.raises(ValueError, match="GiB in all"):
+        rtrl(step, square).init(*arguments)
+    monkeypatch.setattr(checks, "usual_memory", lambda: 1e7)
+    rtrl(step, square).init(*arguments)
