@@ -104,8 +104,9 @@ def check_memory(
     if needed > (available := usual_memory()):
         num_params = sum(leaf.size for leaf in structure.params)
         raise ValueError(
-            f"the influence of {num_params:,} parameters on the {structure.size:,} numbers of a "
-            f"carry takes {of_one:,} numbers for each of {examples} examples, some "
+            f"the influence of {num_params:,} parameters, and of the carry that enters an update, "
+            f"on the {structure.size:,} numbers of a carry takes {both:,} numbers for each of "
+            f"{examples} examples, some "
             f"{needed / 2**30:.3g} GiB in all, and programs may take {available / 2**30:.3g} GiB; "
             f"pass fewer examples, or take {smaller}"
         )
