@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 
 from jbptt.arrays import real_leaves, split_inexact, varying
@@ -132,19 +133,15 @@ def _carry_on(advance: Advance, carried: tuple, number: jax.Array) -> tuple:
     moved = forward(of_carry)
     bar = noise.astype(emitted.dtype) + lax.full_like(emitted, 0)
     entering = [leaf.astype(dtype) for leaf in pull(bar)[0]]
-    old = _balance(_norm(of_params), _norm(moved))
-    new = _balance(_norm(entering), _norm(noise))
+    # Plain norms: numbers whose squares overflow are beyond what noise of this size serves for.
+    norm = optax.tree.norm
+    old = _balance(norm(of_params), norm(moved))
+    new = _balance(norm(entering), norm(noise))
     of_params = [
         _over(now, old) + _over(own_now, new)
         for now, own_now in zip(of_params, entering, strict=True)
     ]
     return old * moved + new * noise, of_params, key, (forward(own), signs)
-
-
-def _norm(tree: Any) -> jax.Array:
-    """Plain: numbers whose squares overflow are beyond what noise of this size serves for."""
-    squares = [jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)]
-    return jnp.sqrt(sum(squares, jnp.zeros((), squares[0].dtype)))
 
 
 def _balance(of_params: jax.Array, of_carry: jax.Array) -> jax.Array:

@@ -192,8 +192,9 @@ def _influenced(step: Step, loss: Loss, plan: Plan | None, keep: Kept) -> Estima
     plan = plan_without_segments(plan)
 
     def layout_for(problem: Problem) -> Layout:
-        found = structure_of(problem) if keep.structure is None else keep.structure
-        check_structure(found, problem)
+        if keep.structure is not None:
+            check_structure(keep.structure, problem)
+        found = keep.structure or structure_of(problem)
         check_memory(found, keep.order, problem, keep.smaller)
         return layout_of(found, keep.order, jacobian=keep.leak is None)
 
