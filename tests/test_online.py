@@ -399,6 +399,43 @@ def test_snap_1_is_exact_where_units_read_themselves_alone(name):
     assert_close(updated(snap(step, loss, order=1), params, carry, batch)[0].grads, wanted.grads)
 
 
+def recurrent(params, carry, x):
+    """Of the leaves that are emitted a later step reads the first alone; the last has no finite derivative."""
+    h, _, _ = carry
+    now = params["w"] * h + x
+    return (now, jnp.tanh(now * params["s"] + h), jnp.sqrt(jnp.sum((now - now) ** 2, -1))), now[..., :1]
+
+
+def read_where_it_is_written(params, carry, x):
+    carry, _ = recurrent(params, carry, x)
+    return carry, carry[1]
+
+
+def memoryless(params, carry, x):
+    return recurrent(params, carry, x)[0], jnp.tanh(x * params["w"] * params["s"])
+
+
+@pytest.mark.parametrize("step, size", [(recurrent, 3), (read_where_it_is_written, 3), (memoryless, 0)])
+def test_influence_is_on_what_losses_read(step, size):
+    """Of the carry's other leaves there is none: a derivative that is not finite there does no harm."""
+    params = {"w": draw(0, 3), "s": draw(1, 3)}
+    batch = Batch(draw(2, T, 2, 3))
+    carry = draw(3, 2, 3), draw(4, 2, 3), jnp.ones(2)
+    loss = lambda y, target: jnp.sum(y**2, -1)
+    structure = influence_structure(step, loss, params, carry, batch)
+    assert structure.size == size and f"losses read {size} numbers" in str(structure)
+    wanted, _ = updated(full_bptt(step, loss), params, carry, batch)
+    for estimator in (rtrl(step, loss), snap(step, loss, order=1)):
+        found, _ = updated(estimator, params, carry, batch)
+        assert_close(found.grads, wanted.grads)
+        assert_close(found.info["carry_grads"], wanted.info["carry_grads"])
+    for estimator in (rflo(step, loss, leak=params["w"].mean()), uoro(step, loss)):
+        found, _ = updated(estimator, params, carry, batch, KEY)
+        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((found.grads, found.info["carry_grads"])))
+        if not size:
+            assert_close(found.grads, wanted.grads)
+
+
 def test_structure_of_a_stack():
     """The lower layer reaches both, the upper one itself; numbers of the readout reach nothing."""
     step, loss, params, carry, batch = system("stacked")

@@ -41,7 +41,7 @@ float32 at least.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -182,7 +182,9 @@ def parallel_pullback(
     return results, back
 
 
-def outputs_of(step: Step, params: Params, carry: Carry, inputs: PyTree) -> tuple[Callable, bool]:
+def outputs_of(
+    step: Step, params: Params, carry: Carry, inputs: PyTree, is_read: Sequence[bool]
+) -> tuple[Callable, bool]:
     """The outputs of a step as a function of the carry that it emits; see `emitted.outputs_of`.
 
     Where programs cannot be read, the whole step: all is then read of the carry received.
@@ -195,4 +197,4 @@ def outputs_of(step: Step, params: Params, carry: Carry, inputs: PyTree) -> tupl
     if emitted is None:
         warn_that_the_plain_engine_runs(import_error)
         return whole_step()
-    return fast_or_plain(emitted.outputs_of, whole_step, step, params, carry, inputs)
+    return fast_or_plain(emitted.outputs_of, whole_step, step, params, carry, inputs, is_read)

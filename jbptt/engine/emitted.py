@@ -1,11 +1,13 @@
 """What the outputs of a step read of the carry that it emits, cut out of its program."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 from jax.extend.core import JaxprEqn, Var
 
+from jbptt.arrays import is_inexact
+from jbptt.engine.dependence import replaced
 from jbptt.engine.jaxprs import as_arrays, evaluate, inlined, read, variables_of
 from jbptt.types import Carry, Params, PyTree, Step
 
@@ -22,21 +24,26 @@ class OutputsOf(NamedTuple):
     read_carry: bool
 
 
-def outputs_of(step: Step, params: Params, carry: Carry, inputs: PyTree) -> OutputsOf:
+def outputs_of(
+    step: Step, params: Params, carry: Carry, inputs: PyTree, is_read: Sequence[bool]
+) -> OutputsOf:
     """Cuts the program of a step where it emits its carry: what comes behind are the outputs.
 
     With `y = readout(h)` of the emitted h that is the readout alone. What the outputs compute
-    beside the emitted carry stays a function of the carry received.
+    beside the emitted carry stays a function of the carry received, and so does what they read of
+    a leaf that no later step hands on to a loss: `is_read` says which inexact leaves one does.
     """
     closed, shapes = inlined(step, params, carry, inputs)
     jaxpr, structure = closed.jaxpr, jax.tree.structure(shapes[1])
-    num_emitted = len(jax.tree.leaves(shapes[0]))
+    emitted_leaves = jax.tree.leaves(shapes[0])
+    num_emitted, inexact = len(emitted_leaves), [is_inexact(leaf) for leaf in emitted_leaves]
+    cut_at = replaced(inexact, inexact, is_read)
     results = jaxpr.outvars[num_emitted:]
     made = {variable for equation in jaxpr.eqns for variable in equation.outvars}
     places = {
         variable: place
         for place, variable in enumerate(jaxpr.outvars[:num_emitted])
-        if isinstance(variable, Var) and variable in made
+        if cut_at[place] and isinstance(variable, Var) and variable in made
     }
     equations, wanted = _behind(jaxpr.eqns, results, set(places))
     num_params = len(jax.tree.leaves(params))

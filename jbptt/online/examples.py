@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jbptt.arrays import inexact_leaves, real_leaves, real_vector, split_inexact, widened_dtype
+from jbptt.engine import chosen, replaced
 from jbptt.problem import Problem
 from jbptt.types import Carry, PyTree
 
@@ -36,8 +37,21 @@ def alone(tree: PyTree, own: PyTree, ndim: int) -> PyTree:
     return jax.tree.map(one, tree, own)
 
 
+def split_read(problem: Problem, carry: Carry) -> tuple[list[jax.Array], Callable]:
+    """The inexact leaves of a carry that a later loss reads, and the way back to the whole.
+
+    What no loss reads has no influence, as it has no cotangent: a derivative there that is not
+    finite would meet a zero (`engine.Paths`).
+    """
+    leaves, rebuild = split_inexact(carry)
+    is_read = problem.live.carries
+    return chosen(leaves, is_read), lambda parts: rebuild(replaced(leaves, is_read, parts))
+
+
 class Advance(NamedTuple):
     """A step of one example between vectors.
+
+    The carry of a vector is what `split_read` leaves of it.
 
     Attributes:
       function: `(reals, h) -> h'`, from the real leaves of the parameters and the carry received.
@@ -64,13 +78,13 @@ def advances(problem: Problem) -> Callable:
     def advance_of(carry: Carry, inputs: PyTree) -> Advance:
         params, rebuild_params = split_inexact(problem.params)
         reals, join = real_leaves(params)
-        leaves, rebuild_carry = split_inexact(carry)
+        leaves, rebuild_carry = split_read(problem, carry)
         h, of_vector = real_vector(leaves)
 
         def function(reals, h):
             given = alone((rebuild_carry(of_vector(h)), inputs), own, ndim)
             emitted, _ = problem.parts.core(rebuild_params(join(reals)), *given)
-            return real_vector(split_inexact(emitted)[0])[0]
+            return real_vector(split_read(problem, emitted)[0])[0]
 
         return Advance(function, reals, h, inputs[1])
 
@@ -94,8 +108,8 @@ def sample(problem: Problem) -> tuple[Carry, PyTree]:
 
 
 def carry_size(problem: Problem) -> int:
-    """n, the real numbers in one example's carry."""
-    leaves = inexact_leaves(sample(problem)[0])
+    """n, the real numbers in what losses read of one example's carry."""
+    leaves = chosen(inexact_leaves(sample(problem)[0]), problem.live.carries)
     return sum(leaf.size * (2 if jnp.iscomplexobj(leaf) else 1) for leaf in leaves)
 
 

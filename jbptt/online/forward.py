@@ -24,7 +24,7 @@ from jbptt.arrays import (
     zero_masked,
 )
 from jbptt.cells import split_readout
-from jbptt.online.examples import advances, carry_size, for_each, influence_dtype
+from jbptt.online.examples import advances, carry_size, for_each, influence_dtype, split_read
 from jbptt.plans import Plan, planned
 from jbptt.problem import Problem
 from jbptt.segments import Sums, Updated, add_losses
@@ -80,15 +80,15 @@ def _on_one_device(
 ) -> tuple[Updated, PyTree]:
     dtype, shape = influence_dtype(problem), problem.batch_shape
     core, advance_of = split_readout(problem.step)[0], advances(problem)
-    num_leaves = len(inexact_leaves(problem.carry))
-    live = problem.live._replace(carries=())
+    is_read, live = problem.live.carries, problem.live._replace(carries=())
 
     num_examples = prod(shape)
 
     def vectors(bars):
         """Cotangents of the examples' carries in real numbers, `[examples, n]`."""
         flat = [jnp.conj(bar).reshape(num_examples, *bar.shape[len(shape) :]) for bar in bars]
-        return jax.vmap(lambda leaves: real_vector(leaves)[0])(flat).astype(dtype)
+        joined = jax.vmap(lambda leaves: real_vector(leaves)[0], axis_size=num_examples)
+        return joined(flat).astype(dtype)
 
     def say(carried, bars):
         """What cotangents of the carry say of the parameters, and of the carry that entered."""
@@ -108,7 +108,9 @@ def _on_one_device(
         given = zero_masked(mask, x)
         emitted, outputs = core(problem.params, carry, given)
         sums, outputs_bar = add_losses(part, jax.tree.map(lambda a: a[None], outputs), sums)
-        outputs_from, reads_received = engine.outputs_of(core, problem.params, carry, given)
+        outputs_from, reads_received = engine.outputs_of(
+            core, problem.params, carry, given, is_read
+        )
 
         # What the outputs read is a step's carry, received and emitted; it emits none.
         def look(params, both, _):
@@ -116,9 +118,12 @@ def _on_one_device(
 
         _, pull = engine.pullback(look, problem.params, (carry, emitted), None, live)
         grad, bars = pull([], [bar[0] for bar in outputs_bar], sums.grad)
-        said = [say(carried, bars[:num_leaves])] if reads_received else []
+        received_bars, emitted_bars = (
+            engine.chosen(own, is_read) for own in (bars[: len(is_read)], bars[len(is_read) :])
+        )
+        said = [say(carried, received_bars)] if reads_received else []
         carried = for_each(partial(of_one, number), shape, (carry, inputs, carried))
-        said.append(say(carried, bars[num_leaves:]))
+        said.append(say(carried, emitted_bars))
         grads, entered = jax.tree.map(lambda *parts: sum(parts), *said)
         after = emitted if mask is None else select_leading(mask, emitted, carry)
         return sums._replace(grad=add_real(grad, grads)), (
@@ -153,4 +158,7 @@ def _as_cotangents(problem: Problem, reached: jax.Array) -> list[jax.Array]:
         _, rebuild = real_vector(leaves)
         return [jnp.conj(leaf) for leaf in rebuild(vector)]
 
-    return for_each(of_one, problem.batch_shape, split_inexact(problem.carry)[0], reached)
+    read = split_read(problem, problem.carry)[0]
+    found = for_each(of_one, problem.batch_shape, read, reached)
+    silent = [jnp.zeros_like(leaf) for leaf in inexact_leaves(problem.carry)]
+    return engine.replaced(silent, problem.live.carries, found)

@@ -82,7 +82,7 @@ def layout_of(structure: InfluenceStructure, order: int | None, jacobian: bool =
         for reached, entered in zip(params, structure.params, strict=True)
     ]
     own = _block(carry, members, np.zeros_like(carry), [nothing], structure.size)
-    assert own is not None  # an entry reaches itself
+    assert own is not None  # an entry reaches itself, and no entries have a block of none
     reads = np.zeros((structure.size + 1, structure.size + 1), bool)
     for j, number in enumerate(structure.carry):
         reads[direct[number], j] = True
@@ -117,7 +117,7 @@ def _block(
 ) -> Block | None:
     """The block of a leaf, from the sets that its numbers reach, and enter in one step."""
     width = max((len(members[number]) for number in np.unique(reached)), default=0)
-    if width == 0:
+    if width == 0 and reached.size:
         return None
 
     def rows_of(number: int) -> np.ndarray:
@@ -133,10 +133,14 @@ def _block(
     return Block(
         reached.shape,
         shape,
-        np.stack([rows_of(number) for number in base]),
+        _stacked([rows_of(number) for number in base], width),
         entered_shape,
-        np.stack([entered_rows_of(*divmod(pair, len(direct))) for pair in pairs]),
+        _stacked([entered_rows_of(*divmod(pair, len(direct))) for pair in pairs], width),
     )
+
+
+def _stacked(rows: list[np.ndarray], width: int) -> np.ndarray:
+    return np.array(rows, np.int64).reshape(len(rows), width)
 
 
 def _periodic(kinds: np.ndarray) -> tuple[tuple[int, int, int], np.ndarray]:

@@ -133,10 +133,7 @@ def _carry_on(advance: Advance, carried: tuple, number: jax.Array) -> tuple:
     moved = forward(of_carry)
     bar = noise.astype(emitted.dtype) + lax.full_like(emitted, 0)
     entering = [leaf.astype(dtype) for leaf in pull(bar)[0]]
-    # Plain norms: numbers whose squares overflow are beyond what noise of this size serves for.
-    norm = optax.tree.norm
-    old = _balance(norm(of_params), norm(moved))
-    new = _balance(norm(entering), norm(noise))
+    old, new = _balance(of_params, moved), _balance(entering, noise)
     of_params = [
         _over(now, old) + _over(own_now, new)
         for now, own_now in zip(of_params, entering, strict=True)
@@ -144,10 +141,16 @@ def _carry_on(advance: Advance, carried: tuple, number: jax.Array) -> tuple:
     return old * moved + new * noise, of_params, key, (forward(own), signs)
 
 
-def _balance(of_params: jax.Array, of_carry: jax.Array) -> jax.Array:
-    """ρ, with which both vectors have one norm; 0, which leaves the pair out, where one is 0."""
-    both = (of_params > 0) & (of_carry > 0)
-    return jnp.where(both, jnp.sqrt(of_params / jnp.where(both, of_carry, 1)), 0)
+def _balance(of_params: list[jax.Array], of_carry: jax.Array) -> jax.Array:
+    """ρ, with which both vectors have one norm; 0, which leaves the pair out, where one is 0.
+
+    Plain sums of squares: what overflows in them is beyond what noise of this size serves for.
+    """
+    squares = [optax.tree.norm(tree, squared=True) for tree in (of_params, of_carry)]
+    both = (squares[0] > 0) & (squares[1] > 0)
+    # A root of 0, which is not taken, has no derivative.
+    ratio = jnp.where(both, squares[0], 1) / jnp.where(both, squares[1], 1)
+    return jnp.where(both, jnp.sqrt(jnp.sqrt(ratio)), 0)
 
 
 def _over(array: jax.Array, factor: jax.Array) -> jax.Array:

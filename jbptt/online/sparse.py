@@ -16,6 +16,7 @@ from jax.core import Tracer
 
 from jbptt import truncation, validation
 from jbptt.arrays import is_inexact, real_vector, varying
+from jbptt.engine import chosen
 from jbptt.online import influence as influences
 from jbptt.online.checks import (
     check_influence,
@@ -252,9 +253,8 @@ def _leaks(leak: Any, problem: Problem) -> jax.Array | None:
             "pass 0.9, say"
         ) from error
     pairs = zip(jax.tree.leaves(whole), jax.tree.leaves(carry), strict=True)
-    leaks, _ = real_vector(
-        [jnp.stack([a, a]) if jnp.iscomplexobj(b) else a for a, b in pairs if is_inexact(b)]
-    )
+    own = [jnp.stack([a, a]) if jnp.iscomplexobj(b) else a for a, b in pairs if is_inexact(b)]
+    leaks, _ = real_vector(chosen(own, problem.live.carries))
     return leaks.astype(influence_dtype(problem))
 
 

@@ -26,7 +26,7 @@ class InfluenceStructure:
     imaginary parts.
 
     Attributes:
-      size: n, the real numbers in the carry of one example.
+      size: n, the real numbers in the carry of one example, without leaves that no loss reads.
       sets: the sets that occur.
       params: for each real leaf of the parameters, in its shape, which set of the emitted carry its
         numbers enter in one step.
@@ -92,7 +92,8 @@ class InfluenceStructure:
     def __str__(self):
         num_params = sum(leaf.size for leaf in self.params)
         most = max((self.sets[number].bit_count() for number in self.carry), default=0)
-        lines = [f"{num_params:,} parameters, a carry of {self.size:,} numbers for each example"]
+        own = f"of each example's carry losses read {self.size:,} numbers"
+        lines = [f"{num_params:,} parameters; {own}"]
         if self.is_elementwise:
             lines.append("every number of the carry feeds itself alone")
         else:
@@ -136,7 +137,7 @@ def influence_structure(
     >>> params = {"decay": jnp.ones(3), "w": jnp.ones((2, 3))}
     >>> loss, batch = (lambda y, target: jnp.sum(y, -1)), Batch(jnp.ones((5, 1, 2)))
     >>> print(influence_structure(step, loss, params, jnp.zeros((1, 3)), batch))
-    9 parameters, a carry of 3 numbers for each example
+    9 parameters; of each example's carry losses read 3 numbers
     every number of the carry feeds itself alone
     influence kept for each example, in numbers:
       SnAp-1, RFLO   9
