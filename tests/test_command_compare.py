@@ -35,7 +35,7 @@ def test_tables_and_files_of_few(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.more("test_tables_and_files_of_few")
-@pytest.mark.parametrize("task", usual(["copy"], ["text", "copy", "adding"], full=("text", "adding")))
+@pytest.mark.parametrize("task", usual(["copy"], ["text", "copy", "adding", "recall"], full=("text", "adding")))
 def test_tables_and_files(task, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     options = ["--tolerance=0.3", "--out=found"] if task == "copy" else []

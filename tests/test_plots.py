@@ -139,7 +139,8 @@ def test_remedies_are_dots_before_and_after():
     names = ("nothing", "clipping", "relu")
     stage = lambda values: Measures(*(values + i for i in range(5)))
     stages = stage(before), stage(after)
-    found = jbptt.experiments.Remedies(*stages, jnp.ones(2), ("a", "b"), names, num_updates=4, num_steps=5)
+    sizes = {"num_updates": 4, "num_steps": 5}
+    found = jbptt.experiments.Remedies(*stages, jnp.array([0.4, 0.6]), jnp.ones(2), ("a", "b"), names, **sizes)
     for i, measure in enumerate(("loss", "adjoint_ratio", "exponent", "gradient_error")):
         ax = plots.plot_remedies(found, measure=measure)
         dots = [line.get_xdata() for line in ax.get_lines() if line.get_marker() == "o"]

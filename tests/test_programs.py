@@ -67,6 +67,7 @@ def others(params, carry, batch):
         "clip_cotangent": jax.grad(lambda h: jnp.sum(clipping.clip_cotangent(h, 1.0) ** 2))(carry),
         "tasks.copy": tasks.copy(key, length=2, delay=2, batch_size=2),
         "tasks.adding": tasks.adding(key, num_steps=4, batch_size=2),
+        "tasks.recall": tasks.recall(key, num_steps=4, batch_size=2),
         "tasks.cross_entropy": tasks.cross_entropy(jnp.zeros((2, 3)), jnp.zeros(2, int)),
         "truncation.coverage": truncation.coverage(truncation.full(NUM_STEPS)),
         "truncation.window_coverage": truncation.window_coverage(NUM_STEPS, 4, 2),

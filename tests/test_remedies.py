@@ -253,17 +253,23 @@ def test_the_patients_have_the_promised_radius_and_the_same_matrix():
 
 
 def test_seeds_share_all_data():
-    """One array serves every patient and remedy of a seed; each example is an adding problem."""
+    """One array serves every patient and remedy of a seed; each example asks for its first input."""
     _, data = prepared()
     for xs, targets in ((data.batches.xs, data.batches.targets), (data.heldout.xs, data.heldout.targets)):
         xs, targets = np.asarray(xs), np.asarray(targets)
-        sums = np.sum(xs[..., 0] * xs[..., 1], axis=-2)  # over time
-        np.testing.assert_allclose(targets[..., -1, :, 0], sums, rtol=1e-12)
-        np.testing.assert_array_equal(xs[..., 1].sum(axis=-2), 2)
+        np.testing.assert_array_equal(targets[..., -1, :, 0], xs[..., 0, :, 0])
     shapes = data.batches.xs.shape, data.heldout.xs.shape
-    assert shapes == ((NUM_SEEDS, NUM_UPDATES, NUM_STEPS, EXAMPLES, 2), (NUM_SEEDS, NUM_STEPS, HELDOUT, 2))
+    assert shapes == ((NUM_SEEDS, NUM_UPDATES, NUM_STEPS, EXAMPLES, 1), (NUM_SEEDS, NUM_STEPS, HELDOUT, 1))
     every = np.concatenate([np.ravel(xs[..., 0]) for xs in (data.batches.xs, data.heldout.xs)])
     assert len(set(every.tolist())) == every.size
+
+
+def test_the_loss_that_takes_no_memory():
+    """The lowest of any constant: half the variance of the targets."""
+    _, data = prepared()
+    found, targets = remedies.constant_losses(data.heldout), np.asarray(data.heldout.targets)[:, -1, :, 0]
+    np.testing.assert_allclose(found, np.var(targets, axis=1) / 2, rtol=1e-12)
+    np.testing.assert_allclose(moderate().constant_loss, found, rtol=1e-12)
 
 
 @pytest.mark.more("test_the_patients_have_the_promised_radius_and_the_same_matrix")
@@ -458,7 +464,7 @@ def made(nothing_after=None, **rows):
         Measures(*(np.stack(leaf)[None] for leaf in zip(*(measures(row[i]) for row in rows.values()), strict=True)))
         for i in (0, 1)
     )
-    return Remedies(before, after, np.array([0.5]), ("patient",), tuple(rows), 10, 20)
+    return Remedies(before, after, np.full(3, 0.4), np.array([0.5]), ("patient",), tuple(rows), 10, 20)
 
 
 def words(found, name):
@@ -545,7 +551,8 @@ def test_one_seed_has_no_spread():
 
 def test_the_table():
     text = str(made(other_remedy=({"loss": 1e9, "adjoint_ratio": -np.inf}, {"loss": 1.2345, "exponent": -np.inf})))
-    title, head, nothing, other, where, remark = text.splitlines()
+    title, head, nothing, other, mean, where, remark = text.splitlines()
+    assert mean.split() == ["predicting", "the", "mean", "0.4"] and len(mean) == head.index("held-out loss") + 13
     assert title == "patient (spectral radius 0.5), T = 20, seeds: 3, before -> after 10 updates"
     assert [part.strip() for part in head.split("  ") if part.strip()][-2:] == ["held-out loss", "against nothing"]
     assert " ".join(nothing.split()) == "nothing -1.0 -> -1.0 -0.10 -> -0.10 0 -> 0 0.501 -> 0.501"
@@ -562,6 +569,7 @@ def test_remedies_as_a_dataset():
     assert data.loss.dims == ("time", "patient", "remedy", "seed") and data.attrs["num_updates"] == 10
     np.testing.assert_array_equal(data.loss.sel(time="after", remedy="better"), found.after.loss[:, 1])
     assert data.radius.values.tolist() == np.asarray(found.radii).tolist()
+    assert data.constant_loss.dims == ("seed",)
 
 
 @pytest.mark.more("test_the_table")

@@ -83,7 +83,7 @@ def anatomy_data():
                                   {"name": "turning", "case": "complex pair", **alignment, "rate": None}]},
         "remedies": {"patients": ["vanishing", "exploding"], "remedies": ["nothing", "a remedy"], "radii": [0.5, 1.5],
                      "num_updates": 7, "num_steps": 5, "before": measures, "after": measures,
-                     "diverged": [[0, 0], [0, 0]]},
+                     "diverged": [[0, 0], [0, 0]], "constant_loss": [0.5, 0.6]},
     }  # fmt: skip
 
 
@@ -196,7 +196,12 @@ def test_what_the_second_half_says(data):
     assert (
         "-0.7 nats per step in the symmetric example" in said["powers"] and "turning (complex pair)" in said["powers"]
     )
-    assert "vanishing network it is lower with a remedy; for the exploding network it is higher" in said["remedies"]
+    assert (
+        "Predicting the mean has a loss of 0.55; after 7 updates the vanishing network does better with a"
+        in (said["remedies"])
+    )
+    assert "exploding network does better with nothing that was tried. Against" in said["remedies"]
+    assert "the vanishing network ends lower with a remedy; the exploding network ends higher" in said["remedies"]
 
 
 def test_the_price_of_randomness_follows_the_numbers(data):
@@ -242,7 +247,21 @@ def test_sentences_of_the_second_half_follow_the_numbers(data):
     assert "No gradient reaches the norm of 1" in said["growth"].say(data["growth"])
     assert "not finite" in said["flow"].say(data["flow"])
     words = said["remedies"].say(data["remedies"])
-    assert "vanishing network it is the same with all" in words and "not finite in some run with a remedy" in words
+    assert "vanishing network ends alike with all" in words and "not finite in some run with a remedy" in words
+    data["remedies"]["after"] = {"loss": [[[None, 0.6], [0.2, 0.3]], [[0.4, 0.5], [0.2, 0.1]]]}
+    words = said["remedies"].say(data["remedies"])
+    assert "the vanishing network does better with a remedy, the exploding network does better with whatever" in words
+    assert "vanishing network ends not finite in some run with no remedy, so that nothing is compared" in words
+    data["remedies"].update(
+        remedies=["nothing", "a", "b", "c"],
+        constant_loss=[0.5, 0.5],
+        after={"loss": [4 * [[0.1, 0.2]], 4 * [[0.4, 0.2]]]},
+    )
+    data["remedies"]["after"]["loss"][0][2] = [0.1, 0.6]
+    words = said["remedies"].say(data["remedies"])
+    assert "does better with all but b, the exploding network does better with whatever was tried" in words
+    data["remedies"]["after"]["loss"][0][1:] = 3 * [[0.1, 0.6]]
+    assert "the vanishing network does better with no remedy, the" in said["remedies"].say(data["remedies"])
 
 
 # Pictures and page

@@ -129,14 +129,15 @@ def test_bad_options(options, words):
         tasks.text("abc" * 50, **{"num_steps": 2, "batch_size": 1} | options)
 
 
-@pytest.mark.parametrize("task", [tasks.copy, tasks.adding])
+@pytest.mark.parametrize("task", [tasks.copy, tasks.adding, tasks.recall])
 def test_bad_sizes(task):
     good = {"length": 2, "delay": 3, "batch_size": 2} if task is tasks.copy else {"num_steps": 4, "batch_size": 2}
     for name in good:
         with pytest.raises(ValueError, match=f"{name} must be an integer >= "):
             task(jax.random.key(0), **good | {name: 0})
-    with pytest.raises(ValueError, match="num_steps must be an integer >= 2, got 1"):
-        tasks.adding(jax.random.key(0), num_steps=1, batch_size=2)
+    for task in (tasks.adding, tasks.recall):
+        with pytest.raises(ValueError, match="num_steps must be an integer >= 2, got 1"):
+            task(jax.random.key(0), num_steps=1, batch_size=2)
 
 
 @pytest.mark.parametrize(("length", "delay"), [(1, 1), (3, 5), (4, 2)])
@@ -174,6 +175,17 @@ def test_adding(num_steps):
     np.testing.assert_allclose(batch.targets[-1, :, 0], np.sum(numbers * marks, axis=0), rtol=1e-15)
     assert batch.targets.shape == (num_steps, 64, 1)
     np.testing.assert_array_equal(batch.weights, np.arange(num_steps) == num_steps - 1)
+
+
+def test_recall():
+    """Only the first input matters; a prediction of 0 has the loss that the docstring says."""
+    batch = tasks.recall(jax.random.key(2), num_steps=5, batch_size=4000)
+    xs = np.asarray(batch.xs)
+    assert xs.shape == (5, 4000, 1) and xs.min() >= -1 and xs.max() < 1 and len(np.unique(xs)) == xs.size
+    np.testing.assert_array_equal(batch.targets, np.broadcast_to(xs[0], xs.shape))
+    np.testing.assert_array_equal(batch.weights, np.arange(5) == 4)
+    of_zero = tasks.squared_error(jnp.zeros((4000, 1)), batch.targets[-1])
+    assert abs(np.mean(of_zero) - 1 / 6) < 5 * np.std(of_zero) / 4000**0.5
 
 
 def test_losses():

@@ -32,7 +32,7 @@ def examine(
       cell: with its readout.
       treatment: what is done to the gradient.
       params: the parameters.
-      heldout: a batch of the adding problem; the loss is measured on all of it.
+      heldout: a batch; the loss is measured on all of it.
       batch_size: examples, the first ones, for gradients and exponents.
       num_draws: draws of the gates; 0 where the treatment is none: the gradient is exact.
       key: of the draws.

@@ -57,6 +57,7 @@ class Remedies:
       before: `Measures` before training, leaves `[patient, remedy, seed]`.
       after: `Measures` after it. The seeds are paired: a seed means the same data, and the same
         random numbers behind the start, for every patient and remedy.
+      constant_loss: `[seed]`, held-out loss of predicting the mean: what takes no memory.
       radii: `[patient]`, spectral radius of the recurrent matrix before anything is done.
       patients: their names.
       remedies: their names; the first is no remedy at all.
@@ -66,6 +67,7 @@ class Remedies:
 
     before: Measures
     after: Measures
+    constant_loss: jax.Array
     radii: jax.Array
     patients: tuple[str, ...] = field(metadata={"static": True})
     remedies: tuple[str, ...] = field(metadata={"static": True})
@@ -89,6 +91,7 @@ class Remedies:
             "patient": list(self.patients),
             "radius": ("patient", np.asarray(self.radii)),
             "remedy": list(self.remedies),
+            "constant_loss": ("seed", np.asarray(self.constant_loss)),
         }
         attrs = {"num_updates": self.num_updates, "num_steps": self.num_steps}
         return dataset(*found, coords=coords, attrs=attrs)
@@ -228,7 +231,9 @@ def _block(remedies: Remedies, patient: int) -> str:
     head = _columns(
         "", "adjoints, log10", "exponent", "gradient error", "held-out loss", "against nothing"
     )
-    lines = [title, head, *(_row(name, case) for name, case in cases.items())]
+    constant = f"{np.mean(np.asarray(remedies.constant_loss)):.3g}"
+    mean = _columns("predicting the mean", "", "", "", constant, "")
+    lines = [title, head, *(_row(name, case) for name, case in cases.items()), mean]
     said = {name: remarks(case) for name, case in cases.items()}
     if any(said.values()):
         lines.append("where a remedy fails or makes things worse:")

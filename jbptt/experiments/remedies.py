@@ -76,7 +76,7 @@ def compare_remedies(
     remedies: Sequence[str] = REMEDIES,
     num_updates: int = 100,
     num_seeds: int = 4,
-    num_steps: int = 50,
+    num_steps: int = 20,
     hidden_size: int = 32,
     batch_size: int = 16,
     num_heldout: int = 256,
@@ -89,9 +89,9 @@ def compare_remedies(
 
     The patients are tanh networks, `h ← tanh(x w_x + h w_h + b)`, whose `w_h` is the same random
     orthogonal matrix times a radius: every eigenvalue has that size, so that the radius alone
-    decides whether gradients vanish or explode. They learn the adding problem (`tasks.adding`),
-    whose loss is that of the last step and depends on the whole sequence; predicting the mean
-    without any memory has a loss of 1/12. Each sequence starts from a carry of zeros. Every run
+    decides whether gradients vanish or explode. They are to say after the last step what the
+    first input was (`tasks.recall`); without any memory the best prediction is the mean, whose loss
+    is `constant_loss`. Each sequence starts from a carry of zeros. Every run
     makes as many updates of plain gradient descent, on the same batches as the other runs of its
     seed and from the same random numbers.
 
@@ -132,7 +132,16 @@ def compare_remedies(
     runs, data = prepare(sizes, num_seeds, remedies, key, radii, doses)
     found = [run_family(family, sizes, runs[family], data) for family in FAMILIES if family in runs]
     before, after = (gather(num_seeds, each) for each in zip(*found, strict=True))
-    return Remedies(before, after, radii, PATIENTS, remedies, sizes.num_updates, sizes.num_steps)
+    return Remedies(
+        before,
+        after,
+        constant_losses(data.heldout),
+        radii,
+        PATIENTS,
+        remedies,
+        sizes.num_updates,
+        sizes.num_steps,
+    )
 
 
 def _check_remedies(remedies: Sequence[str]) -> tuple[str, ...]:
@@ -211,7 +220,7 @@ def draw(sizes: Sizes, key: jax.Array) -> Data:
     """The data of one seed, drawn at once: compiling a random draw takes longer than drawing."""
     num_trained = sizes.num_updates * sizes.batch_size
     key = jax.random.fold_in(key, 0)
-    drawn = tasks.adding(key, num_steps=sizes.num_steps, batch_size=num_trained + sizes.num_heldout)
+    drawn = tasks.recall(key, num_steps=sizes.num_steps, batch_size=num_trained + sizes.num_heldout)
 
     def batches(a):  # [T, N · B, …] -> [N, T, B, …]
         a = a[:, :num_trained].reshape(
@@ -227,6 +236,14 @@ def draw(sizes: Sizes, key: jax.Array) -> Data:
         Batch(batches(drawn.xs), batches(drawn.targets), weights=weights),
         Batch(heldout(drawn.xs), heldout(drawn.targets), weights=drawn.weights),
     )
+
+
+@jax.jit
+def constant_losses(heldout: Batch) -> jax.Array:
+    """`[seed]`: the loss of the best prediction that reads nothing, the mean of the targets."""
+    targets = heldout.targets[:, -1]
+    mean = jnp.mean(targets, 1, keepdims=True)
+    return jnp.mean(tasks.squared_error(jnp.broadcast_to(mean, targets.shape), targets), 1)
 
 
 def cross(radii: jax.Array, table: Treatment, keys: jax.Array) -> Run:

@@ -193,6 +193,21 @@ def adding(key: jax.Array, *, num_steps: int, batch_size: int) -> Batch:
     )
 
 
+def recall(key: jax.Array, *, num_steps: int, batch_size: int) -> Batch:
+    """The first input, asked for after the last step: the plainest task that takes a memory.
+
+    `xs` `[T, B, 1]`, numbers in [−1, 1), of which only the first of each example matters; targets
+    `[T, B, 1]`; weights 1 on the last step, else 0. A prediction of 0 has a `squared_error` of 1/6.
+    After the latching problem of Bengio, Simard & Frasconi (1994). Raises ValueError: num_steps < 2
+    or batch_size < 1.
+    """
+    validation.check_positive_integer("num_steps", num_steps, smallest=2)
+    validation.check_positive_integer("batch_size", batch_size)
+    xs = jax.random.uniform(key, (num_steps, batch_size, 1), minval=-1)
+    weights = jnp.zeros(num_steps).at[-1].set(1)
+    return Batch(xs, jnp.broadcast_to(xs[:1], xs.shape), weights=weights)
+
+
 def cross_entropy(logits: jax.Array, target: jax.Array) -> jax.Array:
     """`−ln p(target)` in nats, logits `[*batch, classes]`, integer targets; NaN if out of range."""
     loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, target)

@@ -210,9 +210,9 @@ def cell_of(
 
     build = {"gru": cells.gru, "lstm": cells.lstm}
     if family in build:
-        cell = build[family](2, hidden_size, recurrent_init=recurrent_init)
+        cell = build[family](1, hidden_size, recurrent_init=recurrent_init)
     else:
-        cell = cells.rnn(2, hidden_size, activation=activation, recurrent_init=recurrent_init)
+        cell = cells.rnn(1, hidden_size, activation=activation, recurrent_init=recurrent_init)
     return cells.with_linear_readout(cell, 1)
 
 

@@ -347,7 +347,7 @@ def plot_remedies(
 ) -> Any:
     """One measure of every remedy (rows) for each patient, hollow before and filled after training.
 
-    Means over the seeds that stayed finite.
+    Means over the seeds that stayed finite; dotted in the losses: predicting the mean.
 
     Args:
       remedies: what `experiments.compare_remedies` returns.
@@ -374,6 +374,9 @@ def plot_remedies(
     _lines(ax, REMEDY_MEASURES[measure], "", legend=False)
     ax.grid(False, axis="y")
     _remedies_scale(ax, measure, np.concatenate([before[:, 0], np.ravel(after)]), theme)
+    if measure == "loss":
+        constant = float(np.mean(numbers(remedies.constant_loss)))
+        ax.axvline(constant, color=theme.muted, linewidth=0.9, linestyle=":")
     ax.set_yticks(rows, labels=remedies.remedies)
     ax.set_ylim(len(rows) - 0.4, -0.6)
     return ax

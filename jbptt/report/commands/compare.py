@@ -39,7 +39,7 @@ class ComparisonSettings:
     """Everything that shapes the numbers of a comparison.
 
     Attributes:
-      task: characters of a text, copy memory, or the adding problem.
+      task: characters of a text, copy memory, the adding problem, or recalling the first input.
       text: a UTF-8 text file; None: the documentation of Python inside CPython.
       cell: what the model is made of.
       hidden_size: H.
@@ -61,7 +61,7 @@ class ComparisonSettings:
       seed: of everything random, in [0, 2³²).
     """
 
-    task: Literal["text", "copy", "adding"] = "text"
+    task: Literal["text", "copy", "adding", "recall"] = "text"
     text: Path | None = None
     cell: Literal["rnn", "gru", "lstm"] = "lstm"
     hidden_size: int = 64
@@ -160,8 +160,9 @@ def make_setup(settings: ComparisonSettings) -> Setup:
         draw = partial(tasks.copy, length=length, delay=steps - 2 * length, batch_size=examples)
         cell, loss = cells.with_linear_readout(make(10, hidden), 10), tasks.cross_entropy
     else:
-        draw = partial(tasks.adding, num_steps=steps, batch_size=examples)
-        cell, loss = cells.with_linear_readout(make(2, hidden), 1), tasks.squared_error
+        task, num_inputs = (tasks.adding, 2) if settings.task == "adding" else (tasks.recall, 1)
+        draw = partial(task, num_steps=steps, batch_size=examples)
+        cell, loss = cells.with_linear_readout(make(num_inputs, hidden), 1), tasks.squared_error
     keys = jax.random.split(
         jax.random.fold_in(jax.random.key(settings.seed), 1),
         (settings.num_updates or NUM_UPDATES) + 1,

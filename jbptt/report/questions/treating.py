@@ -1,6 +1,5 @@
 """Which remedy helps a network whose gradients vanish, and one whose gradients explode."""
 
-import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +8,7 @@ import numpy as np
 
 from jbptt.experiments.outcomes import Remedies
 from jbptt.experiments.remedies import compare_remedies
+from jbptt.experiments.treatments import NOTHING
 from jbptt.report.axes import (
     new_axes,
     numbers,
@@ -39,6 +39,7 @@ def measure(seed: int, progress: Progress) -> dict[str, Any]:
         "num_steps": found.num_steps,
         "before": found.before._asdict(),
         "after": found.after._asdict(),
+        "constant_loss": found.constant_loss,
         "diverged": found.diverged,
     }
 
@@ -48,7 +49,12 @@ def draw(remedies: dict[str, Any], *, axes: Any = None, theme: Theme = LIGHT) ->
     training.
     """
     stages = {stage: SimpleNamespace(**remedies[stage]) for stage in ("before", "after")}
-    found = SimpleNamespace(patients=remedies["patients"], remedies=remedies["remedies"], **stages)
+    found = SimpleNamespace(
+        patients=remedies["patients"],
+        remedies=remedies["remedies"],
+        constant_loss=remedies["constant_loss"],
+        **stages,
+    )
     axes = np.ravel(new_axes((12.0, 0.34 * len(found.remedies) + 2.2), 1, 4, axes, sharey=True))
     for ax, measure in zip(axes, REMEDY_MEASURES, strict=True):
         plot_remedies(found, measure=measure, ax=ax, theme=theme)
@@ -61,31 +67,65 @@ def draw(remedies: dict[str, Any], *, axes: Any = None, theme: Theme = LIGHT) ->
 
 
 def say(remedies: dict[str, Any]) -> str:
-    """Which remedies end with a lower loss than no remedy by more than the seeds' spread, and which
-    with a higher.
+    """What learned anything at all, and what ends lower or higher than no remedy by more than the
+    seeds' spread.
     """
-    clauses = []
-    for p, patient in enumerate(remedies["patients"]):
-        losses = numbers(remedies["after"]["loss"])[p]
-        base, base_spread = losses[0].mean(), losses[0].std(ddof=1) if losses.shape[1] > 1 else 0.0
-        better, worse, lost = [], [], []
-        for name, runs in zip(remedies["remedies"][1:], losses[1:], strict=True):
-            if not np.isfinite(runs).all() or not math.isfinite(base):
-                lost.append(name)
-                continue
-            spread = math.hypot(base_spread, runs.std(ddof=1) if len(runs) > 1 else 0.0)
-            if abs(runs.mean() - base) > spread:
-                (better if runs.mean() < base else worse).append(name)
-        words = [f"lower with {join_words(better)}"] if better else []
-        words += [f"higher with {join_words(worse)}"] if worse else []
-        words += [f"not finite in some run with {join_words(lost)}"] if lost else []
-        clauses.append(
-            f"for the {patient} network it is {'; '.join(words) if words else 'the same with all'}"
-        )
+    constant = float(np.mean(numbers(remedies["constant_loss"])))
+    learned, beside = [], []
+    for patient, losses in zip(
+        remedies["patients"], numbers(remedies["after"]["loss"]), strict=True
+    ):
+        runs = dict(zip(remedies["remedies"], losses, strict=True))
+        below = [name for name, of in runs.items() if _apart(constant - of) > 0]
+        learned.append(f"the {patient} network does better {_with(below, list(runs))}")
+        beside.append(f"the {patient} network ends {_beside_none(runs)}")
+    number = remedies["num_updates"]
     return (
-        f"After {remedies['num_updates']} updates the held-out loss differs from that of no remedy "
-        f"by more than the seeds' spread as follows: {'; '.join(clauses)}."
+        f"Predicting the mean has a loss of {constant:.2g}; after {number} updates "
+        f"{', '.join(learned)}. Against no remedy, by more than the seeds' spread: "
+        f"{'; '.join(beside)}."
     )
+
+
+def _apart(differences: np.ndarray) -> float:
+    """The mean over the seeds, 0 where their spread is larger or one of them is not finite."""
+    if not np.isfinite(differences).all():
+        return 0.0
+    mean = float(differences.mean())
+    spread = float(differences.std(ddof=1)) if len(differences) > 1 else 0.0
+    return mean if abs(mean) > spread else 0.0
+
+
+def _with(names: list[str], all_names: list[str]) -> str:
+    """`with a and b`; the shorter of the two lists where most are named."""
+    others = [name for name in all_names if name not in names]
+    if not names:
+        return "with nothing that was tried"
+    if not others:
+        return "with whatever was tried"
+    if len(others) < len(names):
+        return f"with all but {join_words(list(map(_named, others)))}"
+    return f"with {join_words(list(map(_named, names)))}"
+
+
+def _named(remedy: str) -> str:
+    return "no remedy" if remedy == NOTHING else remedy
+
+
+def _beside_none(runs: dict[str, np.ndarray]) -> str:
+    """`lower with a and b, higher with c`, beside the first of these runs; seeds are paired."""
+    none, *names = runs
+    finite = [name for name in names if np.isfinite(runs[name] - runs[none]).all()]
+    apart = {name: _apart(runs[name] - runs[none]) for name in finite}
+    lower = [name for name in finite if apart[name] < 0]
+    higher = [name for name in finite if apart[name] > 0]
+    words = [f"lower with {join_words(lower)}"] if lower else []
+    words += [f"higher with {join_words(higher)}"] if higher else []
+    lost = [name for name in names if not np.isfinite(runs[name]).all()]
+    words += [f"not finite in some run with {join_words(lost)}"] if lost else []
+    if not np.isfinite(runs[none]).all():
+        words += ["not finite in some run with no remedy, so that nothing is compared"]
+    return ", ".join(words) or "alike with all"
 
 
 def table(remedies: dict[str, Any]) -> Table:
@@ -131,11 +171,12 @@ QUESTION = Question(
     "remedies",
     "Which remedy helps?",
     "From a tanh network whose gradients vanish and one whose gradients explode, one remedy "
-    "each, on the adding task: mean over the seeds that stayed finite; the table says how many "
-    "did not. The first row is no remedy. An exponent near 0 keeps gradients; an error above 0 "
-    "means that training uses another gradient than the exact one. A ratio that is missing or "
-    "not finite: no gradient reaches the first step. Losses before training may lie beyond the "
-    "edge.",
+    "each, which are to say after the last step what the first input was: mean over the seeds that "
+    "stayed finite; the table says how many did not. The first row is no remedy. Dotted beside the "
+    "losses: predicting the mean, which takes no memory. An exponent near 0 keeps gradients; an "
+    "error above 0 means that training uses another gradient than the exact one. A ratio that is "
+    "missing or not finite: no gradient reaches the first step. Losses before training may lie "
+    "beyond the edge.",
     0.9,
     draw,
     say,
