@@ -1,7 +1,7 @@
 """Euclidean norms that neither overflow nor underflow on the way."""
 
 from collections.abc import Callable
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -12,6 +12,8 @@ from jbptt.arrays import align_leading, one_if_zero, widened_dtype
 from jbptt.types import PyTree
 
 
+# Under jit each is traced once for the same shapes, however often a program asks.
+@jax.jit
 def unit(array: jax.Array, largest: jax.Array) -> jax.Array:
     """`array / largest` along leading axes, at most 1, in the wider dtype; 0 counts as 1."""
     array = array.astype(widened_dtype(array.dtype, largest.dtype))
@@ -31,6 +33,7 @@ def max_or_nan(values: jax.Array, axis: Any = None, **options: Any) -> jax.Array
     return jnp.where(jnp.isnan(values).any(axis), jnp.nan, values.max(axis, **options))
 
 
+@partial(jax.jit, static_argnums=1)
 def scaled_norm(tree: PyTree, num_leading: int = 0) -> tuple[jax.Array, jax.Array]:
     """The norm over all but the first `num_leading` axes of all leaves, as two factors `(m, r)`.
 

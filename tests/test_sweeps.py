@@ -161,7 +161,7 @@ def test_one_program_for_each_setting_and_none_in_a_second_call():
 def test_the_plan_is_the_fastest(monkeypatch):
     """By a clock that the width drives: more side by side while that helps, one by one where it does not."""
 
-    def choice(seconds_of, num_runs=1000, compiling=0.0, **limits):
+    def choice(seconds_of, num_runs=1000, compiling=0.0, known=(), **limits):
         asked = []
 
         def timed(run_fn, job, width, data, devices):
@@ -173,6 +173,8 @@ def test_the_plan_is_the_fastest(monkeypatch):
 
         monkeypatch.setattr(run_plans, "_timed", timed)
         monkeypatch.setattr(run_plans, "_that_fits", program)
+        monkeypatch.setattr(run_plans, "known_widths", lambda *what: dict(known))
+        monkeypatch.setattr(run_plans, "program_of", lambda *what: programs.Program((), 1, 0, compiling))
         limits = run_plans.Limits(**{"memory_budget": None, "most_per_chunk": num_runs, "run_bytes": 8} | limits)
         plan, _ = run_plans.find_plan(None, None, np.arange(num_runs), {}, None, limits)
         return plan, asked
@@ -187,6 +189,32 @@ def test_the_plan_is_the_fastest(monkeypatch):
     assert choice(lambda width: 1 / width, most_per_chunk=20)[0].chunk <= 20
     assert choice(lambda width: 1e-6, run_bytes=2**20)[0].chunk <= 64
     assert choice(lambda width: float(width), width=7, chunk=3)[0] == (7, 3, 1)
+
+    # Known widths, and seconds of a full call of each: the fastest, unless another may be worth compiling.
+    constant = lambda width: 1e-6
+    assert choice(constant, 90, 1.0, {100: 0.5})[1] == [100]
+    assert choice(constant, 90, 1.0, {100: 1.5})[1] == [30]
+    assert choice(constant, 20, 1.0, {1: 0.01, 64: 0.3})[1] == [1]
+    assert choice(constant, 200, 1.0, {1: 0.01, 64: 0.2})[1] == [64]
+    assert choice(constant, 90, 1.0, {100: 0.5}, chunk=100)[1] == [30]
+    assert choice(constant, 90, 1.0, {100: 0.5}, most_per_chunk=30)[1] == [30]  # for workers
+
+
+def test_a_later_sweep_of_the_same_function_compiles_nothing():
+    """Of fewer runs, with the program that is there: the numbers are those of the same runs in it."""
+    traces = []
+
+    def run(point, key):
+        traces.append(point["seed"])
+        x = jnp.full((8, 8), point["seed"], float)
+        return {"x": jax.lax.fori_loop(0, 3, lambda _, x: jnp.tanh(x @ x), x).sum()}
+
+    first = quietly(run, grid(seed=range(12)))
+    assert len(traces) >= 2
+    del traces[:]
+    later = quietly(run, grid(seed=range(5)))
+    assert len(traces) == 1, "for the shapes alone"
+    assert later.x.values.tobytes() == first.x.values[:5].tobytes()
 
 
 def test_a_budget_of_memory():

@@ -192,7 +192,8 @@ def mark_of(trainings: Trainings) -> str:
     Raises:
       ValueError: a loss on what is held out is not finite before training.
     """
-    start = trainings.start(trainings.keys(0)[0])
+    # As one program each: outside of jit every operation of a start or an update is one.
+    start = jax.jit(lambda: trainings.start(trainings.keys(0)[0]))()
     losses = jax.jit(lambda: trainings.losses(start, trainings.carry))()
     for name, value in losses.items():
         if not np.isfinite(value):
@@ -200,9 +201,15 @@ def mark_of(trainings: Trainings) -> str:
                 f"the {name} loss is {float(value)} before training; look for what is not finite "
                 "by jbptt.find_nonfinite, or in heldout"
             )
-    ones = jax.tree.map(jnp.ones_like, jax.tree.map(widened, start))
-    optimizer = trainings.optimizer(1e-2)
-    updates, _ = optimizer.update(ones, optimizer.init(ones), ones)
+
+    @jax.jit
+    def moved(start):
+        """How far each leaf moves for a gradient of ones."""
+        ones = jax.tree.map(jnp.ones_like, jax.tree.map(widened, start))
+        optimizer = trainings.optimizer(1e-2)
+        updates, _ = optimizer.update(ones, optimizer.init(ones), ones)
+        return [jnp.sum(jnp.abs(leaf)) for leaf in jax.tree.leaves(updates)]
+
     lessons = trainings.lessons
     data = lessons.first if callable(lessons.train) else lessons.train
     mark = hashlib.sha256()
@@ -211,7 +218,7 @@ def mark_of(trainings: Trainings) -> str:
         mark.update(f"{np.shape(leaf)}".encode() + np.asarray(leaf).tobytes())
     # Rounded, since another machine may add up in another order.
     rounded = [f"{float(value):.3g}" for value in losses.values()]
-    rounded += [f"{float(jnp.sum(jnp.abs(leaf))):.3g}" for leaf in jax.tree.leaves(updates)]
+    rounded += [f"{float(size):.3g}" for size in moved(start)]
     settings = [way.name for way in trainings.ways], trainings.num_updates, trainings.eval_every
     mark.update(f"{settings} {lessons.stream} {rounded}".encode())
     return mark.hexdigest()[:16]

@@ -26,6 +26,7 @@ OF_THREADS = (
 )
 OF_PROCESSES = ("jax_random_seed_offset", "jax_disable_most_optimizations")
 _PROGRAMS = WeakCache()
+_WIDTHS = WeakCache()
 
 
 class Job(NamedTuple):
@@ -115,6 +116,17 @@ def check_outputs(outputs: Any) -> None:
             )
 
 
+def known_widths(
+    run_fn: Callable, job: Job, shapes: dict, devices: tuple | None
+) -> dict[int, float]:
+    """The widths that were measured while `run_fn` lives, and seconds of a full call of each.
+
+    Whoever measures another adds it.
+    """
+    settings = _settings(job, shapes, devices)
+    return _WIDTHS.find((run_fn,), settings, lambda run_fn: {})
+
+
 def program_of(
     run_fn: Callable, job: Job, shapes: dict, width: int, devices: tuple | None
 ) -> Program:
@@ -151,12 +163,17 @@ def program_of(
         number = width * len(compiled)
         return Program(compiled, number, size, time.perf_counter() - began)
 
+    return _PROGRAMS.find((run_fn,), (width, *_settings(job, shapes, devices)), make)
+
+
+def _settings(job: Job, shapes: dict, devices: tuple | None) -> tuple:
+    """All that a program depends on, beside the function and the width."""
     flags = *number_settings().values(), getattr(jax.config, "jax_default_device")  # noqa: B009
     # 4 and 4.0 are equal, and so are True and 1, but not to run_fn.
     settings = tuple((name, type(value), value) for name, value in job.settings)
     settings = settings, job.names, np.shape(job.key[0]), job.key[1]
     of_columns = tuple((name, *_signature(shape)) for name, shape in shapes.items())
-    return _PROGRAMS.find((run_fn,), (settings, of_columns, width, devices, flags), make)
+    return settings, of_columns, devices, flags
 
 
 def number_settings() -> dict[str, Any]:

@@ -9,7 +9,14 @@ import jax
 import numpy as np
 
 from jbptt.memory import usual_memory
-from jbptt.sweeps.programs import Job, Program, column_shapes, key_of, program_of
+from jbptt.sweeps.programs import (
+    Job,
+    Program,
+    column_shapes,
+    key_of,
+    known_widths,
+    program_of,
+)
 
 FIRST_WIDTH = 32
 GROWTH = 4
@@ -86,7 +93,9 @@ def find_plan(
     """The plan for these runs, and the outputs of the first of them, computed under it.
 
     A few side by side are measured on the first runs. Then more, then one after the other, where
-    compiling is little beside what is left to compute. Of two equally fast ones noise decides.
+    compiling is little beside what is left to compute. Of two equally fast ones noise decides. A
+    program that an earlier sweep of `run_fn` left takes all runs, places without a run included,
+    where that takes less time than compiling it did.
     """
     num_runs, num_devices = len(indices), len(devices or (None,))
     share = -(-num_runs // num_devices)
@@ -94,25 +103,41 @@ def find_plan(
     widest = min(share, max(1, most // num_devices), WIDEST)
 
     def measure(width: int) -> Measured:
-        if limits.width is None:
-            width = -(-share // -(-share // width))  # so that the last call is not half empty
         program = _that_fits(run_fn, job, columns, width, devices, limits)
         own = slice(0, min(program.num_runs, num_runs))
         first = indices[own], {name: values[own] for name, values in columns.items()}
         width, seconds, outputs = _timed(
             run_fn, job, program.num_runs // num_devices, first, devices
         )
+        known[width] = seconds * len(first[0])
         return Measured(width, seconds, program.compiling, outputs)
+
+    def evened(width: int) -> int:
+        """A little less, so that the last call is not half empty."""
+        return -(-share // -(-share // width))
+
+    def known_width() -> int | None:
+        """Of the widths that were measured the fastest, where no other is worth compiling."""
+        if limits.chunk is not None or limits.most_per_chunk < num_runs or not known:
+            return None
+        seconds, width = min(
+            (-(-share // width) * of_call, width) for width, of_call in known.items()
+        )
+        return width if seconds <= program_of(*what, width, devices).compiling else None
+
+    what = run_fn, job, column_shapes(columns)
+    known = known_widths(*what, devices)
 
     def pays(best: Measured) -> bool:
         return best.seconds * num_runs > WORTH * best.compiling
 
-    if limits.width is not None:
-        best = measure(limits.width)
+    asked = limits.width or known_width()
+    if asked is not None:
+        best = measure(asked)
     else:
-        best = first = measure(min(FIRST_WIDTH, widest))
+        best = first = measure(evened(min(FIRST_WIDTH, widest)))
         while best.width < widest and pays(best):
-            other = measure(min(GROWTH * best.width, widest))
+            other = measure(evened(min(GROWTH * best.width, widest)))
             if other.width <= best.width or other.seconds >= best.seconds:
                 break
             best = other

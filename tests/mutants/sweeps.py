@@ -12,6 +12,16 @@ SWEEPS = (
     Mutant("settings_may_change_shapes", PROGRAMS, "output_shapes", "_difference(found, outputs)", "None"),
     Mutant("slower_widths_are_taken", RUN_PLANS, "find_plan", "other.seconds >=", "other.seconds <"),
     Mutant("one_by_one_is_taken_when_slower", RUN_PLANS, "find_plan", "best = min(best,", "best = max(best,"),
+    Mutant(
+        "any_known_width_is_taken", RUN_PLANS, "find_plan.known_width", "seconds <= program_of", "True or program_of"
+    ),
+    Mutant(
+        "one_call_of_a_known_width_counts",
+        RUN_PLANS,
+        "find_plan.known_width",
+        "-(-share // width) * of_call",
+        "of_call",
+    ),
     Mutant("what_does_not_pay_is_tried", RUN_PLANS, "find_plan.pays", "WORTH * best.compiling", "0"),
     Mutant("chunks_hold_any_number_of_bytes", RUN_PLANS, "find_plan", "CHUNK_BYTES //", "10**12 //"),
     Mutant("memory_budget_is_not_read", RUN_PLANS, "_that_fits", "not needed > budget", "needed"),
@@ -34,7 +44,7 @@ SWEEPS = (
     Mutant("two_writers_at_a_time", REPOSITORIES, "locked", "lock.acquire()", "None"),
     Mutant("failed_reads_are_damage", STORES, "_outputs", "if any((word in str(error) for word in DAMAGE))", "if True"),
     Mutant("points_stand_in_every_commit", MANIFESTS, "_values", "values.size <= MOST_VALUES", "True"),
-    Mutant("equal_settings_are_one_program", PROGRAMS, "program_of", "(name, type(value), value)", "(name, value)"),
+    Mutant("equal_settings_are_one_program", PROGRAMS, "_settings", "(name, type(value), value)", "(name, value)"),
     Mutant(
         "what_was_done_is_lost",
         CHUNKS,
