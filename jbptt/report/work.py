@@ -48,7 +48,7 @@ class Effort(NamedTuple):
 
 STUDY_WORK = 2
 """Units of work of the trainings of one learning rate and seed."""
-FULL = Effort(600, (4, 16), (1e-2, 3e-2, 1e-1), 5, 300, 10, (4, 16, 64), 2, 7, 1024, 64, 64, True)
+FULL = Effort(600, (4, 16), (1e-2, 3e-2, 1e-1), 5, 300, 10, (4, 64), 2, 7, 1024, 64, 64, True)
 QUICK = Effort(60, (8,), (3e-2, 1e-1), 3, 60, 5, (), 1, 3, 256, 8, 0, False)
 
 

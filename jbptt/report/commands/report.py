@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -45,6 +45,9 @@ QUICK_DRAWS = 16
 BUILT_IN = ("text", "cell", "hidden_size", "num_steps", "batch_size")
 """Options of the models that the report brings along."""
 CellName = Literal["rnn", "gru", "lstm"]
+CELLS: tuple[CellName, ...] = ("rnn", "gru", "lstm")
+QUICK_CELLS: tuple[CellName, ...] = ("rnn",)
+"""That which compiles fastest."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ class ReportSettings:
 
     Attributes:
       text: a UTF-8 text file; None: the documentation of Python inside CPython.
-      cell: the cells compared; the last one, small, also learns in every way.
+      cell: the cells compared; the last one, small, also learns in every way. If not given, rnn,
+        gru and lstm; with quick, rnn alone.
       hidden_size: H of the models whose gradients are looked at.
       num_steps: T, characters per sequence; what full BPTT goes back through.
       batch_size: B, sequences side by side.
@@ -64,11 +68,11 @@ class ReportSettings:
       num_seeds: of every way and rate.
       num_updates: of every training that the ways are judged by.
       seed: of everything random, in [0, 2³²).
-      quick: fewer ways, rates, updates, seeds and timings, and fewer questions.
+      quick: fewer cells, ways, rates, updates, seeds and timings, and fewer questions.
     """
 
     text: Path | None = None
-    cell: tuple[CellName, ...] = ("rnn", "gru", "lstm")
+    cell: tuple[CellName, ...] | None = None
     hidden_size: int = 64
     num_steps: int = 128
     batch_size: int = 16
@@ -89,7 +93,7 @@ def check_report_settings(settings: ReportSettings) -> str:
         validation.check_positive_integer(name, getattr(settings, name))
     validation.check_positive_integer("num_steps", settings.num_steps, smallest=2)
     check_learning(settings)
-    if not settings.cell or not set(settings.cell) <= {"rnn", "gru", "lstm"}:
+    if settings.cell is not None and not (settings.cell and set(settings.cell) <= {*CELLS}):
         raise ValueError(f"cell must be one or more of rnn, gru, lstm, got {settings.cell}")
     num_steps = learning.steps_of(settings)
     for window in settings.windows or ():
@@ -124,10 +128,11 @@ def run_study(
     """Runs everything and returns the numbers behind every picture (docs/report.md has the
     schema).
     """
-    effort = QUICK if settings.quick else FULL
+    effort, usual_cells = (QUICK, QUICK_CELLS) if settings.quick else (FULL, CELLS)
+    names = tuple(dict.fromkeys(settings.cell or usual_cells))
+    settings = replace(settings, cell=names)
     keep_prob = learning.keep_prob_of(settings)
     task = tasks.text(text, num_steps=settings.num_steps, batch_size=settings.batch_size)
-    names = tuple(dict.fromkeys(settings.cell))
     last = len(names) - 1
     count = Progress(progress, effort.total_work(len(names)))
 

@@ -1,16 +1,14 @@
 """What a window throws away, and what it costs."""
 
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jbptt.analysis.costs import measure_cost
-from jbptt.analysis.lags import truncation_curve
+from jbptt.analysis.lags import TruncationCurve, truncation_curve
 from jbptt.diagnosis.advice import TOLERANCES
 from jbptt.diagnosis.question import diagnose
-from jbptt.diagnosis.result import Diagnosis
 from jbptt.estimators import full_bptt, truncated_bptt
 from jbptt.experiments import tasks
 from jbptt.report.axes import (
@@ -33,29 +31,43 @@ from jbptt.report.words import cells_of, join_words
 from jbptt.report.work import Effort, Progress
 
 
-def find_windows(trained: Trained, progress: Progress, device: Any) -> Diagnosis:
+class Found(NamedTuple):
+    """What each window throws away.
+
+    Attributes:
+      block, sliding: the windows recommended for each of `TOLERANCES`, 0: none.
+      curve: the error of every window on this batch.
+    """
+
+    block: np.ndarray
+    sliding: np.ndarray
+    curve: TruncationCurve
+
+
+def find_windows(trained: Trained, progress: Progress, device: Any) -> Found:
     """Which windows the trained model needs."""
     progress(f"{trained.model.name}: find its windows")
-    look = jax.jit(partial(diagnose, trained.model.cell.step, tasks.cross_entropy, measure=False))
-    found = jax.block_until_ready(
-        look(*jax.device_put((trained.params, trained.carry, trained.batch), device))
-    )
+    functions = trained.model.cell.step, tasks.cross_entropy
+
+    @jax.jit
+    def look(params, carry, batch):
+        # Of the diagnosis the windows alone: the rest of it is not compiled.
+        found = diagnose(*functions, params, carry, batch, measure=False)
+        curve = truncation_curve(*functions, params, carry, batch, max_window=len(batch.xs))
+        return Found(found.block_window, found.sliding_window, curve)
+
+    given = jax.device_put((trained.params, trained.carry, trained.batch), device)
+    found = jax.device_get(look(*given))
     progress(f"{trained.model.name}: windows found", 2)
     return found
 
 
-def measure(
-    trained: Trained, found: Diagnosis, effort: Effort, progress: Progress
-) -> dict[str, Any]:
+def measure(trained: Trained, found: Found, effort: Effort, progress: Progress) -> dict[str, Any]:
     """Error by window of a trained model, with the cost of a few windows and of those
     recommended.
     """
     progress(f"{trained.model.name}: time and memory of windows")
-    costs = _costs(trained, found, effort)
-    step, loss = trained.model.cell.step, tasks.cross_entropy
-    curve = truncation_curve(
-        step, loss, trained.params, trained.carry, trained.batch, max_window=found.num_steps
-    )
+    costs, curve = _costs(trained, found, effort), found.curve
     progress(f"{trained.model.name}: measured", 1 + len(effort.cost_windows))
 
     def part(error, cosine, recommended):
@@ -68,21 +80,20 @@ def measure(
     return {
         "cell": trained.model.name,
         "windows": curve.windows,
-        "sliding": part(curve.relative_error, curve.cosine, found.sliding_window),
-        "block": part(curve.block_relative_error, curve.block_cosine, found.block_window),
+        "sliding": part(curve.relative_error, curve.cosine, found.sliding),
+        "block": part(curve.block_relative_error, curve.block_cosine, found.block),
         "costs": costs,
     }
 
 
-def _costs(trained: Trained, found: Diagnosis, effort: Effort) -> list[dict[str, Any]]:
+def _costs(trained: Trained, found: Found, effort: Effort) -> list[dict[str, Any]]:
     step, loss = trained.model.cell.step, tasks.cross_entropy
-    sizes = [w for w in effort.cost_windows if w < found.num_steps]
-    estimators = {("full", found.num_steps): full_bptt(step, loss)}
-    for window in sorted(
-        {*sizes, *map(int, found.block_window[: effort.cost_tolerances])} - {0, found.num_steps}
-    ):
+    num_steps, first = len(trained.batch.xs), slice(effort.cost_tolerances)
+    sizes = [w for w in effort.cost_windows if w < num_steps]
+    estimators = {("full", num_steps): full_bptt(step, loss)}
+    for window in sorted({*sizes, *map(int, found.block[first])} - {0, num_steps}):
         estimators["block", window] = truncated_bptt(step, loss, window=window, streams=False)
-    for window in sorted({*sizes, *map(int, found.sliding_window[: effort.cost_tolerances])} - {0}):
+    for window in sorted({*sizes, *map(int, found.sliding[first])} - {0}):
         estimators["sliding", window] = truncated_bptt(step, loss, window=window, stride=1)
     # On one device, whatever --cores says: the numbers of two reports stay comparable.
     where = jax.device_put((trained.params, trained.carry, trained.batch), jax.devices()[0])
