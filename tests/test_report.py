@@ -228,7 +228,11 @@ def test_the_table_of_remedies_counts_what_its_means_leave_out(data):
         **data["remedies"]["after"],
         "loss": [[[0.5, 0.6], [None, 0.2]], [[0.5, 0.6], [None, None]]],
     }
+    data["remedies"]["before"] = data["remedies"]["before"] | {
+        "gradient_error": [[[1e-8, 3e-8], [0.5, 0.7]], [[0.0, 0.0], [1e-3, 1e-3]]]
+    }
     rows = contents.make_tables(data)["remedies"].rows
+    assert [row[4] for row in rows] == ["0", "0.6", "0", "0.001"]
     assert [row[-2:] for row in rows] == [
         ("0.55", "0 of 2"),
         ("0.2", "1 of 2"),

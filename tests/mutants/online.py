@@ -12,7 +12,7 @@ ONLINE = (
     Mutant("a_row_reads_one_row", ENTRIES, "_from_anywhere", "sets.folded(numbers, cut)", "numbers[:1]"),
     Mutant("outputs_read_past_the_carry", EMITTED, "outputs_of", "variable in made", "False"),
     Mutant("cut_where_no_step_reads", EMITTED, "outputs_of", "cut_at[place]", "True"),
-    Mutant("a_root_of_zero_is_taken", RANK_ONE, "_balance", "jnp.where(both, squares[0], 1)", "squares[0]"),
+    Mutant("a_root_of_zero_is_taken", RANK_ONE, "_balance", "jnp.where(both, squares[1], 1)", "squares[1]"),
     Mutant("one_step_too_many", STRUCTURE, "InfluenceStructure.after", "range(order - 1)", "range(order)"),
     Mutant("padding_is_structure", STRUCTURE, "_measured", "_replace(mask=None)", "_replace()"),
     Mutant("padding_is_no_structure", STRUCTURE, "_measured", "received | np.eye(size, dtype=bool)", "received"),

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jbptt.experiments.outcomes import Remedies
+from jbptt.experiments.outcomes import MEANINGFUL_ERROR, Remedies
 from jbptt.experiments.remedies import compare_remedies
 from jbptt.experiments.treatments import NOTHING
 from jbptt.report.axes import (
@@ -148,12 +148,14 @@ def table(remedies: dict[str, Any]) -> Table:
                 for field in ("adjoint_ratio", "exponent")
             ]
             error, before = (
-                shown(finite_mean(remedies["before"][field][p][r]))
-                for field in ("gradient_error", "loss")
+                finite_mean(remedies["before"][field][p][r]) for field in ("gradient_error", "loss")
             )
+            if error < MEANINGFUL_ERROR:  # rounding
+                error = 0.0
             runs = numbers(remedies["after"]["loss"][p][r])
             lost = f"{int(np.sum(~np.isfinite(runs)))} of {len(runs)}"
-            rows.append((patient, name, *after, error, before, shown(finite_mean(runs)), lost))
+            losses = shown(before), shown(finite_mean(runs))
+            rows.append((patient, name, *after, shown(error), *losses, lost))
     title = "Adjoint ratio and exponent after training; error of the gradient used, before it"
     return Table(title, columns, rows)
 
