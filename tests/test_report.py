@@ -196,10 +196,8 @@ def test_what_the_second_half_says(data):
     assert (
         "-0.7 nats per step in the symmetric example" in said["powers"] and "turning (complex pair)" in said["powers"]
     )
-    assert (
-        "Predicting the mean has a loss of 0.55; after 7 updates the vanishing network does better with a"
-        in (said["remedies"])
-    )
+    assert said["remedies"].startswith("Predicting the mean has a loss of 0.55; after 7 updates the vanishing network ")
+    assert "the vanishing network does better with a remedy, the" in said["remedies"]
     assert "exploding network does better with nothing that was tried. Against" in said["remedies"]
     assert "the vanishing network ends lower with a remedy; the exploding network ends higher" in said["remedies"]
 

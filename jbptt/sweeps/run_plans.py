@@ -109,7 +109,7 @@ def find_plan(
         width, seconds, outputs = _timed(
             run_fn, job, program.num_runs // num_devices, first, devices
         )
-        known[width] = seconds * len(first[0])
+        known[width] = seconds * min(len(first[0]), width * num_devices)
         return Measured(width, seconds, program.compiling, outputs)
 
     def evened(width: int) -> int:

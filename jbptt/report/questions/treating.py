@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jbptt.experiments.outcomes import MEANINGFUL_ERROR, Remedies
+from jbptt.experiments.outcomes import MEANINGFUL_ERROR, Remedies, excess
 from jbptt.experiments.remedies import compare_remedies
 from jbptt.experiments.treatments import NOTHING
 from jbptt.report.axes import (
@@ -76,7 +76,7 @@ def say(remedies: dict[str, Any]) -> str:
         remedies["patients"], numbers(remedies["after"]["loss"]), strict=True
     ):
         runs = dict(zip(remedies["remedies"], losses, strict=True))
-        below = [name for name, of in runs.items() if _apart(constant - of) > 0]
+        below = [name for name, of in runs.items() if _apart(of, constant) < 0]
         learned.append(f"the {patient} network does better {_with(below, list(runs))}")
         beside.append(f"the {patient} network ends {_beside_none(runs)}")
     number = remedies["num_updates"]
@@ -87,13 +87,13 @@ def say(remedies: dict[str, Any]) -> str:
     )
 
 
-def _apart(differences: np.ndarray) -> float:
-    """The mean over the seeds, 0 where their spread is larger or one of them is not finite."""
-    if not np.isfinite(differences).all():
-        return 0.0
-    mean = float(differences.mean())
-    spread = float(differences.std(ddof=1)) if len(differences) > 1 else 0.0
-    return mean if abs(mean) > spread else 0.0
+def _apart(losses: np.ndarray, reference: Any) -> float:
+    """By how much they differ on average, 0 where the seeds' spread is larger or one is not
+    finite.
+    """
+    reference = np.broadcast_to(reference, losses.shape)
+    mean, spread = excess(losses, reference)
+    return mean if np.isfinite(losses - reference).all() and abs(mean) > spread else 0.0
 
 
 def _with(names: list[str], all_names: list[str]) -> str:
@@ -115,10 +115,9 @@ def _named(remedy: str) -> str:
 def _beside_none(runs: dict[str, np.ndarray]) -> str:
     """`lower with a and b, higher with c`, beside the first of these runs; seeds are paired."""
     none, *names = runs
-    finite = [name for name in names if np.isfinite(runs[name] - runs[none]).all()]
-    apart = {name: _apart(runs[name] - runs[none]) for name in finite}
-    lower = [name for name in finite if apart[name] < 0]
-    higher = [name for name in finite if apart[name] > 0]
+    apart = {name: _apart(runs[name], runs[none]) for name in names}
+    lower = [name for name in names if apart[name] < 0]
+    higher = [name for name in names if apart[name] > 0]
     words = [f"lower with {join_words(lower)}"] if lower else []
     words += [f"higher with {join_words(higher)}"] if higher else []
     lost = [name for name in names if not np.isfinite(runs[name]).all()]
