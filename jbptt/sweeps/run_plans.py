@@ -101,6 +101,8 @@ def find_plan(
     share = -(-num_runs // num_devices)
     most = min(limits.most_per_chunk, limits.chunk or num_runs)
     widest = min(share, max(1, most // num_devices), WIDEST)
+    what = run_fn, job, column_shapes(columns)
+    known = known_widths(*what, devices)
 
     def measure(width: int) -> Measured:
         program = _that_fits(run_fn, job, columns, width, devices, limits)
@@ -124,9 +126,6 @@ def find_plan(
             (-(-share // width) * of_call, width) for width, of_call in known.items()
         )
         return width if seconds <= program_of(*what, width, devices).compiling else None
-
-    what = run_fn, job, column_shapes(columns)
-    known = known_widths(*what, devices)
 
     def pays(best: Measured) -> bool:
         return best.seconds * num_runs > WORTH * best.compiling
