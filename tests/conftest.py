@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import zlib
 
 import jax
 import pytest
@@ -31,6 +32,18 @@ def _generate_code_quickly():
 _generate_code_quickly()
 
 
+def pytest_addoption(parser):
+    parser.addoption("--share", type=share, metavar="K/N", help="the K-th of N shares of what is marked `more`")
+
+
+def share(words):
+    """`"2/3"` as (2, 3)."""
+    k, n = map(int, words.split("/"))
+    if not 1 <= k <= n:
+        raise ValueError
+    return k, n
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
     """Most of the time is compilation, on one core: `pytest` alone takes two where pytest-xdist is installed.
@@ -49,11 +62,15 @@ def pytest_cmdline_main(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Leaves `full` to `JBPTT_FULL=1 pytest`; holds what the usual run owes to what it leaves out."""
-    if not FULL:
-        left_out = [item for item in items if item.get_closest_marker("full")]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
+    """Leaves `full` to `JBPTT_FULL=1 pytest` and what is `more` to other shares.
+
+    Holds what the usual run owes to what it leaves out.
+    """
+    left_out = {item for item in items if not FULL and item.get_closest_marker("full")}
+    if config.option.share:
+        left_out |= {item for item in items if not in_share(item, *config.option.share)}
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
     if config.option.markexpr == USUAL:
         check_that_every_promise_is_touched(items)
 
@@ -62,11 +79,16 @@ def check_that_every_promise_is_touched(items):
     """A case that the usual run leaves out has another of its function there, or its mark names a function that is."""
     usual = {name_of(item) for item in items if not item.get_closest_marker("more")}
     for item in items:
-        marker = item.get_closest_marker("more")
         file, function = name_of(item)
-        instead = file_and_function(*marker.args or (function,), file) if marker else (file, function)
+        named = [marker.args[0] for marker in item.iter_markers("more") if marker.args]
+        instead = file_and_function(*named or (function,), file)
         if instead not in usual:
             raise pytest.UsageError(f"{item.nodeid} is not in the usual run, and no case of {'::'.join(instead)} is")
+
+
+def in_share(item, k, n):
+    """All cases of a function are in one share: they have programs and set-up in common."""
+    return not item.get_closest_marker("more") or zlib.crc32("::".join(name_of(item)).encode()) % n == k - 1
 
 
 def name_of(item):

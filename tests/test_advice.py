@@ -79,6 +79,7 @@ def healthy(name):
     return LSTM, ({**params, "b": open_gates(LSTM, 5.0)["b"], "w_h": 0.1 * params["w_h"]}, carry, batch)
 
 
+@pytest.mark.more("test_recurrent_initialisation")
 @pytest.mark.parametrize("name", usual(["orthogonal rnn"], ["orthogonal rnn", "lstm"]))
 def test_a_healthy_gradient_gets_no_advice(name):
     cell, problem = healthy(name)
@@ -323,7 +324,7 @@ def test_a_piece_of_advice_reads_as_a_sentence():
         assert max(map(len, str(found).splitlines())) <= 100
 
 
-@pytest.mark.more("test_a_healthy_gradient_gets_no_advice")
+@pytest.mark.more("test_recurrent_initialisation")
 def test_cuts_and_resets_are_not_the_cells_fault():
     """An orthogonal network keeps its state; what the user cuts, and what resets wipe out, needs no gates."""
     cell = cells.linear(INPUT, HIDDEN)
@@ -336,7 +337,7 @@ def test_cuts_and_resets_are_not_the_cells_fault():
     assert found.verdict == "vanishing" and float(found.half_life) < NUM_STEPS / 4 and topics(found) <= {"window"}
 
 
-@pytest.mark.more("test_a_healthy_gradient_gets_no_advice")
+@pytest.mark.more("test_recurrent_initialisation")
 def test_padding_is_no_part_of_the_sequence():
     """Eight steps and 56 of padding get the advice that the eight get."""
     params, carry, batch = draw(radius=0.9, inputs=0.1)

@@ -162,7 +162,7 @@ PLACES = sparse.BCOO.fromdense(jnp.eye(4)).indices
 
 @pytest.mark.parametrize(
     "weight",
-    [on_the_host, lambda w: sparse.BCOO((jnp.diagonal(w), PLACES), shape=w.shape)],
+    usual([on_the_host], [on_the_host, lambda w: sparse.BCOO((jnp.diagonal(w), PLACES), shape=w.shape)]),
     ids=["a callback in a rule", "sparse weights"],
 )
 def test_one_part_where_the_derivative_has_no_vmap(weight):
@@ -206,6 +206,7 @@ def test_a_mistake_is_no_missing_rule(monkeypatch, where, kind):
         diagnose(*problems.make("tanh", 4), measure=False)
 
 
+@pytest.mark.more("test_diagnosis::test_verdict_and_half_life")
 def test_a_gap_in_the_mask_ends_no_lags():
     """One loss, at the last step; no step is real three steps before it."""
     step = lambda p, h, x: ((h_ := 0.95 * h + p * x), h_)
@@ -230,6 +231,7 @@ def test_lags_go_on_while_parts_hold_what_cancels():
     assert int(found.num_lags) == 100
 
 
+@pytest.mark.more("test_lags_go_on_while_parts_hold_what_cancels")
 @pytest.mark.parametrize("dtype", usual([jnp.bfloat16], [jnp.bfloat16, jnp.float16, jnp.float32]))
 def test_half_precision_can_tell(dtype):
     data = problems.make("tanh", 40, examples=16)

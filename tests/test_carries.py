@@ -72,6 +72,7 @@ BESIDE = {
 }
 
 
+@pytest.mark.more("test_a_number_that_is_not_finite_is_found_beside_an_integer")
 @pytest.mark.parametrize("name", usual(["an integer of each example"], BESIDE, full=("an integer",)))
 def test_what_stands_beside_the_state_changes_nothing(name):
     step, carry_fn = BESIDE[name]
@@ -92,7 +93,7 @@ def test_a_number_that_is_not_finite_is_found_beside_an_integer():
     assert (found.verdict, found.nonfinite.leaf, int(found.nonfinite.step)) == ("non-finite", "xs", 4)
 
 
-@pytest.mark.more("test_what_stands_beside_the_state_changes_nothing")
+@pytest.mark.more("test_a_number_that_is_not_finite_is_found_beside_an_integer")
 def test_integers_alone_carry_no_gradient():
     step = lambda params, n, x: (n + 1, x @ params["w"])
     batch = Batch(jnp.ones((T, EXAMPLES, 2)), jnp.zeros((T, EXAMPLES, 3)))

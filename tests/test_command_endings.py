@@ -103,6 +103,7 @@ jbptt.measure_cost(dict(enumerate(windows)), *rest, num_repeats=1000)
 """
 
 
+@pytest.mark.more("test_ctrl_c_ends_at_once_and_says_what_was_stopped")
 @pytest.mark.parametrize(
     ("work", "seconds"),
     [(STUBBORN, 0.1), (FINALIZER, 0.1), (MEASURING, 1.5)],

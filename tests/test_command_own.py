@@ -91,6 +91,7 @@ def test_a_report_on_a_model_of_ones_own(name, folder, capsys):
     assert files == ["diagnosis.svg", "gradients.svg", "learning.svg", "report.html", "report.json", "trainings"]
 
 
+@pytest.mark.more("test_a_report_on_a_model_of_ones_own")
 def test_a_comparison_of_a_model_of_ones_own(folder, capsys):
     assert cli.main(["compare", "mine.py:drawn", "--num-samples=2", "--out=found", *SMALL]) == 0
     shown = capsys.readouterr().out
@@ -124,7 +125,7 @@ def test_an_interrupted_report_goes_on(folder, capsys, monkeypatch):
     assert cli.main(call) == 0 and len(list(Path("found/trainings").iterdir())) == 2
 
 
-@pytest.mark.more("test_a_comparison_of_a_model_of_ones_own")
+@pytest.mark.more("test_a_report_on_a_model_of_ones_own")
 def test_a_killed_comparison_goes_on(folder):
     """SIGKILL when trainings are first kept, with no clean-up whatever: the same command ends with the same numbers."""
     command = [sys.executable, "-m", "jbptt", "compare", "mine.py:drawn", "--num-samples=2", *SMALL]

@@ -127,6 +127,7 @@ def test_eager_and_vmap():
     assert together.variance[0, 1] != together.variance[1, 1] and str(together).startswith("Comparison(")
 
 
+@pytest.mark.more("test_an_estimator_that_draws_nothing_runs_once")
 def test_no_gradient_to_compare_with():
     zero = jax.tree.map(jnp.zeros_like, PARAMS)
     found = jax.jit(lambda: compare(PAIR, PARAMS, CARRY, BATCH, reference=zero, key=KEY, num_samples=3))()
@@ -139,7 +140,7 @@ def test_no_gradient_to_compare_with():
     np.testing.assert_array_equal((none.relative_bias, none.variance, none.norm_ratio), 0)
 
 
-@pytest.mark.more("test_no_gradient_to_compare_with")
+@pytest.mark.more("test_an_estimator_that_draws_nothing_runs_once")
 def test_sizes_near_the_end_of_the_range():
     """Gradients of 1e±200 have the moments of gradients of 1."""
     for scale in (1e200, 1e-200):

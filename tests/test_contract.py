@@ -24,11 +24,11 @@ NUM_STEPS, NUM_BATCHES = 6, 3
 KEY = jax.random.key(8)
 # The usual run has one that streams and draws nothing, and one that draws. These differ from another by a number alone.
 LIKE_ANOTHER = "segments", "strides", "random lengths", "without weights", "parallel strides"
-NAMES = usual(["ragged strides", "randomized", "uoro"], ESTIMATORS, full=LIKE_ANOTHER)
+NAMES = usual(["randomized", "uoro"], ESTIMATORS, full=LIKE_ANOTHER)
 COVERING = [name for name, entry in ESTIMATORS.items() if entry.covers]
 COVERED = usual(["ragged strides", "randomized"], COVERING, full=LIKE_ANOTHER)
 STREAMING = [name for name, entry in ESTIMATORS.items() if entry.streams]
-STREAMS = usual(["ragged strides", "uoro"], STREAMING, full=LIKE_ANOTHER)
+STREAMS = usual(["ragged strides"], STREAMING, full=LIKE_ANOTHER)
 COVERED_STREAMS = usual(["ragged strides"], [n for n in STREAMING if n in COVERING], full=LIKE_ANOTHER)
 
 

@@ -264,6 +264,7 @@ def test_forward_mode_is_refused_by_name():
             call()
 
 
+@pytest.mark.more("test_differentiated_through_unroll")
 def test_second_derivatives_are_those_of_the_clipped_gradient():
     def total(h):
         def body(h, _):

@@ -168,6 +168,7 @@ def promised_problem(name, num_steps=40):
     return step, loss, params, carry, batch._replace(weights=weights)
 
 
+@pytest.mark.more("test_several_batches::test_windows_hold_on_other_batches_of_the_size_of_one")
 @pytest.mark.parametrize("name", problems.usual(["gru"], ["tanh", "gru", "lstm"], full=("tanh", "lstm")))
 def test_recommended_windows_keep_their_promise(name):
     step, loss, params, carry, batch = promised_problem(name)
@@ -315,6 +316,7 @@ def test_underflow_is_not_a_healthy_gradient():
     np.testing.assert_allclose(found.exponent, np.log(0.5), rtol=2e-2)  # goes on beyond precision
 
 
+@pytest.mark.more("test_nonfinite::test_overflow_that_only_the_backward_pass_has")
 def test_overflow_in_the_backward_pass_only():
     found = unmeasured(*at_rest(10.0))
     assert found.verdict == "non-finite" and found.nonfinite.phase == "backward"
@@ -324,6 +326,7 @@ def test_overflow_in_the_backward_pass_only():
     assert found.decision == "Mend what is not finite first: no window can be recommended."
 
 
+@pytest.mark.more("test_nonfinite::test_planted_in_weights_and_gates")
 def test_nan_in_one_leaf_of_the_carry():
     def step(params, carry, x):
         c = 0.5 * carry["c"] + jnp.sqrt(x)
@@ -341,7 +344,7 @@ def test_nan_in_one_leaf_of_the_carry():
 
 
 @pytest.mark.filterwarnings("ignore:the gradient is exactly zero")
-@pytest.mark.parametrize("where", ["loss", "step"])
+@pytest.mark.parametrize("where", problems.usual(["step"], ["loss", "step"]))
 def test_without_a_path_nothing_is_said_to_decay(where):
     step, loss, params, carry, batch = linear_problem(0.5, 4)
     if where == "loss":
@@ -356,6 +359,7 @@ def test_without_a_path_nothing_is_said_to_decay(where):
     assert "vanishing" not in str(found) and "half-life" not in str(found) and found.advice == ()
 
 
+@pytest.mark.more("test_verdict_and_half_life")
 def test_losses_that_end_early():
     """Lags without a pair of a loss and a carry are not measured."""
     step, loss, params, carry, batch = linear_problem(1.0)
@@ -381,6 +385,7 @@ def test_a_sign_of_the_weights_changes_no_size():
     assert mixed.verdict == "vanishing" and int(mixed.zero_lag) == -1 and np.all(mixed.norm_quantiles > 0)
 
 
+@pytest.mark.more("test_without_a_path_nothing_is_said_to_decay")
 def test_a_perfect_fit_is_no_missing_path():
     step, _, params, carry, batch = linear_problem(0.5)
     ys = unroll(step, params, carry, batch.xs)[1]
@@ -389,6 +394,7 @@ def test_a_perfect_fit_is_no_missing_path():
     assert "no gradient path" not in str(found)
 
 
+@pytest.mark.more("test_underflow_is_not_a_healthy_gradient")
 def test_an_underflow_at_lag_0_is_called_so():
     """In half precision a loss of 1e-9 has no gradient, although all it depends on is there."""
     params, carry, batch = jax.tree.map(lambda a: jnp.asarray(a, jnp.float16), linear_problem(0.5)[2:])
@@ -399,6 +405,7 @@ def test_an_underflow_at_lag_0_is_called_so():
     assert float(found.loss) > 0 and "no gradient path" not in str(found)
 
 
+@pytest.mark.more("test_verdict_and_half_life")
 def test_a_jump_is_told_from_decay():
     """A readout that reads the last input 300 times as large as an orthogonal memory: the rest stays where it is."""
     step, loss, params, carry, batch = linear_problem(1.0)

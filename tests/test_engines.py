@@ -50,11 +50,12 @@ def two_updates(name):
     return jax.jit(run)(batch_number(0), batch_number(1))
 
 
-@pytest.mark.parametrize("name", usual(["ragged strides", "randomized"], ESTIMATORS))
+@pytest.mark.parametrize("name", usual(["ragged strides"], ESTIMATORS))
 def test_every_estimator(name, plain):
     assert_same(plain(two_updates, name), two_updates(name))
 
 
+@pytest.mark.more("test_every_estimator")
 def test_analyses(plain):
     (step, loss, params, carry, _), _ = stream()
     batch, gates = batch_number(0), jnp.linspace(0, 1, 5)
@@ -102,7 +103,7 @@ def test_scan(kind, plain):
     assert_same(plain(run), run())
 
 
-@pytest.mark.parametrize("segment", [None, 2])
+@pytest.mark.parametrize("segment", usual([None], [None, 2]))
 def test_second_derivatives_of_a_gated_scan(segment, plain):
     """Both engines differentiate the gated gradient as it is returned, in either order."""
     w, h, xs = jnp.eye(3) / 2, jnp.ones((2, 3)), jnp.cos(jnp.arange(30.0)).reshape(5, 2, 3)
@@ -169,6 +170,7 @@ def in_a_fresh_process(code):
     return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.more("test_what_the_fast_one_cannot_do_the_plain_one_does")
 def test_without_jax_extend():
     """Estimators, scan and diagnose, where nothing of `jax.extend` can be imported."""
     result = in_a_fresh_process("""
@@ -207,6 +209,7 @@ def test_without_jax_extend():
     assert result.stderr.count("the plain engine runs") >= 1
 
 
+@pytest.mark.more("test_what_the_fast_one_cannot_do_the_plain_one_does")
 def test_a_lookup_that_explicit_sharding_leaves_to_the_compiler():
     """Its operands belong to another mesh than the rest: no program for the fast engine; the numbers are right."""
     result = in_a_fresh_process("""

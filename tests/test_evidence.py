@@ -160,6 +160,7 @@ def test_exponents_of_resets_and_nan(factors, exponent, spread, wiped):
     assert int(found.num_wiped) == wiped
 
 
+@pytest.mark.more("test_the_bound_holds_beyond_what_was_measured")
 def test_the_rate_of_the_tail():
     """By loops and NumPy's least squares; the slowest of what the later half shows."""
     rng = np.random.default_rng(3)

@@ -21,7 +21,7 @@ def load(name):
     return module
 
 
-@pytest.mark.parametrize("name", usual(["equinox_series", "online_stream"], SCRIPTS))
+@pytest.mark.parametrize("name", usual(["online_stream"], SCRIPTS))
 def test_short_form(name, tmp_path, capsys):
     """In single precision, as its users run it."""
     for package in ("matplotlib", *NEEDS.get(name, ())):
@@ -54,7 +54,8 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("name", usual(["equinox_series"], SCRIPTS))
+@pytest.mark.more("test_short_form")
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_the_commands_take_its_problem(name, tmp_path, capsys, monkeypatch):
     """`jbptt compare` on a small one: every way learns, from seeds that differ."""
     for package in ("tyro", "icechunk", "matplotlib", *NEEDS.get(name, ())):

@@ -210,6 +210,7 @@ def test_against_derivatives_by_hand(which):
     check_shapes(check, which, NUM_SHAPES, seed=6, some=KEPT[:4], others=KEPT[4:])
 
 
+@pytest.mark.more("test_against_derivatives_by_hand")
 @WHICH
 def test_against_brute_force_and_forward_mode(which):
     """The definition over explicit Jacobians; and for cuts the frozen loss, differentiated forward."""

@@ -34,14 +34,14 @@ ESTIMATORS = {
 def combinations():
     """Each cell meets each estimator and each length, half of that in CI; one cell all estimators at full length.
 
-    The usual run has that one and one length of two other cells.
+    The usual run has one length of two of them.
     """
     for i, cell in enumerate(CELLS):
         for j, num_steps in enumerate(LENGTHS):
             everything = num_steps == LONGEST and cell == "lstm+readout+reset"
             names = tuple(n for k, n in enumerate(ESTIMATORS) if everything or (i + k - j) % 6 == 0)
-            rest = pytest.mark.more if (i + j) % 2 else pytest.mark.full
-            usual = everything or (cell in ("linear", "gru") and j == (i + 1) % len(LENGTHS))
+            rest = pytest.mark.more if everything or (i + j) % 2 else pytest.mark.full
+            usual = cell in ("linear", "gru") and j == (i + 1) % len(LENGTHS)
             yield pytest.param(cell, num_steps, names, marks=() if usual else rest)
 
 

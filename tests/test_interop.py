@@ -194,6 +194,7 @@ def last_carry(name):
     return jbptt.unroll(step, params, carry, batch.xs, mask=batch.mask)[0]
 
 
+@pytest.mark.more("test_loss_and_gradient_are_those_of_the_library")
 @pytest.mark.parametrize(("name", "estimator"), list(pairs_of_names()))
 def test_every_estimator_covers_the_pairs_it_declares(name, estimator):
     step, loss, params, carry, batch = problem(name)
@@ -206,7 +207,7 @@ def test_every_estimator_covers_the_pairs_it_declares(name, estimator):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.more("test_every_estimator_covers_the_pairs_it_declares")
+@pytest.mark.more("test_loss_and_gradient_are_those_of_the_library")
 def test_every_split_into_updates_gives_the_unsplit_total(name):
     """The keys go on where the update before left them, so dropout is the same as well."""
     step, loss, params, carry, batch = problem(name)

@@ -214,6 +214,7 @@ def test_graded_jacobians(kind):
         check_against_digits(logs, scaled[:span], num_digits=500)
 
 
+@pytest.mark.more("test_condition_numbers_far_beyond_double_precision")
 @pytest.mark.parametrize("radius", usual([0.5], [1.5, 0.5]))
 def test_span_of_ten_thousand(radius):
     """2×2: σ₁ and σ₂ from the Frobenius norm and the determinant of the product, which 50 digits give."""

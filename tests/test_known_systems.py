@@ -467,7 +467,7 @@ def test_two_time_scales_in_any_mixture(share):
     np.testing.assert_allclose(shape.half_lives, [1, 100], rtol=0.05)
 
 
-TELLING = ["an_orthogonal_network_with_losses_of_different_size", "losses_with_heavy_tails", "rows_padded_on_the_left"]
+TELLING = ["an_orthogonal_network_with_losses_of_different_size"]
 
 
 @pytest.mark.parametrize("name", usual(TELLING, SYSTEMS))
@@ -479,6 +479,7 @@ def test_what_is_said_of(name):
         checks.send(found)
 
 
+@pytest.mark.more("test_several_batches::test_windows_hold_on_other_batches_of_the_size_of_one")
 @pytest.mark.parametrize("examples", usual([4], [1, 4, 16]))
 def test_windows_hold_on_other_batches_and_half_of_them_do_not(examples):
     """Of six batches, the windows for 10 % that five recommend keep it on 9 of 10 others."""

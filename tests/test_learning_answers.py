@@ -23,14 +23,14 @@ def answers(task):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.more("test_learning_study::test_a_study_from_end_to_end")
+@pytest.mark.more("test_command_own::test_a_report_on_a_model_of_ones_own")
 def test_a_task_that_needs_30_steps_gets_a_window_that_reaches_it():
     """Blocks of 4 and 16 never see a sign and its question together; full BPTT and blocks of 40 do."""
     found = answers("latch")
     assert sum(answer["choice"] in ("full BPTT", "blocks of 40") for answer in found) >= 0.9 * REPETITIONS, found
 
 
-@pytest.mark.more("test_learning_study::test_a_study_from_end_to_end")
+@pytest.mark.more("test_command_own::test_a_report_on_a_model_of_ones_own")
 def test_a_task_without_memory_is_a_tie():
     found = answers("memoryless")
     assert all(answer["learned"] for answer in found)

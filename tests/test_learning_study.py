@@ -1,5 +1,6 @@
 """With which window to train: each piece against a slow one of its own, and every sentence against its numbers."""
 
+import functools
 import json
 import math
 from dataclasses import replace
@@ -37,6 +38,7 @@ def start(key):
     return params | {"w_y": jax.random.normal(w_y, (3, OUTPUT)), "b_y": jnp.zeros(OUTPUT)}
 
 
+@jax.jit
 def batch_of(key):
     """White noise, with weights that differ."""
     x, y = jax.random.split(key)
@@ -53,6 +55,7 @@ def scaled_batch(key):
     return batch._replace(targets=5 * batch.targets)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def stacked(number, seed=0):
     return jax.vmap(batch_of)(jax.random.split(jax.random.key(seed), number))
 
@@ -82,6 +85,13 @@ GRADIENT = jax.jit(
 )
 
 
+@jax.jit
+def summed(params, carry, batch):
+    """The last carry, and the losses of a batch times their weights, summed."""
+    after, ys = jbptt.unroll(STEP, params, carry, batch.xs)
+    return after, (squared_error(ys, batch.targets) * batch.weights[:, None]).sum()
+
+
 def by_hand(trainings, way, rate, seed):
     """The same training in a Python loop, its gradients by brute force from the coverage of the way."""
     key, data, _ = trainings.keys(seed)
@@ -96,9 +106,8 @@ def by_hand(trainings, way, rate, seed):
             entering, total, weight = (live if lessons.stream else CARRY), 0.0, 0.0
             for i in range(len(batches.xs)):
                 batch = jax.tree.map(lambda a: a[i], batches)  # noqa: B023
-                after, ys = jbptt.unroll(STEP, params, entering, batch.xs)
-                of_step = squared_error(ys, batch.targets) * batch.weights[:, None]
-                total, weight = total + of_step.sum(), weight + EXAMPLES * batch.weights.sum()
+                after, added = summed(params, entering, batch)
+                total, weight = total + added, weight + EXAMPLES * batch.weights.sum()
                 entering = after if lessons.stream else CARRY
             losses.append(float(total / weight))
 
@@ -106,7 +115,7 @@ def by_hand(trainings, way, rate, seed):
     for number in range(trainings.num_updates):
         batch = read(number)
         grads = GRADIENT(params, carry, batch, COVERAGE[way])
-        carry = jbptt.unroll(STEP, params, carry, batch.xs)[0] if lessons.stream else CARRY
+        carry = summed(params, carry, batch)[0] if lessons.stream else CARRY
         updates, state = optimizer.update(grads, state, params)
         params = optax.apply_updates(params, updates)
         if number % 2 == 1:
@@ -115,22 +124,23 @@ def by_hand(trainings, way, rate, seed):
 
 
 @pytest.mark.parametrize("stream", usual([True], [True, False]))
-def test_a_training_is_a_loop_by_hand(stream):
+@pytest.mark.parametrize("i", usual([1], range(3)), ids=COVERAGE)
+def test_a_training_is_a_loop_by_hand(stream, i):
     trainings = trainings_of(stacked(5), stream)
-    for i, way in enumerate(trainings.ways[:3]):
-        point = {"way": i, "learning_rate": 0.05, "seed": 1}
-        found = jax.jit(lambda p, w=way: trainings.run(p | {"program": w.program}, jax.random.key(9)))(point)
-        (validation, test), trained = by_hand(trainings, way.name, 0.05, 1)
-        np.testing.assert_allclose(found["validation"], validation, rtol=1e-11)
-        np.testing.assert_allclose(found["test"], test, rtol=1e-11)
-        batch = trainings.reader(1, trainings.keys(1)[1])(0)
-        for params, name in ((trainings.start(trainings.keys(1)[0]), "error_at_start"), (trained, "error_at_end")):
-            exact, estimate = (
-                jax.flatten_util.ravel_pytree(GRADIENT(params, CARRY, batch, coverage))[0]
-                for coverage in (COVERAGE[FULL], COVERAGE[way.name])
-            )
-            wanted = np.linalg.norm(estimate - exact) / np.linalg.norm(exact)
-            np.testing.assert_allclose(found[name], wanted, rtol=1e-9, atol=1e-12)
+    way = trainings.ways[i]
+    point = {"way": i, "learning_rate": 0.05, "seed": 1}
+    found = jax.jit(lambda p: trainings.run(p | {"program": way.program}, jax.random.key(9)))(point)
+    (validation, test), trained = by_hand(trainings, way.name, 0.05, 1)
+    np.testing.assert_allclose(found["validation"], validation, rtol=1e-11)
+    np.testing.assert_allclose(found["test"], test, rtol=1e-11)
+    batch = trainings.reader(1, trainings.keys(1)[1])(0)
+    for params, name in ((trainings.start(trainings.keys(1)[0]), "error_at_start"), (trained, "error_at_end")):
+        exact, estimate = (
+            jax.flatten_util.ravel_pytree(GRADIENT(params, CARRY, batch, coverage))[0]
+            for coverage in (COVERAGE[FULL], COVERAGE[way.name])
+        )
+        wanted = np.linalg.norm(estimate - exact) / np.linalg.norm(exact)
+        np.testing.assert_allclose(found[name], wanted, rtol=1e-9, atol=1e-12)
 
 
 def test_random_cuts_are_unbiased_and_new_in_every_update():
@@ -413,6 +423,7 @@ def study():
     return small_study(sliding=[3], keep_probs=[0.5])
 
 
+@pytest.mark.more("test_command_own::test_a_report_on_a_model_of_ones_own")
 def test_a_study_from_end_to_end(study):
     assert study.ways == (FULL, "blocks of 2", "sliding 3", "random, keep 0.5")
     assert study.updates.tolist() == [0, 2, 4] and study.num_seeds == 2
@@ -424,7 +435,7 @@ def test_a_study_from_end_to_end(study):
     assert max(map(len, str(study).splitlines())) <= 100
 
 
-@pytest.mark.more("test_a_study_from_end_to_end")
+@pytest.mark.more("test_command_own::test_a_report_on_a_model_of_ones_own")
 def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
     """Ctrl-C in the first round; the same call again computes what is missing, and decides by the same times."""
     options = {"store": tmp_path / "study", "width": 1, "chunk": 2}

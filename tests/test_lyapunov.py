@@ -483,6 +483,7 @@ def test_a_state_that_is_not_finite_shows(activation):
 # Carries, keys, vmap, precision
 
 
+@pytest.mark.more("test_dtypes_are_those_of_the_carry")
 def test_pytree_carry():
     """A tree of scalars, matrices, two precisions, a count and a key has the spectrum of its flat inexact part."""
     rng = np.random.default_rng(13)
@@ -503,7 +504,7 @@ def test_pytree_carry():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14), found, flat)
 
 
-@pytest.mark.more("test_pytree_carry")
+@pytest.mark.more("test_dtypes_are_those_of_the_carry")
 def test_batched_carry_is_one_system_and_vmap_is_for_batches():
     matrices = np.stack([driven_matrices(), 3 * driven_matrices()[::-1]], axis=1)  # [T, B, n, n]
     options = {"num_discarded": 40}
@@ -549,7 +550,7 @@ def test_dtypes_are_those_of_the_carry():
     assert {a.dtype for a in found} == {jnp.dtype(jnp.float32)}
 
 
-@pytest.mark.more("test_derivatives")
+@pytest.mark.more("test_singular_jacobians")
 def test_steps_with_a_derivative_of_their_own_for_reverse_mode():
     """The spectrum and its derivative in reverse mode are those of the step without it."""
 
@@ -570,6 +571,7 @@ def test_steps_with_a_derivative_of_their_own_for_reverse_mode():
 # Derivatives and memory
 
 
+@pytest.mark.more("test_singular_jacobians")
 @pytest.mark.parametrize("num_exponents", usual([2], [None, 2]))
 def test_derivatives(num_exponents):
     """Of the sum and of the leading exponent, in reverse and forward, against central differences."""
@@ -597,6 +599,7 @@ def test_derivatives(num_exponents):
     np.testing.assert_allclose(forward, reverse @ direction, rtol=1e-10)
 
 
+@pytest.mark.more("test_memory::test_memory_grows_with_segments_not_steps")
 def test_memory():
     """Forward: the history and little else. In reverse: less than one frame per step."""
     size, num_exponents, num_steps = 256, 16, 4096

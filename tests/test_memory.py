@@ -58,6 +58,7 @@ def estimated(estimator, key=None):
     return run
 
 
+@pytest.mark.more("test_memory_grows_with_segments_not_steps")
 @pytest.mark.parametrize("examples", usual([16], [1, 16]))
 @pytest.mark.parametrize("name", usual(["rnn"], CELLS))
 def test_memory_of_estimators(name, examples, record_property):
@@ -78,6 +79,7 @@ def test_memory_of_estimators(name, examples, record_property):
     assert shares["full"] <= 0.05
 
 
+@pytest.mark.more("test_memory_grows_with_segments_not_steps")
 @pytest.mark.parametrize(("examples", "most"), usual_rows([(16, None)], [(1, 6 * 2**20), (16, None)]))
 def test_memory_of_windows_side_by_side(examples, most):
     """By default up to 64 windows of a single example, if their carries fit into a mebibyte; else one."""
@@ -108,7 +110,7 @@ def test_memory_of_windows_side_by_side(examples, most):
     assert chosen(small, 2**12, 31) == 15  # 16 fit
 
 
-@pytest.mark.more("test_memory_of_estimators")
+@pytest.mark.more("test_memory_grows_with_segments_not_steps")
 def test_memory_of_randomized_and_sliding_estimators():
     step, *shapes = problem("rnn", 16)
     reference = temporary_bytes(plain(step), *shapes)

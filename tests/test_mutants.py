@@ -100,6 +100,7 @@ def test_every_edit_fits_the_source():
     assert check_table(ROOT, MUTANTS) == []
 
 
+@pytest.mark.more("test_every_edit_fits_the_source")
 def test_what_mutants_run_is_the_package():
     for path in (ROOT / "jbptt").rglob("*.py"):
         source = path.read_text()

@@ -111,6 +111,7 @@ def test_a_gradient_of_the_parameters_alone():
     assert (found.phase, int(found.step), found.leaf) == ("backward", T - 1, "the gradient of params")
 
 
+@pytest.mark.more("test_planted_in_weights_and_gates")
 def test_loss_and_output():
     def step(w, h, x):
         return w * h + x, jnp.log(h - x)
@@ -206,6 +207,7 @@ def softmax_so_far(w, state, x):
     return (new, weight, mean), mean
 
 
+@pytest.mark.more("test_transitions_of_log_zero")
 def test_a_largest_score_that_starts_at_minus_infinity():
     """Finite from the first step on; hidden steps are at −inf; a value of 1e200 overflows in the loss."""
     rng = np.random.default_rng(1)
@@ -305,6 +307,7 @@ def test_double_where_traps(name):
         assert not bool(found.found)
 
 
+@pytest.mark.more("test_nothing_to_find")
 def test_every_cell_of_the_box_is_finite_at_zero():
     for cell in (cells.rnn(2, 3), cells.gru(2, 3), cells.lstm(2, 3)):
         params = jax.tree.map(jnp.zeros_like, cell.init(jax.random.key(0)))

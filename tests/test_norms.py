@@ -129,6 +129,7 @@ def test_the_bound_of_thousands_of_lags_that_are_not_all_numbers():
             assert np.all(np.isinf(found.bias_bound)), num_lags
 
 
+@pytest.mark.more("test_every_policy_sees_what_is_not_finite")
 def test_diagnosis_of_a_wide_model_that_is_not_finite():
     def step(params, h, x):
         return 0.5 * h + params["w"][:2] * x, params["w"].sum() * h

@@ -229,7 +229,7 @@ def system(name, batch_shape=(2,)):
 # RTRL is full BPTT.
 
 
-@pytest.mark.parametrize("name", usual(["lru", "stacked", "gru", "behind", "convolved"], [*SYSTEMS, *CELLS]))
+@pytest.mark.parametrize("name", usual(["lru", "stacked"], [*SYSTEMS, *CELLS]))
 def test_rtrl_is_full_bptt_over_the_stream(name):
     step, loss, params, carry, batch = system(name)
     wanted, _ = updated(full_bptt(step, loss), params, carry, batch)
@@ -242,6 +242,7 @@ def test_rtrl_is_full_bptt_over_the_stream(name):
     assert_close(last, state)
 
 
+@pytest.mark.more("test_rtrl_is_full_bptt_over_the_stream")
 @pytest.mark.parametrize("batch_shape", usual([(2, 2)], [(), (1,), (2, 2)]))
 def test_any_batch_shape(batch_shape):
     step, loss, params, carry, batch = system("stacked", batch_shape)
@@ -355,7 +356,7 @@ def test_snap_1_and_rflo_are_their_papers_formulas(leak):
     assert_close(one(rflo(step, square, leak=leak)), formula(leak, keep_jacobian=False))
 
 
-@pytest.mark.parametrize("order", usual([1, 3], [1, 2, 3, 4]))
+@pytest.mark.parametrize("order", usual([3], [1, 2, 3, 4]))
 def test_snap_n_masks_by_what_n_steps_reach(order):
     """Against dense Jacobians and a mask from products of their patterns; the loss reads the emitted carry."""
     step, loss, params, carry, batch = system("sparse", ())
@@ -555,7 +556,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", usual(["rtrl", "uoro"], METHODS))
+@pytest.mark.parametrize("name", usual(["uoro"], METHODS))
 def test_memory_does_not_grow_with_the_steps(name):
     """T = 64 and 4096; nothing is read twice, and one update of T steps is T updates of one."""
     cell = cells.rnn(2, 8)
@@ -570,7 +571,7 @@ def test_memory_does_not_grow_with_the_steps(name):
     assert temporary(4096) <= temporary(64) + 1024
 
 
-@pytest.mark.parametrize("name", usual(["snap", "uoro"], METHODS))
+@pytest.mark.parametrize("name", usual(["snap"], METHODS))
 def test_one_update_is_as_many_of_one_step(name):
     step, loss, params, carry, batch = system("tanh")
     estimator = METHODS[name](step, loss)
@@ -579,7 +580,7 @@ def test_one_update_is_as_many_of_one_step(name):
     assert_close((total.loss, total.grads, last.carry), (whole.loss, whole.grads, state.carry))
 
 
-@pytest.mark.parametrize("name", usual(["rflo", "uoro"], METHODS))
+@pytest.mark.parametrize("name", usual(["rflo"], METHODS))
 def test_padding_leaves_no_trace(name):
     """NaN under the mask, for one example and for all; what follows is as without it."""
     step, loss, params, carry, batch = system("tanh")
@@ -620,7 +621,7 @@ def balancing():
     return step, loss, SimpleNamespace(size=size, optimum=optimum)
 
 
-@pytest.mark.parametrize("name", ["rtrl", "uoro"])
+@pytest.mark.parametrize("name", usual(["rtrl"], ["rtrl", "uoro"]))
 def test_influence_balancing(name):
     """The optimum is −1/6; windows of up to 10 steps see the wrong sign and run away from it."""
     step, loss, known = balancing()
@@ -646,6 +647,7 @@ def test_influence_balancing(name):
 # On the command line.
 
 
+@pytest.mark.more("test_command_compare::test_tables_and_files_of_few")
 def test_names_on_the_command_line():
     """They join the built-in models' estimators, and those of a user's own; what is none is refused by name."""
     from jbptt.online.names import check_online_names, online_estimators

@@ -70,6 +70,7 @@ def test_an_untrained_model_is_called_so():
     assert "no better" not in replace(with_blocks(2, 8), constant_loss=np.array(np.nan)).decision
 
 
+@pytest.mark.more("test_learning_study::test_the_best_constant")
 def test_the_loss_of_a_constant_prediction():
     """Every prediction replaced by the mean of those that count; NaN where it is no number."""
     step, loss, params, carry, batch = problems.make("tanh", 6)
@@ -146,6 +147,7 @@ def scalar(step, carry, num_steps=60, **batch):
     return diagnose(step, SQUARES, jnp.asarray(1.0), carry, Batch(xs, targets, **batch), measure=False)
 
 
+@pytest.mark.more("test_leaves_that_forget_at_different_paces_are_named")
 def test_leaves_of_one_pace_are_not_told_apart():
     def integrators(params, carry, x):
         a, b = carry["a"] + params * x, carry["b"] + params * x
@@ -154,6 +156,7 @@ def test_leaves_of_one_pace_are_not_told_apart():
     assert "leaves" not in str(scalar(integrators, {"a": jnp.zeros(8), "b": jnp.zeros(8)}))
 
 
+@pytest.mark.more("test_examples_of_two_kinds_are_told_apart")
 def test_padding_is_no_kind_of_example():
     """Of an integrator all arrives, however short a sequence is."""
     mask = np.arange(60)[:, None] < np.array([60, 60, 60, 10, 10, 10, 10, 10])
@@ -162,12 +165,14 @@ def test_padding_is_no_kind_of_example():
     assert np.isnan(one.flow.by_example[20, 3]) and float(one.flow.by_example[20, 0]) == 1
 
 
+@pytest.mark.more("test_examples_of_two_kinds_are_told_apart")
 def test_one_example_that_carries_all_is_called_so():
     weights = np.broadcast_to(np.where(np.arange(8) == 0, 1.0, 1e-4), (60, 8))
     one = scalar(lambda params, h, x: ((h_ := 0.5 * h + params * x), h_), jnp.zeros(8), weights=weights)
     assert not one.windows.told and "one part of it carries nearly all" in in_one_line(one)
 
 
+@pytest.mark.more("test_recurrent_matrices_are_those_that_the_carry_meets")
 def test_a_clock_beside_the_state_does_not_count():
     """What flows back through it reaches no parameter: neither the exponent nor the leaves speak of it."""
     cell = cells.with_linear_readout(cells.rnn(3, 8), 2)
@@ -207,6 +212,7 @@ def test_recurrent_matrices_are_those_that_the_carry_meets():
     assert one.recurrent_weights == ()
 
 
+@pytest.mark.more("test_learning_study::test_the_best_constant")
 def test_the_mean_of_many_predictions_in_half_precision():
     """More of them than float16 can count to."""
     step = lambda w, h, x: (h, w + x)

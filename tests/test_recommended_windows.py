@@ -20,7 +20,7 @@ NUM_STEPS, HIDDEN, NUM_UPDATES, NUM_FRESH = 64, 16, 60, 20
 TOLERANCE = 0.1
 WORDS = "the a river field stone small old quiet dark runs turns falls under over into house road light stands"
 # The same in the usual run, of a problem that is made for it.
-IN_SMALL = "test_known_systems::test_windows_hold_on_other_batches_and_half_of_them_do_not"
+IN_SMALL = "test_several_batches::test_windows_hold_on_other_batches_of_the_size_of_one"
 
 
 def words(cell_fn, examples):

@@ -234,6 +234,7 @@ def test_randomized_gates_are_new_in_every_update():
     assert np.abs(after["w_h"] - kept["w_h"]).max() > 1e-6
 
 
+@pytest.mark.more("test_a_remedy_as_data_is_a_plain_training_loop")
 def test_the_patients_have_the_promised_radius_and_the_same_matrix():
     for family, num_gates in (("rnn", 1), ("gru", 3), ("lstm", 4)):
         start = start_of(family)["w_h"].reshape(2, -1, NUM_SEEDS, HIDDEN, num_gates, HIDDEN)
@@ -272,7 +273,7 @@ def test_the_loss_that_takes_no_memory():
     np.testing.assert_allclose(moderate().constant_loss, found, rtol=1e-12)
 
 
-@pytest.mark.more("test_the_patients_have_the_promised_radius_and_the_same_matrix")
+@pytest.mark.more("test_a_remedy_as_data_is_a_plain_training_loop")
 def test_measures_of_a_quiet_network_in_closed_form():
     """`J = ρ Qᵀ` at every step: the exponent is ln ρ, and adjoints change by ρ per step."""
     runs, data = prepared()
@@ -375,7 +376,7 @@ def test_only_truncation_and_clipping_change_the_gradient():
     np.testing.assert_allclose(found.before.gradient_cosine[:, others], 1, rtol=1e-12)
 
 
-@pytest.mark.more("test_the_patients_have_the_promised_radius_and_the_same_matrix")
+@pytest.mark.more("test_a_remedy_as_data_is_a_plain_training_loop")
 def test_theory_of_the_patients():
     """Contraction and expansion as the radius has it, and initialisations in between."""
     before = strong(dict)[0][1]

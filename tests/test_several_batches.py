@@ -16,8 +16,13 @@ from jbptt.diagnosis.progress_line import waiting
 
 NUM_STEPS, EXAMPLES, NUM_BATCHES = 48, 4, 8
 CELL = cells.with_linear_readout(cells.gru(4, 16), 2)
-PARAMS, CARRY = CELL.init(jax.random.key(0)), CELL.initial_carry((EXAMPLES,))
+CARRY = CELL.initial_carry((EXAMPLES,))
 LOSS = tasks.squared_error
+
+
+@functools.cache
+def parameters():
+    return CELL.init(jax.random.key(0))
 
 
 def draw(seed):
@@ -28,11 +33,11 @@ def draw(seed):
 
 @functools.cache
 def found():
-    return diagnose(CELL.step, LOSS, PARAMS, CARRY, [draw(seed) for seed in range(NUM_BATCHES)], measure=False)
+    return diagnose(CELL.step, LOSS, parameters(), CARRY, [draw(seed) for seed in range(NUM_BATCHES)], measure=False)
 
 
 def test_numbers_are_those_of_all_batches():
-    gradient = jax.jit(lambda batch: one_update(full_bptt(CELL.step, LOSS), PARAMS, CARRY, batch))
+    gradient = jax.jit(lambda batch: one_update(full_bptt(CELL.step, LOSS), parameters(), CARRY, batch))
     each = [gradient(draw(seed)) for seed in range(NUM_BATCHES)]
     np.testing.assert_allclose(found().loss, np.mean([one.loss for one in each]), rtol=1e-9)
     mean = np.mean([ravel_pytree(one.grads)[0] for one in each], axis=0)
@@ -43,11 +48,12 @@ def test_numbers_are_those_of_all_batches():
 
 def test_windows_hold_on_other_batches_of_the_size_of_one():
     curve = jax.jit(functools.partial(truncation_curve, CELL.step, LOSS, max_window=NUM_STEPS))
-    errors = np.array([curve(PARAMS, CARRY, draw(100 + i)).relative_error for i in range(30)])
+    errors = np.array([curve(parameters(), CARRY, draw(100 + i)).relative_error for i in range(30)])
     window = int(found().sliding_window[0])
     assert np.mean(errors[:, window - 1] <= 0.1) >= 0.9 and np.mean(errors[:, window // 2 - 1] <= 0.1) < 0.2
 
 
+@pytest.mark.more("test_numbers_are_those_of_all_batches")
 @pytest.mark.parametrize("carry", ["given", "a function of the parameters"])
 def test_one_batch_alone_or_twice_is_the_same_but_for_the_windows(carry):
     """With gates, weights and a mask of each example; a readout stays a part of its own."""
@@ -56,7 +62,7 @@ def test_one_batch_alone_or_twice_is_the_same_but_for_the_windows(carry):
     batch = draw(0)._replace(mask=jnp.asarray(rng.random(shape) < 0.8), weights=jnp.asarray(rng.random(shape)))
     gates = jnp.asarray(rng.random(shape))
     start = CARRY if carry == "given" else lambda params: CARRY + params["b"][:16]
-    look = functools.partial(diagnose, CELL.step, LOSS, PARAMS, start, measure=False, gates=gates)
+    look = functools.partial(diagnose, CELL.step, LOSS, parameters(), start, measure=False, gates=gates)
     one, two = look(batch), look([batch, batch])
     for name in ("loss", "constant_loss", "gradient_norm", "half_life", "exponent", "reach"):
         np.testing.assert_allclose(getattr(two, name), getattr(one, name), rtol=1e-9, err_msg=name)
@@ -75,7 +81,7 @@ def test_batches_that_differ_in_shape_are_refused():
         ([draw(0), None], "got 2 of Batch, NoneType"),
     ):
         with pytest.raises(ValueError, match=words):
-            diagnose(CELL.step, LOSS, PARAMS, CARRY, batches, measure=False)
+            diagnose(CELL.step, LOSS, parameters(), CARRY, batches, measure=False)
 
 
 def test_a_line_says_what_one_waits_for(monkeypatch, capsys):

@@ -72,6 +72,7 @@ def test_every_cut_in_two_gives_the_whole():
 APART = [(3, None), (4, None), (4, 2), (3, 1), (9, None)]
 
 
+@pytest.mark.more("test_splits_do_not_matter")
 @pytest.mark.parametrize(("window", "stride"), usual_rows([(4, 2)], APART))
 def test_updates_that_are_streams_of_their_own(window, stride):
     """No window reaches behind its update, whose first begins with it; the state is the carry alone."""

@@ -10,7 +10,7 @@ import numpy as np
 import problems
 import pytest
 from oracles import brute_force
-from problems import assert_close, one_update, usual
+from problems import assert_close, one_update, usual, usual_rows
 
 from jbptt import Batch, Estimate, Estimator, cells, full_bptt, gated_bptt, randomized_bptt, truncated_bptt, truncation
 from jbptt.testing import (
@@ -134,6 +134,7 @@ def spinning():
     return problems.Problem(spin, problems.squared_error, params, jnp.asarray(rng.normal(size=(2, 2)) + 0.5j), batch)
 
 
+@pytest.mark.more("test_unbiased_with_complex_parameters")
 def test_complex_parameters():
     """Every check agrees with `jax.grad`, and catches a gradient that is conjugated."""
     problem = spinning()
@@ -186,7 +187,10 @@ def of_rates(tau, unit, scale):
 
 @pytest.mark.parametrize(
     "tau, unit, scale",
-    [(1000.0, 1.0, 1.0), ([25.0, 1e3, 1e5], 1e-6, 1.0), (30.0, 1e6, 1e200), (30.0, 1.0, 1e-200)],
+    usual_rows(
+        [(30.0, 1e6, 1e200)],
+        [(1000.0, 1.0, 1.0), ([25.0, 1e3, 1e5], 1e-6, 1.0), (30.0, 1e6, 1e200), (30.0, 1.0, 1e-200)],
+    ),
 )
 def test_parameters_and_losses_of_every_size(tau, unit, scale):
     problem = of_rates(tau, unit, scale)

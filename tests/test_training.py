@@ -340,6 +340,7 @@ def test_a_learned_start_is_evaluated_and_skipped_too(name, policy):
     assert int(history.applied.sum()) == {"skip": NUM_BATCHES - 1, "stop": 0}[policy]
 
 
+@pytest.mark.more("test_evaluations_are_those_of_a_loop")
 def test_under_vmap_an_evaluation_is_computed_where_it_is_asked_for():
     """And the dataset names its axis."""
     step, loss, params, carry, batches, _ = stacked_problem("tanh")

@@ -107,6 +107,7 @@ ANALYSES = {
 }
 
 
+@pytest.mark.more("test_estimators")
 @pytest.mark.parametrize("name", usual(["output of a readout"], ["leaf of the carry", "output of a readout"]))
 def test_analyses(name):
     step, loss, carry = PROBLEMS[name]

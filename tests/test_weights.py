@@ -343,6 +343,7 @@ def test_bfloat16_over_thousands_of_steps():
 SPARSE = [full_bptt, partial(truncated_bptt, window=4), partial(truncated_bptt, window=3, stride=1)]
 
 
+@pytest.mark.more("test_batch_parts::test_one_part_where_the_derivative_has_no_vmap")
 @pytest.mark.parametrize("make", usual(SPARSE[1:2], SPARSE))
 def test_sparse_weights(make):
     """JAX has their derivative step by step, not for all steps under one vmap."""

@@ -61,6 +61,7 @@ def test_optimum_of_three_steps_is_the_best_of_a_grid():
     np.testing.assert_allclose(found.keep_prob[0], best, atol=2e-4)
 
 
+@pytest.mark.more("test_optimum_of_three_steps_is_the_best_of_a_grid")
 def test_nothing_near_the_optimum_is_better():
     norms = 1 / (1.0 + np.arange(16))
     found = optimize_schedule(profile(norms), 5.0)
