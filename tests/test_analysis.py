@@ -152,6 +152,7 @@ def analyses(name):
         return run(params, carry, spoil_padding(batch))
 
 
+@pytest.mark.more("test_curve")
 @pytest.mark.parametrize("name", NAMES)
 def test_adjoints(name):
     carries, derivatives = by_hand(name)

@@ -322,13 +322,18 @@ def test_what_the_usual_run_leaves_out_has_a_case_there():
     """A function's only case is never `more`, and whoever names another names one of the usual run."""
 
     def item(name, *stand_in, more=True):
-        marker = SimpleNamespace(args=stand_in) if more else None
+        markers = [SimpleNamespace(args=()), SimpleNamespace(args=stand_in)] if more else []  # of the case, of all
         return SimpleNamespace(
-            path=Path("test_here.py"), originalname=name, nodeid=name, get_closest_marker={"more": marker}.get
+            path=Path("test_here.py"),
+            originalname=name,
+            nodeid=name,
+            get_closest_marker=lambda _: markers[0] if markers else None,
+            iter_markers=lambda _: iter(markers),
         )
 
     usual_one, check = item("test_a", more=False), conftest.check_that_every_promise_is_touched
     check([usual_one, item("test_a"), item("test_b", "test_a"), item("test_b", "test_here::test_a")])
-    for left_out in (item("test_b"), item("test_b", "test_c"), item("test_b", "test_there::test_a")):
+    check([usual_one, item("test_b", "test_there::test_a")])  # of files that are not asked for nothing is known
+    for left_out in (item("test_b"), item("test_b", "test_c"), item("test_b", "test_here::test_c")):
         with pytest.raises(pytest.UsageError, match="test_b is not in the usual run, and no case of"):
             check([usual_one, left_out])

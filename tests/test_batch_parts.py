@@ -134,6 +134,7 @@ def with_a_matrix_beside(params, h, x):
     return h, (h, params["w"])
 
 
+@pytest.mark.more("test_parts_add_up_to_the_gradient_and_are_what_they_say")
 @pytest.mark.parametrize("step", usual([normalised], [normalised, with_shared_input, with_a_matrix_beside]))
 def test_what_cannot_be_divided_by_examples(step):
     """It is divided in time, and the gradient is that of all examples together; as many examples as features."""

@@ -72,7 +72,7 @@ BESIDE = {
 }
 
 
-@pytest.mark.more("test_a_number_that_is_not_finite_is_found_beside_an_integer")
+@pytest.mark.more("test_scan::test_keys_and_integers_in_the_carry_and_among_what_is_closed_over")
 @pytest.mark.parametrize("name", usual(["an integer of each example"], BESIDE, full=("an integer",)))
 def test_what_stands_beside_the_state_changes_nothing(name):
     step, carry_fn = BESIDE[name]
@@ -87,13 +87,14 @@ def test_what_stands_beside_the_state_changes_nothing(name):
     np.testing.assert_array_equal(zeros, np.zeros((T + 1, *np.shape(carry[0]))))
 
 
+@pytest.mark.more("test_nonfinite::test_planted_in_weights_and_gates")
 def test_a_number_that_is_not_finite_is_found_beside_an_integer():
     broken = BATCH._replace(xs=BATCH.xs.at[4, 1, 0].set(jnp.nan))
     found = look(counting, PARAMS, (jnp.zeros(EXAMPLES, int), CARRY), broken)
     assert (found.verdict, found.nonfinite.leaf, int(found.nonfinite.step)) == ("non-finite", "xs", 4)
 
 
-@pytest.mark.more("test_a_number_that_is_not_finite_is_found_beside_an_integer")
+@pytest.mark.more("test_scan::test_keys_and_integers_in_the_carry_and_among_what_is_closed_over")
 def test_integers_alone_carry_no_gradient():
     step = lambda params, n, x: (n + 1, x @ params["w"])
     batch = Batch(jnp.ones((T, EXAMPLES, 2)), jnp.zeros((T, EXAMPLES, 3)))

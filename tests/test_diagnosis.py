@@ -229,7 +229,7 @@ def test_the_printed_page():
     assert "error at most" in unpriced and not any(word in unpriced for word in (" ms", "MiB", "beside full"))
 
 
-@pytest.mark.more("test_gates_are_diagnosed")
+@pytest.mark.more("test_verdict_and_half_life")
 def test_gates_are_any_array_but_no_list():
     """Every third crossing is cut, so that three steps are all that the gradient of an orthogonal network sees."""
     gates = [1.0, 1.0, 0.0] * (NUM_STEPS // 3)
@@ -285,6 +285,7 @@ def test_carries_without_the_batch_shape():
         diagnose(step, lambda y, target: y, {"w": jnp.ones(())}, jnp.ones(1), Batch(jnp.ones((2, 3))))
 
 
+@pytest.mark.more("test_verdict_and_half_life")
 def test_gates_are_diagnosed():
     """A cut before every step leaves lag 0 alone: a window of 1 is exact. A cut is no underflow."""
     found = unmeasured(*linear_problem(0.5), gates=jnp.eye(NUM_STEPS)[0])
@@ -303,6 +304,7 @@ def at_rest(scale):
     return step, loss, params, 0 * carry, batch._replace(xs=0 * batch.xs)
 
 
+@pytest.mark.more("test_evidence::test_exact_zeros")
 def test_underflow_is_not_a_healthy_gradient():
     """In half precision, with losses that count little, adjoints are 0 after a few steps."""
     step, loss, *data = at_rest(0.5)
@@ -394,7 +396,7 @@ def test_a_perfect_fit_is_no_missing_path():
     assert "no gradient path" not in str(found)
 
 
-@pytest.mark.more("test_underflow_is_not_a_healthy_gradient")
+@pytest.mark.more("test_evidence::test_exact_zeros")
 def test_an_underflow_at_lag_0_is_called_so():
     """In half precision a loss of 1e-9 has no gradient, although all it depends on is there."""
     params, carry, batch = jax.tree.map(lambda a: jnp.asarray(a, jnp.float16), linear_problem(0.5)[2:])

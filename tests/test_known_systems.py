@@ -435,6 +435,7 @@ def one_mode_over_far_more_steps_than_are_measured():
     assert found.advice == ()
 
 
+@pytest.mark.more("test_what_is_said_of")
 @pytest.mark.parametrize("num_steps", usual([3], [2, 3, 5]))
 def test_what_arrives_is_what_the_flow_of_single_losses_says(num_steps):
     """Of one example: F[t, t − k] summed over t, over that of the same losses at lag 0."""

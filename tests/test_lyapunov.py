@@ -158,6 +158,7 @@ def test_intervals_only_group_the_steps(num_discarded, qr_every):
 GROWTHS = (0.5, 130, np.float32), (2.0, 200, np.float32), (10.0, 400, np.float64), (0.1, 400, np.float64)
 
 
+@pytest.mark.more("test_driven_product_to_fifty_digits")
 @pytest.mark.parametrize(("growth", "qr_every", "dtype"), usual_rows(GROWTHS[1:2], GROWTHS))
 def test_an_interval_may_grow_beyond_every_float(growth, qr_every, dtype):
     """The growth of one interval, and its derivative, where neither the product nor its inverse is a float."""

@@ -229,6 +229,7 @@ def test_a_largest_score_that_starts_at_minus_infinity():
     assert (large.phase, int(large.step), large.leaf) == ("forward", 3, "loss")
 
 
+@pytest.mark.more("test_padding_and_losses_that_do_not_count_are_not_looked_at")
 def test_what_no_loss_reads_is_not_named():
     """A carry and an output that are NaN at step 2, for themselves, and an infinity that comes out beside them."""
 

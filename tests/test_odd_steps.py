@@ -191,7 +191,7 @@ WAYS = {
     "sliding": Way(partial(truncated_bptt, window=WINDOW, stride=1), [0, 0, 0, 1, 2, 3, 4]),
 }
 # One that divides examples, one with a rule of its own, the host, an array that changes, weights.
-USUAL = {"ordered io_callback", "mutable ref"}
+USUAL = {"ordered io_callback"}
 SEEN_ELSEWHERE = {"custom_jvp", "fori_loop"}  # in tests/test_weights.py: relu, and an inner scan
 # JAX has no rule for them under vmap, which puts the steps of overlapping windows side by side.
 NEVER_SIDE_BY_SIDE = {

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import problems
 import pytest
-from problems import in_one_line
+from problems import in_one_line, usual
 
 from jbptt import Batch, cells, diagnose, lag_profile, step_jacobians, tasks, truncation_curve
 from jbptt.analysis.costs import Cost
@@ -196,20 +196,25 @@ def two_layers(params, carry, x):
     return (a, b), b
 
 
-def test_recurrent_matrices_are_those_that_the_carry_meets():
+RECURRENT = {
+    "two layers": ("params[0]['w_h']", "params[1]['w_h']"),
+    "rnn": ("params['w_h']",),
+    "gru": (),
+}
+
+
+@pytest.mark.parametrize("name", usual(["two layers"], RECURRENT))
+def test_recurrent_matrices_are_those_that_the_carry_meets(name):
     """Not a layer's input matrix, as square as it may be."""
-    draw = lambda seed: {"w_x": jnp.eye(6), "w_h": 0.5 * jnp.eye(6) + seed * 1e-3}
-    params, carry = [draw(0), draw(1)], (jnp.zeros((4, 6)),) * 2
+    if name == "two layers":
+        draw = lambda seed: {"w_x": jnp.eye(6), "w_h": 0.5 * jnp.eye(6) + seed * 1e-3}
+        step, params, carry = two_layers, [draw(0), draw(1)], (jnp.zeros((4, 6)),) * 2
+    else:
+        cell = getattr(cells, name)(6, 6)
+        step, params, carry = cell.step, cell.init(jax.random.key(0)), jnp.zeros((4, 6))
     xs, targets = np.random.default_rng(0).normal(size=(2, 10, 4, 6))
-    look = functools.partial(diagnose, measure=False)
-    one = look(two_layers, tasks.squared_error, params, carry, Batch(xs, targets))
-    assert one.recurrent_weights == ("params[0]['w_h']", "params[1]['w_h']")
-    cell = cells.rnn(6, 6)
-    one = look(cell.step, tasks.squared_error, cell.init(jax.random.key(0)), carry[0], Batch(xs, targets))
-    assert one.recurrent_weights == ("params['w_h']",)
-    cell = cells.gru(6, 6)
-    one = look(cell.step, tasks.squared_error, cell.init(jax.random.key(0)), carry[0], Batch(xs, targets))
-    assert one.recurrent_weights == ()
+    one = diagnose(step, tasks.squared_error, params, carry, Batch(xs, targets), measure=False)
+    assert one.recurrent_weights == RECURRENT[name]
 
 
 @pytest.mark.more("test_learning_study::test_the_best_constant")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 import pytest
-from problems import assert_close, make, one_update
+from problems import assert_close, make, one_update, usual
 
 import jbptt
 from jbptt import Plan, choose_plan, full_bptt
@@ -17,7 +17,11 @@ from jbptt.executables import WeakCache
 T = 12
 
 
-@pytest.mark.parametrize("make_estimator", [full_bptt, lambda *a, **k: jbptt.randomized_bptt(*a, keep_prob=0.7, **k)])
+def cut_at_random(*functions, **options):
+    return jbptt.randomized_bptt(*functions, keep_prob=0.7, **options)
+
+
+@pytest.mark.parametrize("make_estimator", usual([cut_at_random], [full_bptt, cut_at_random]))
 def test_a_plan_is_a_segment_and_more(make_estimator):
     problem = make("gru", T)
     found = [

@@ -92,6 +92,7 @@ def test_lowers_for_every_platform(name):
     assert exported.platforms == PLATFORMS
 
 
+@pytest.mark.more("test_lowers_for_every_platform")
 def test_nothing_is_left_out():
     """Public functions are lowered above, by themselves or (gates, clippers, estimators) inside of what is."""
     lowered = {name.split(",")[0].split()[0] for name in programs()}

@@ -265,6 +265,7 @@ def test_seeds_share_all_data():
     assert len(set(every.tolist())) == every.size
 
 
+@pytest.mark.more("test_a_remedy_as_data_is_a_plain_training_loop")
 def test_the_loss_that_takes_no_memory():
     """The lowest of any constant: half the variance of the targets."""
     _, data = prepared()

@@ -37,7 +37,8 @@ def found():
 
 
 def test_numbers_are_those_of_all_batches():
-    gradient = jax.jit(lambda batch: one_update(full_bptt(CELL.step, LOSS), parameters(), CARRY, batch))
+    params = parameters()
+    gradient = jax.jit(lambda batch: one_update(full_bptt(CELL.step, LOSS), params, CARRY, batch))
     each = [gradient(draw(seed)) for seed in range(NUM_BATCHES)]
     np.testing.assert_allclose(found().loss, np.mean([one.loss for one in each]), rtol=1e-9)
     mean = np.mean([ravel_pytree(one.grads)[0] for one in each], axis=0)

@@ -215,6 +215,7 @@ def test_a_function_that_cannot_be_pickled():
         ask(run, executor=executor)
 
 
+@pytest.mark.more("test_workers_give_the_same_bits")
 def test_settings_of_jax_travel():
     """A worker computes in the caller's precision, and has its own again afterwards."""
     assert jax.config.jax_enable_x64

@@ -409,6 +409,7 @@ def test_what_is_done_is_kept_after_ctrl_c(monkeypatch):
     assert np.isnan(found.end.values.ravel()[10:]).all()
 
 
+@pytest.mark.more("test_a_sweep_is_a_loop_over_runs")
 @pytest.mark.parametrize("number", usual([2], [2, 4, 8]))
 def test_several_devices(number):
     """Each takes its share: the same runs, the same width on each device, the same bits as one device."""
@@ -437,7 +438,7 @@ def on_devices(number):
 ALONE_AND_TWO = (0, 1), (0, 2), (1, 2)  # which process, of how many
 
 
-@pytest.mark.more("test_several_devices")
+@pytest.mark.more("test_a_sweep_is_a_loop_over_runs")
 def test_two_processes_of_one_program():
     """`jax.distributed`, each example of a batch on a device of another process: the same dataset."""
     with socket.create_server(("localhost", 0)) as free:

@@ -82,6 +82,7 @@ def test_brute_force_gradient_of_nothing_is_zero_and_bad_coverage_is_refused(pro
         brute_force_gradient(*problem, coverage=np.ones((T, T + 1)))
 
 
+@pytest.mark.more("test_a_wrong_truncated_gradient_is_caught")
 def test_truncated_gradients_are_those_of_the_frozen_loss(problem):
     problem = ragged(problem)
     estimator = truncated_bptt(problem.step, problem.loss, window=3, stride=2)
@@ -185,6 +186,7 @@ def of_rates(tau, unit, scale):
     return problems.Problem(rates, loss, params, draw(2, 3), Batch(draw(T, 2, 2), draw(T, 2, 3)))
 
 
+@pytest.mark.more("test_a_wrong_truncated_gradient_is_caught")
 @pytest.mark.parametrize(
     "tau, unit, scale",
     usual_rows(
@@ -296,6 +298,7 @@ def test_what_declares_nothing_is_not_checked_against_it(problem):
     assert_coverage(silent, np.tri(T))
 
 
+@pytest.mark.more("test_coverage_as_declared")
 def test_a_problem_with_integer_and_key_carry_leaves():
     cell = cells.rnn(2, 3)
 

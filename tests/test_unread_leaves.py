@@ -145,6 +145,7 @@ def test_a_mutable_array_carries_what_is_written_into_it():
     assert_close(found.grads, one_update(ESTIMATORS["full"].make(plain, squared), PARAMS, START, Batch(XS)).grads)
 
 
+@pytest.mark.more("test_what_is_read_is_still_named")
 def test_the_page_names_parameters_that_no_step_reads():
     with pytest.warns(UserWarning, match=r"no step reads params\['start'\]"):
         page = str(diagnose(plain, squared, PARAMS | {"start": START[0]}, START, Batch(XS), measure=False))

@@ -140,6 +140,7 @@ def test_second_derivatives(kind):
         assert_close(curvature, sum(seconds))
 
 
+@pytest.mark.more("test_second_derivatives")
 @pytest.mark.parametrize("w", [0.0, 0.1])
 def test_second_derivatives_at_a_carry_of_zero(w):
     """At w = 0 every carry is exactly 0; the gates written out with `stop_gradient` are the reference."""

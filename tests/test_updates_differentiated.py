@@ -87,6 +87,7 @@ def test_derivative_of_what_is_gated(name):
     assert_derivative_of_the_numbers(lambda params, carry: weighed(GATED[name](params, carry)))
 
 
+@pytest.mark.more("test_derivative_of_two_updates")
 def test_the_segment_changes_no_derivative():
     """Nor does the way in which the same cuts are written."""
     cuts = lambda key, num_steps: truncation.fixed(num_steps, 4)
@@ -124,6 +125,7 @@ def test_gradient_in_the_carry_that_entered(name):
 LATER = ["full", "ragged blocks", "strides", "sliding", "parallel strides"]
 
 
+@pytest.mark.more("test_derivative_of_two_updates")
 @pytest.mark.parametrize("name", usual(["strides"], LATER))
 def test_gradient_in_the_carry_of_a_later_update(name):
     """Of the losses of this update, within their windows; how the stream was split before does not matter."""

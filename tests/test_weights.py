@@ -159,6 +159,7 @@ def test_gradient_of_any_step(name, with_readout, segment, chunk_bytes, monkeypa
 MAKERS = [full_bptt, partial(truncated_bptt, window=3), partial(truncated_bptt, window=3, stride=1)]
 
 
+@pytest.mark.more("test_gradient_of_any_step")
 @pytest.mark.parametrize("size", usual([NUM_STEPS], [NUM_STEPS, 2]))
 @pytest.mark.parametrize("make", usual(MAKERS[2:], MAKERS))
 def test_a_core_that_emits_nothing(make, size):
@@ -194,6 +195,7 @@ def test_products_wider_than_their_weights(chunk_bytes, monkeypatch):
     assert_close(estimate.grads, jax.grad(mean_loss)(params), rtol=1e-6)
 
 
+@pytest.mark.more("test_gradient_of_any_step")
 @pytest.mark.parametrize("make", usual(MAKERS[1:2], MAKERS))
 def test_parameters_of_weak_dtype(make):
     """A Python number takes the dtype of what it meets, in overlapping windows too."""
@@ -369,6 +371,7 @@ def test_sparse_weights(make):
     assert_close(truncation_curve(with_sparse, *problem, **options), truncation_curve(with_dense, *problem, **options))
 
 
+@pytest.mark.more("test_gradient_of_any_step")
 def test_constants_of_a_step_reach_a_custom_derivative():
     """A table of literals that the rule indexes at a traced place, as an integrator indexes its times."""
 

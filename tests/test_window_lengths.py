@@ -76,6 +76,7 @@ def test_nothing_near_the_optimum_is_better():
             assert at(logits + 0.05 * rng.normal(size=15)) >= found.predicted_variance * (1 - 1e-7)
 
 
+@pytest.mark.more("test_prediction_is_the_enumerated_variance")
 def test_measured_variance_falls():
     """A slowly decaying linear network on noise: as predicted within 15 % and 6 standard errors (false alarm 2e-9)."""
     num_steps, width, rng = 32, 40, np.random.default_rng(3)
