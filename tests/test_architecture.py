@@ -34,6 +34,7 @@ CORE = [
     "engine.facts",
     "engine.jaxprs",
     "engine.emitted",
+    "engine.small_products",
     "engine.weight_uses",
     "engine.splitting",
     "engine.weight_products",

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
+from jbptt import engine
 from jbptt.executables import WeakCache
 from jbptt.sweeps.points import RESERVED, Combination, Runs
 
@@ -27,6 +28,7 @@ OF_THREADS = (
 OF_PROCESSES = ("jax_random_seed_offset", "jax_disable_most_optimizations")
 _PROGRAMS = WeakCache()
 _WIDTHS = WeakCache()
+_SHAPES = WeakCache()
 
 
 class Job(NamedTuple):
@@ -141,7 +143,7 @@ def program_of(
         def runs(key, indices, columns):
             one = partial(one_run, run_fn, job, key)
             if width > 1:
-                return jax.vmap(one)(indices, columns)
+                return engine.with_small_products_as_sums(jax.vmap(one))(indices, columns)
             first = one(indices[0], {name: column[0] for name, column in columns.items()})
             return {name: value[None] for name, value in first.items()}
 
@@ -217,10 +219,14 @@ def output_shapes(run_fn: Callable, runs: Runs, key: jax.Array) -> dict[str, jax
     first = ""
     for combination in runs.combinations:
         job, shapes = job_of(runs, combination, key), column_shapes(runs.columns)
-        index = jax.ShapeDtypeStruct((), np.uint32)
+
+        def trace(run_fn, job=job, shapes=shapes):
+            of_key = jax.eval_shape(lambda: key_of(job))
+            index = jax.ShapeDtypeStruct((), np.uint32)
+            return jax.eval_shape(partial(one_run, run_fn, job), of_key, index, shapes)
+
         try:
-            of_key = jax.eval_shape(lambda job=job: key_of(job))
-            outputs = jax.eval_shape(partial(one_run, run_fn, job), of_key, index, shapes)
+            outputs = _SHAPES.find((run_fn,), _settings(job, shapes, None), trace)
         except Exception as error:
             error.add_note(
                 f"jbptt.sweep called run_fn with {_words(combination)}point entries "

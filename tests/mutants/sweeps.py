@@ -1,7 +1,19 @@
 """Sweeps."""
 
 from . import Mutant
-from .rooms import CHUNKS, MANIFESTS, POINTS, PROGRAMS, REPOSITORIES, RESULTS, RUN_PLANS, STORES, SWEEPING, WORKERS
+from .rooms import (
+    CHUNKS,
+    MANIFESTS,
+    POINTS,
+    PROGRAMS,
+    REPOSITORIES,
+    RESULTS,
+    RUN_PLANS,
+    SMALL_PRODUCTS,
+    STORES,
+    SWEEPING,
+    WORKERS,
+)
 
 SWEEPS = (
     Mutant("points_run_the_first_axis_fastest", POINTS, "Points.__getitem__", "(i, shape)", "(i, shape, 'F')"),
@@ -55,5 +67,8 @@ SWEEPS = (
     Mutant("other_settings_are_kept", MANIFESTS, "check_same", "changed == 'refuse'", "changed == 'restart'"),
     Mutant("settings_stay_at_home", WORKERS, "_configured", "value == before[name]", "True"),
     Mutant("functions_are_unpacked_each_time", WORKERS, "in_worker", "_FUNCTIONS[digest]", "_FUNCTIONS['']"),
+    Mutant("sums_of_large_products", SMALL_PRODUCTS, "_is_small_product", "<= MOST", "<= 1000000000.0"),
+    Mutant("sums_in_half_precision", SMALL_PRODUCTS, "_is_small_product", ".bits < 32", ".bits < 16"),
+    Mutant("sums_take_columns_of_the_batch", SMALL_PRODUCTS, "sum_of_products", "(*batch_of_b, *of_b)", "of_b"),
     Mutant("one_chunk_for_all_workers", SWEEPING, "sweep", "1 if executor is None else", "1 if True else"),
 )
