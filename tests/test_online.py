@@ -519,7 +519,7 @@ def slope(found, exact):
 
 
 def test_uoro_without_its_cross_term_is_caught(monkeypatch):
-    """A wrong variant, which never moves s̃ by J: its mean stays away from the gradient, and so does its error."""
+    """A wrong variant, which drops what earlier steps left, J s̃ and w̃: the mean of more draws comes no closer."""
     from jbptt.online import rank_one
 
     step, loss, params, carry, batch = system("tanh")
@@ -737,7 +737,7 @@ def test_what_cannot_be_is_refused():
     refused("order must be", functools.partial(snap, order=0))
     refused("leak must be a number or a tree", functools.partial(rflo, leak=jnp.zeros(7)))
     refused("leak must be a number or a tree", functools.partial(rflo, leak={"h": 0.5}))
-    for leak in (None, np.nan):
+    for leak in (None, np.nan, "a"):
         refused("leak must be finite numbers", functools.partial(rflo, leak=leak))
     refused("carry holds no floating numbers", rtrl, carry=(), step=lambda params, _, x: ((), x @ params["w_x"]))
     refused("uoro needs a key", uoro, key=None)
@@ -770,11 +770,95 @@ def test_examples_that_depend_on_each_other_have_no_influence_of_their_own(what)
         rtrl(step, loss).init(params, carry, batch)
 
 
+def each_square(y, target):
+    return (y - target) ** 2
+
+
+def test_an_example_in_padding_is_read_by_no_other():
+    """What it would emit has no influence: refused with a mask for each example, exact with one for all."""
+
+    def step(w, h, x):
+        h = jnp.tanh(w * h + x)
+        return h, h - h.mean()
+
+    xs, targets = jax.random.normal(jax.random.key(0), (2, 3, 2))
+    problem = step, each_square, 0.8, jnp.zeros(2)
+    apart = Batch(xs, targets, mask=jnp.array([[True, True], [True, False], [True, True]]))
+    with pytest.raises(ValueError, match="of an example depends on the others"):
+        rtrl(step, each_square).init(0.8, jnp.zeros(2), apart)
+    for mask in (None, jnp.array([True, False, True])):
+        same_as_full(*problem, Batch(xs, targets, mask=mask))
+
+
+def same_as_full(step, loss, params, carry, batch, **options):
+    found, wanted = (
+        jax.jit(lambda e=e: problems.one_update(e, params, carry, batch))()
+        for e in (rtrl(step, loss, **options), full_bptt(step, loss))
+    )
+    assert_close(found.grads, wanted.grads, rtol=1e-10)
+
+
+def test_examples_are_told_apart_where_the_step_closes_over_what_is_traced():
+    def of_scale(make, scale):
+        step = lambda w, h, x: 2 * (jnp.tanh(w * (h - h.mean()) + scale * x),)
+        estimator, batch = make(step, each_square), Batch(jnp.ones((3, 2)), jnp.zeros((3, 2)))
+        return estimator.update(0.8, estimator.init(0.8, jnp.zeros(2), batch), batch)[0].grads
+
+    with pytest.raises(ValueError, match="of an example depends on the others"):
+        jax.jit(functools.partial(of_scale, rtrl))(1.0)
+
+
+def test_a_structure_of_a_batch_without_padding_serves_with_it():
+    """A delay line, which feeds nothing to itself but where padding holds it."""
+
+    def step(w, h, x):
+        h = jnp.stack([w * x, h[0]])
+        return h, h[1]
+
+    batch, carry = Batch(jnp.arange(1.0, 5), jnp.zeros(4)), jnp.zeros(2)
+    for method in ("program", "numbers"):
+        found = influence_structure(step, each_square, 1.0, carry, batch, method=method)
+        padded = batch._replace(mask=jnp.array([True, False, True, True]))
+        same_as_full(step, each_square, 1.0, carry, padded, structure=found)
+
+
+def written_out(params, h, x):
+    """A complex matrix that is diagonal, and what it meets."""
+    h = jnp.einsum("...i,ij->...j", h, jnp.diag(params["a"])) + x @ params["b"]
+    return h, (h @ params["c"]).real
+
+
+def reads_last(params, carry, x):
+    """A carry of which no entry enters itself alone."""
+    h, last = carry
+    h = jnp.tanh((x + last) @ params["w"] + h @ params["u"])
+    return (h, x), h
+
+
+def test_structures_from_numbers_of_complex_leaves_and_of_what_feeds_others():
+    draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
+    both = lambda seed, *shape: draw(seed, *shape) + 1j * draw(seed + 50, *shape)
+    batch = Batch(draw(0, 6, 2, 3), draw(1, 6, 2, 4))
+    params = {"a": 0.6 * jnp.exp(1j * draw(2, 5)), "b": both(3, 3, 5), "c": both(4, 5, 4)}
+    real = {"w": draw(5, 3, 4), "u": draw(6, 4, 4)}
+    for step, own, carry in (
+        (written_out, params, jnp.zeros((2, 5), complex)),
+        (reads_last, real, (jnp.zeros((2, 4)), jnp.zeros((2, 3)))),
+    ):
+        found = influence_structure(step, square, own, carry, batch, method="numbers")
+        same_as_full(step, square, own, carry, batch, structure=found)
+
+
 def test_a_state_of_another_kind_is_refused():
     step, loss, params, carry, batch = system("tanh")
     state = snap(step, loss, order=1).init(params, carry, batch)
     with pytest.raises(ValueError, match="the state's influence has shapes"):
         rtrl(step, loss).update(params, state, batch)
+    of_noise = uoro(step, loss).init(params, carry, batch, KEY)
+    with pytest.raises(ValueError, match=r"state must be the InfluenceState that init or .* got RankOneState"):
+        rtrl(step, loss).update(params, of_noise, batch)
+    with pytest.raises(ValueError, match=r"state must be the RankOneState that init or .* got InfluenceState"):
+        uoro(step, loss).update(params, state, batch)
 
 
 def test_an_influence_that_fits_nowhere_is_refused_before_anything_is_allocated():

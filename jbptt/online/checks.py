@@ -6,9 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
+from jbptt import engine
 from jbptt.arrays import inexact_leaves, real_leaves, split_inexact
 from jbptt.batch_axes import drawn
+from jbptt.cells import split_readout
 from jbptt.memory import usual_memory
 from jbptt.online.examples import alone, carry_size, for_each, influence_dtype, is_own
 from jbptt.online.structure import WHY, InfluenceStructure
@@ -46,38 +49,50 @@ def problem_to_start(step: Step, loss: Loss, params: Params, carry: Any, batch: 
 
 
 def problem_to_update(
-    step: Step, loss: Loss, params: Params, carry: Any, batch: Batch
+    step: Step, loss: Loss, params: Params, state: Any, batch: Batch, kind: type
 ) -> tuple[Problem, Entered]:
-    """The checked problem of an update, and the carry that enters."""
-    return entered_problem(step, loss, params, carry, batch, per_example=WHY)
+    """The checked problem of an update, and the carry that enters; states are of that kind."""
+    if not isinstance(state, kind):
+        raise ValueError(
+            f"state must be the {kind.__name__} that init or the update before returned, got "
+            f"{type(state).__name__}: it is that of another estimator; call init again"
+        )
+    return entered_problem(step, loss, params, state.carry, batch, per_example=WHY)
 
 
 def _check_apart(problem: Problem) -> None:
     """A ValueError where the batch does not emit what its examples emit one by one.
 
-    On random numbers, in one small program. A step that closes over traced values cannot be run
-    here, and passes.
+    On random numbers, in one small program; also those that the step closes over are random where
+    they are traced. With a mask for each example outputs are compared, too: what an example in
+    padding would emit, which others might read, has no influence.
     """
-    core, shape = problem.parts.core, problem.batch_shape
-    x, _ = jax.eval_shape(lambda tree: jax.tree.map(lambda a: a[0], tree), problem.inputs)
-    inputs = x, None  # no padding, which holds the carry
+    mask, shape = problem.batch.mask, problem.batch_shape
+    outputs_too = mask is not None and np.ndim(mask) > 1
+    step = problem.step if outputs_too else split_readout(problem.step)[0]
+    x = jax.eval_shape(lambda tree: jax.tree.map(lambda a: a[0], tree), problem.batch.xs)
     given = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.result_type(leaf)),
-        (problem.params, problem.carry, inputs),
+        (problem.params, problem.carry, x),
     )
 
-    def both(params, carry, inputs):
-        own = jax.tree.map(lambda leaf: is_own(leaf, shape), (carry, inputs))
+    def both(params, carry, x):
+        own = jax.tree.map(lambda leaf: is_own(leaf, shape), (carry, x))
 
-        def one(carry, inputs):
-            emitted, _ = core(params, *alone((carry, inputs), own, len(shape)))
-            return [leaf.reshape(leaf.shape[len(shape) :]) for leaf in inexact_leaves(emitted)]
+        def compared(results):
+            return inexact_leaves(results if outputs_too else results[0])
 
-        return inexact_leaves(core(params, carry, inputs)[0]), for_each(one, shape, carry, inputs)
+        def one(carry, x):
+            results = step(params, *alone((carry, x), own, len(shape)))
+            return [leaf.reshape(leaf.shape[len(shape) :]) for leaf in compared(results)]
+
+        return compared(step(params, carry, x)), for_each(one, shape, carry, x)
 
     try:
+        run, consts, _ = engine.fast.closed_over(both, *given)
+        consts = [drawn(jax.typeof(c)) if isinstance(c, Tracer) else c for c in consts]
         with jax.ensure_compile_time_eval(), jax.debug_nans(False):
-            together, apart = jax.jit(both)(*drawn(given))
+            together, apart = jax.jit(run)(consts, *drawn(given))
             pairs = [(np.asarray(a), np.asarray(b)) for a, b in zip(together, apart, strict=True)]
     except Exception:  # whatever a step raises that is run where it should not be
         return

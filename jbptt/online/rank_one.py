@@ -50,8 +50,8 @@ def uoro(step: Step, loss: Loss, *, plan: Plan | None = None) -> Estimator:
     with J_t = ∂h_t/∂h_{t−1}, D_t = ∂⁺h_t/∂w and ν_t of random signs, new for each example and step.
     The mean over draws is RTRL's gradient, that of full BPTT over the stream. The variance is
     large: it grows with the units and with the memory of the network. Each step costs one way back
-    through it and one forward derivative more than its loss does, and as many numbers as there are
-    parameters, for each example.
+    through it and two forward derivatives more than its loss does (one of them for `carry_grads`),
+    and as many numbers as there are parameters, for each example.
 
     Args:
       step: as in `rtrl`.
@@ -78,7 +78,7 @@ def uoro(step: Step, loss: Loss, *, plan: Plan | None = None) -> Estimator:
         return RankOneState(kept(carry), of_carry, of_params, key, jnp.zeros((), int))
 
     def update(params: Params, state: RankOneState, batch: Batch):
-        problem, start = problem_to_update(step, loss, params, state.carry, batch)
+        problem, start = problem_to_update(step, loss, params, state, batch, RankOneState)
         # That of the carry that enters the update is a pair of its own, which no noise joins.
         keys = jax.random.split(state.key, problem.batch_shape)  # a noise for each example
         signs = _signs(problem, keys, state.number)

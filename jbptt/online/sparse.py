@@ -76,8 +76,9 @@ def rtrl(
     and n² multiplications in every step. Memory does not grow with T.
 
     Args:
-      step: `(params, carry, x) -> (carry, y)`; every inexact carry leaf begins with the batch
-        shape, and examples do not see each other.
+      step: `(params, carry, x) -> (carry, y)`; every carry leaf begins with the batch shape, also
+        counts and keys. What the step emits of an example depends on no other; nor does y, where
+        the batch has a mask for each example.
       loss: `(y, target) -> [*batch]`, or that and aux.
       structure: which parameters reach which numbers of the carry, of `influence_structure`; None:
         read off the step's program.
@@ -163,14 +164,21 @@ def rflo(
     Raises:
       ValueError: a leak that does not fit the carry; what `rtrl` raises.
     """
-    if leak is None or any(
-        not np.isfinite(one).all() for one in jax.tree.leaves(leak) if not isinstance(one, Tracer)
-    ):
+    if leak is None or not all(map(_is_finite, jax.tree.leaves(leak))):
         raise ValueError(
             f"leak must be finite numbers, what a step keeps of each unit, got {leak!r}; pass 0.0 "
             "for units that keep nothing"
         )
     return _influenced(step, loss, plan, Kept(1, leak, structure, "uoro"))
+
+
+def _is_finite(leak: Any) -> bool:
+    if isinstance(leak, Tracer):
+        return True
+    try:
+        return bool(np.isfinite(leak).all())
+    except TypeError:
+        return False
 
 
 class Kept(NamedTuple):
@@ -193,9 +201,13 @@ def _influenced(step: Step, loss: Loss, plan: Plan | None, keep: Kept) -> Estima
     plan = plan_without_segments(plan)
 
     def layout_for(problem: Problem) -> Layout:
-        if keep.structure is not None:
-            check_structure(keep.structure, problem)
-        found = keep.structure or structure_of(problem)
+        found = keep.structure
+        if found is None:
+            found = structure_of(problem)
+        else:
+            check_structure(found, problem)
+            # It may be that of a batch without padding.
+            found = found if problem.batch.mask is None else found.with_padding()
         check_memory(found, keep.order, problem, keep.smaller)
         return layout_of(found, keep.order, jacobian=keep.leak is None)
 
@@ -213,7 +225,7 @@ def _influenced(step: Step, loss: Loss, plan: Plan | None, keep: Kept) -> Estima
         return InfluenceState(kept(carry), varying(influence, given))
 
     def update(params: Params, state: InfluenceState, batch: Batch):
-        problem, start = problem_to_update(step, loss, params, state.carry, batch)
+        problem, start = problem_to_update(step, loss, params, state, batch, InfluenceState)
         layout = layout_for(problem)
         blocks = [block for block in layout.params if block is not None]
         check_influence(state.influence, [(*problem.batch_shape, *block.kept) for block in blocks])

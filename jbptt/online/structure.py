@@ -69,9 +69,16 @@ class InfluenceStructure:
         def numbered(bits):
             return np.array([sets.setdefault(each, len(sets)) for each in bits], np.int64)
 
-        numbers = numbered(known)
+        numbers, of_carry = numbered(known), numbered(carry)  # they share the sets
         params = [numbers[of_leaf] for of_leaf in self.params]
-        return list(sets), params, numbered(carry)
+        return list(sets), params, of_carry
+
+    def with_padding(self) -> "InfluenceStructure":
+        """The same where padding holds the carry: every number feeds itself, too."""
+        sets = {bits: number for number, bits in enumerate(self.sets)}
+        held = [self.sets[number] | 1 << i for i, number in enumerate(self.carry)]
+        carry = [sets.setdefault(bits, len(sets)) for bits in held]
+        return replace(self, sets=list(sets), carry=np.array(carry, np.int64))
 
     def num_kept(self, order: int | None) -> int:
         """Numbers of influence of one example that `order` steps make other than zero; None: any.
@@ -124,12 +131,13 @@ def influence_structure(
       step, loss, params, carry, batch: as an estimator takes them.
       method: "program" reads the program of the step's derivative, on shapes, and never leaves out
         what may be other than zero; what the program multiplies by zeros (a diagonal matrix that is
-        written out) counts. "numbers" takes for zero what is zero at a few random parameters,
-        carries and inputs, with what is no number as it is in the batch's first steps: hand it to
-        `rtrl(…, structure=…)` if you know that it is.
+        written out) counts. "numbers" takes for zero what is zero at four random choices of
+        parameters, carries and inputs; integers and keys are those of the batch's first steps. A
+        relu unit or a spiking one may be silent at all four: hand the structure to
+        `rtrl(…, structure=…)` only if you know that what it leaves out is always zero.
 
     Raises:
-      ValueError: another method; what an estimator raises at init.
+      ValueError: another method; what `full_bptt` raises.
 
     >>> def step(params, h, x):
     ...     h = params["decay"] * h + x @ params["w"]
@@ -190,8 +198,11 @@ def _measured(problem: Problem) -> InfluenceStructure:
     bars = jnp.eye(size, dtype=_emitted(problem).dtype)
 
     def drawn(leaf):
-        normal = rng.normal(size=np.shape(leaf))
-        return jnp.asarray(normal, leaf.dtype) if is_inexact(leaf) else leaf
+        if not is_inexact(leaf):
+            return leaf
+        real, imaginary = rng.normal(size=(2, *np.shape(leaf)))
+        of_dtype = real + 1j * imaginary if jnp.iscomplexobj(leaf) else real
+        return jnp.asarray(of_dtype, jnp.result_type(leaf))
 
     def first(leaf):
         return leaf[(0,) * len(shape)] if is_own(leaf, shape) else leaf
@@ -200,7 +211,6 @@ def _measured(problem: Problem) -> InfluenceStructure:
     def rows(params, carry, inputs):
         return jax.vmap(lambda bar: _way_back(unmasked, bar, params, carry, inputs))(bars)
 
-    # Padding, which holds the carry, is counted below.
     unmasked, found = problem.on(problem.carry, problem.batch._replace(mask=None)), None
     for number in range(NUM_DRAWS):
         at = number % problem.num_steps
@@ -218,8 +228,6 @@ def _measured(problem: Problem) -> InfluenceStructure:
         numbered = [sets.setdefault(of_one, len(sets)) for of_one in bits]
         return np.array(numbered, np.int64).reshape(reads.shape[1:])
 
-    params, received = found
-    if problem.batch.mask is not None:
-        received = received | np.eye(size, dtype=bool)
-    params, received = [numbers(leaf) for leaf in params], numbers(received)
-    return InfluenceStructure(size, list(sets), params, received)
+    params, received = [numbers(leaf) for leaf in found[0]], numbers(found[1])
+    structure = InfluenceStructure(size, list(sets), params, received)
+    return structure if problem.batch.mask is None else structure.with_padding()
