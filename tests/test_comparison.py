@@ -172,10 +172,10 @@ def test_table_and_dataset():
 
 def test_costs_as_a_dataset():
     pytest.importorskip("xarray")
-    cost = Cost(("a", "b"), np.array([[1.0, 2.0, 4.0], [3.0, 5.0, 6.0]]), np.array([7, 8]))
+    cost = Cost(("a", "b"), np.array([[1.0, 2.0, 4.0], [3.0, 5.0, 6.0]]), np.array([7, 8]), np.array([5, 6]))
     data = cost.to_xarray()
     assert data.seconds.median("repeat").values.tolist() == cost.median_seconds.tolist() == [2.0, 5.0]
-    assert int(data.temporary_bytes.sel(estimator="b")) == 8
+    assert (int(data.temporary_bytes.sel(estimator="b")), int(data.state_bytes.sel(estimator="b"))) == (8, 6)
 
 
 @pytest.mark.parametrize(

@@ -243,11 +243,14 @@ def test_gates_are_any_array_but_no_list():
 
 def test_measure_cost():
     step, loss, params, carry, batch = problems.make("tanh", 8)
-    estimators = {"full": full_bptt(step, loss), "cut": truncated_bptt(step, loss, window=2)}
+    estimators = {"full": full_bptt(step, loss), "cut": truncated_bptt(step, loss, window=3, stride=1)}
     cost = measure_cost(estimators, params, carry, batch, num_repeats=3)
     assert cost.names == ("full", "cut")
     assert cost.seconds.shape == (2, 3) and np.all(cost.seconds > 0)
     assert cost.temporary_bytes.shape == (2,) and np.all(cost.temporary_bytes > 0)
+    # The carry; and two carries and inputs before it, with a mask, for windows of three.
+    assert cost.state_bytes[0] == 8 * carry.size < cost.state_bytes[1]
+    assert cost.state_bytes[1] >= 8 * (carry.size + 2 * (carry.size + batch.xs[0].size))
     np.testing.assert_array_equal(cost.median_seconds, np.median(cost.seconds, axis=1))
     assert cost.spread_seconds.shape == (2,)
     assert [line.split()[0] for line in str(cost).splitlines()] == ["full", "cut"]

@@ -74,7 +74,7 @@ def measured(monkeypatch, seconds, sizes):
     """`measure_cost` finds these numbers."""
 
     def found(estimators, *_, **__):
-        return Cost(tuple(estimators), *(np.array([of[n] for n in estimators]) for of in (seconds, sizes)))
+        return Cost(tuple(estimators), *(np.array([of[n] for n in estimators]) for of in (seconds, sizes, sizes)))
 
     monkeypatch.setattr(plan_search, "_CHOICES", WeakCache())
     monkeypatch.setattr(plan_search, "measure_cost", found)

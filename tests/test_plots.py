@@ -40,7 +40,9 @@ def results():
         }
 
     matrix = np.diag([1.0, 0.5])
-    cost = jbptt.Cost(("full", "block 2"), np.array([[1e-3, 2e-3], [3e-3, 4e-3]]), np.array([2.0**20, 2.0**19]))
+    cost = jbptt.Cost(
+        ("full", "block 2"), np.array([[1e-3, 2e-3], [3e-3, 4e-3]]), np.array([2.0**20, 2.0**19]), np.zeros(2)
+    )
     more = {"alignment": powers.alignment(matrix, np.ones(2), 9), "eigenvalues": powers.eigenvalues(matrix, 3)}
     return {**jax.device_get(run()), **more, "cost": cost}
 

@@ -4,6 +4,7 @@ import time
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jbptt import validation
@@ -13,7 +14,7 @@ from jbptt.types import Batch, Carry, Estimate, Estimator, Params
 
 
 class Cost(NamedTuple):
-    """Time and memory of one update of each estimator.
+    """Time and memory of one update of each estimator, and the size of its state.
 
     Attributes:
       names: the estimators, in order.
@@ -21,11 +22,14 @@ class Cost(NamedTuple):
       temporary_bytes: `[estimator]`, what the compiled update needs beside its arguments and
         results (XLA's `memory_analysis`), exact and free of timing noise; NaN where the backend
         does not tell.
+      state_bytes: `[estimator]`, what is carried from update to update: the carry, and beside it a
+        history, an influence or a key.
     """
 
     names: tuple[str, ...]
     seconds: np.ndarray
     temporary_bytes: np.ndarray
+    state_bytes: np.ndarray
 
     @property
     def median_seconds(self) -> np.ndarray:
@@ -48,16 +52,17 @@ class Cost(NamedTuple):
         return [
             variables("seconds", self.seconds, "estimator", "repeat"),
             variables("temporary_bytes", self.temporary_bytes, "estimator"),
+            variables("state_bytes", self.state_bytes, "estimator"),
         ]
 
     def __str__(self) -> str:
-        rows = zip(
-            self.names, self.median_seconds, self.spread_seconds, self.temporary_bytes, strict=True
-        )
+        times = self.median_seconds, self.spread_seconds
+        rows = zip(self.names, *times, self.temporary_bytes, self.state_bytes, strict=True)
         width = max(len(name) for name in self.names)
         return "\n".join(
             f"{name:<{width}}  {1e3 * t:9.2f} ms ± {1e3 * s:.2f}  {size / 2**20:9.2f} MiB"
-            for name, t, s, size in rows
+            f"  {state / 2**20:9.3f} MiB"
+            for name, t, s, size, state in rows
         )
 
 
@@ -76,8 +81,9 @@ def measure_cost(
     num_repeats: int = 5,
     key: jax.Array | None = None,
 ) -> Cost:
-    """Compiles one update of each estimator and measures its time and temporary memory, on the
-    host.
+    """Compiles one update of each estimator and measures its time and memory, on the host.
+
+    `print` shows the time, the temporary memory and the size of the state.
 
     The estimators take turns within each repeat, so that a machine that slows down slows all of
     them; compilation and a first run are left out.
@@ -111,7 +117,9 @@ def measure_cost(
             seconds[i, repeat] = time.perf_counter() - start
     analyses = [update.memory_analysis() for update in updates.values()]  # None on some backends
     sizes = [np.nan if memory is None else memory.temp_size_in_bytes for memory in analyses]
-    return Cost(tuple(updates), seconds[:, 1:], np.array(sizes))
+    leaves = (jax.tree.leaves(states[name]) for name in updates)
+    of_states = [sum(leaf.nbytes for leaf in map(jnp.asarray, of_one)) for of_one in leaves]
+    return Cost(tuple(updates), seconds[:, 1:], np.array(sizes), np.array(of_states))
 
 
 def _estimate(update, params, state, batch) -> Estimate:

@@ -257,7 +257,7 @@ def comparison_json(
         "command": command,
     }
     data |= {"seconds": cost.median_seconds, "seconds_spread": cost.spread_seconds}
-    data |= {"temporary_bytes": cost.temporary_bytes}
+    data |= {"temporary_bytes": cost.temporary_bytes, "state_bytes": cost.state_bytes}
     data["text"] = symbols_read(settings)
     data["settings"]["text"] = None if settings.text is None else str(settings.text)
     return (
@@ -304,7 +304,7 @@ def run_compare(
         raise UsageError(str(error)) from error
     except device_errors() as error:
         raise device_gave_up(error, "a smaller --hidden-size or --batch-size") from error
-    print(found, "", "time of one update, temporary memory", cost, sep="\n")
+    print(found, "", "time of one update, temporary memory, state carried on", cost, sep="\n")
     return 0
 
 
