@@ -15,7 +15,10 @@ ONLINE = (
     Mutant("a_root_of_zero_is_taken", RANK_ONE, "_balance", "jnp.where(both, squares[1], 1)", "squares[1]"),
     Mutant("one_step_too_many", STRUCTURE, "InfluenceStructure.after", "range(order - 1)", "range(order)"),
     Mutant("padding_is_structure", STRUCTURE, "_measured", "_replace(mask=None)", "_replace()"),
-    Mutant("padding_is_no_structure", STRUCTURE, "_measured", "received | np.eye(size, dtype=bool)", "received"),
+    Mutant("padding_is_no_structure", STRUCTURE, "InfluenceStructure.with_padding", " | 1 << i", ""),
+    Mutant("complex_leaves_are_drawn_real", STRUCTURE, "_measured", "real + 1j * imaginary", "real"),
+    Mutant("outputs_of_padding_are_not_compared", CHECKS, "_check_apart", "np.ndim(mask) > 1", "False"),
+    Mutant("traced_values_are_not_drawn", CHECKS, "_check_apart", "isinstance(c, Tracer)", "False"),
     Mutant(
         "colours_mix_what_is_asked",
         LAYOUT,
