@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jbptt import batch_axes, engine, validation
@@ -73,19 +74,27 @@ def scan(
     """
     if segment is not None:
         segment = validation.check_positive_integer("segment", segment)
+    if isinstance(length, np.integer):
+        length = int(length)
     lengths = [] if length is None else [length]
     lengths += [n for leaf in jax.tree.leaves((xs, gates, mask)) for n in jnp.shape(leaf)[:1]]
-    if not lengths or set(lengths) == {0} or not all(isinstance(n, int) for n in lengths):
+    is_known = all(isinstance(n, int) for n in lengths)
+    if not is_known and not (gates is mask is segment is None):
+        raise ValueError(
+            "length must be an integer that is known while tracing, beside gates, mask or segment, "
+            f"got {length!r} and leading axes {lengths}; leave these out, or give a number of steps"
+        )
+    if not lengths or set(lengths) == {0} or not is_known:
         return lax.scan(f, init, xs, length, reverse)  # nothing to do, an error, or a symbolic T
     num_steps = validation.count_steps({"xs": xs, "gates": gates, "mask": mask}, length)
     init, xs, gates, mask = jax.tree.map(jnp.asarray, (init, xs, gates, mask))
     if engine.fast is None:
         engine.warn_that_the_plain_engine_runs(engine.import_error)
         # JAX says what is wrong with f.
-        jax.eval_shape(partial(lax.scan, f, length=length, reverse=reverse), init, xs)
+        jax.eval_shape(partial(lax.scan, f, length=num_steps, reverse=reverse), init, xs)
         step, consts = (lambda _, carry, x: f(carry, x)), []
     else:
-        init, step, consts = _traced(f, init, xs, length, reverse)
+        init, step, consts = _traced(f, init, xs, num_steps, reverse)
     if gates is not None or mask is not None:
         one = batch_axes.first_step(lambda _, c, x: f(c, x), None, (), init, Batch(xs))
         validation.check_gates_and_mask(gates, mask, init, one)
@@ -106,7 +115,7 @@ def _traced(
     f: Callable,
     init: Carry,
     xs: PyTree,
-    length: int | None,
+    length: int,
     reverse: bool,
 ) -> tuple[Carry, Callable, list]:
     """The carry in the dtypes that it keeps, and f as `(consts, carry, x) -> (carry, y)`, consts.

@@ -11,7 +11,7 @@ from jax import lax
 from problems import usual
 
 import jbptt
-from jbptt import scan, unroll
+from jbptt import engine, scan, unroll
 from jbptt.arrays import align_leading
 
 T, B, H, D = 7, 3, 4, 2
@@ -397,3 +397,29 @@ def test_slips_are_answered():
 
 def test_it_is_public():
     assert jbptt.scan is scan
+
+
+@pytest.mark.filterwarnings("ignore:the plain engine runs")
+@pytest.mark.parametrize("engine_is_fast", [True, False])
+def test_a_length_of_numpy_and_one_known_from_the_mask_alone(engine_is_fast, monkeypatch):
+    """Gates and mask count, whatever says how many steps there are; the carry is promoted as in lax.scan."""
+    if not engine_is_fast:
+        monkeypatch.setattr(engine, "fast", None)
+    mask = jnp.array([True, False, False])
+    for length in (3, np.int64(3), None):
+        carry, ys = jbptt.scan(lambda c, _: (c * 2.0, c), jnp.array(1.0), None, length, mask=mask)
+        assert float(carry) == 2 and ys.tolist() == [1, 0, 0]
+    gated = jax.grad(lambda h: jbptt.scan(lambda c, _: (c * 2.0, c), h, None, np.int64(3), gates=jnp.zeros(3))[0])
+    assert float(gated(1.0)) == 0
+    assert float(jbptt.scan(lambda c, _: (c * 1.5, c), 1, mask=mask)[0]) == 1.5
+
+
+def test_gates_and_mask_need_a_known_length():
+    f = lambda c, x: (c + x, c)
+    (symbolic,) = jax.export.symbolic_shape("T")
+    shapes = (jax.ShapeDtypeStruct((symbolic,), float),)
+    for options in ({"mask": jnp.ones(4, bool)}, {"gates": jnp.ones(4)}, {"segment": 2}):
+        with pytest.raises(ValueError, match="length must be an integer that is known while tracing"):
+            jax.export.export(jax.jit(lambda xs, o=options: jbptt.scan(f, 0.0, xs, **o)))(*shapes)
+    with pytest.raises(ValueError, match=r"length must be an integer that is known while tracing.*got 3\.0"):
+        jbptt.scan(f, 0.0, jnp.ones(3), 3.0, mask=jnp.ones(3, bool))
