@@ -248,7 +248,7 @@ def test_measure_cost():
     assert cost.names == ("full", "cut")
     assert cost.seconds.shape == (2, 3) and np.all(cost.seconds > 0)
     assert cost.temporary_bytes.shape == (2,) and np.all(cost.temporary_bytes > 0)
-    # The carry; and two carries and inputs before it, with a mask, for windows of three.
+    # The carry; and for windows of three two carries and inputs before it.
     assert cost.state_bytes[0] == 8 * carry.size < cost.state_bytes[1]
     assert cost.state_bytes[1] >= 8 * (carry.size + 2 * (carry.size + batch.xs[0].size))
     np.testing.assert_array_equal(cost.median_seconds, np.median(cost.seconds, axis=1))

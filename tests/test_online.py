@@ -13,7 +13,7 @@ from jax import lax
 from problems import assert_close, cut, usual
 
 import jbptt
-from jbptt import Batch, cells, full_bptt, influence_structure, rflo, rtrl, snap, uoro
+from jbptt import Batch, cells, engine, full_bptt, influence_structure, rflo, rtrl, snap, uoro
 from jbptt.arrays import real_leaves, real_vector, split_inexact
 
 KEY = jax.random.key(3)
@@ -748,6 +748,13 @@ def test_what_cannot_be_is_refused():
     refused("structure is that of a carry of 7 numbers", functools.partial(snap, order=1, structure=other))
     with pytest.raises(ValueError, match="method must be one of program, numbers"):
         influence_structure(step, loss, params, carry, batch, method="guess")
+
+
+def test_examples_are_told_apart_by_the_plain_engine(monkeypatch):
+    monkeypatch.setattr(engine, "fast", None)
+    step = lambda w, h, x: 2 * (jnp.tanh(w * (h - h.mean()) + x),)
+    with pytest.raises(ValueError, match="of an example depends on the others"):
+        rtrl(step, each_square).init(0.8, jnp.zeros(2), Batch(jnp.ones((3, 2)), jnp.zeros((3, 2))))
 
 
 @pytest.mark.parametrize("what", ["carry", "inputs", "second axis", "number"])

@@ -20,7 +20,7 @@ PRODUCTS = {
     "two batch axes": ((5, 6, 2), (6, 2, 5), (([2], [1]), ([1, 0], [0, 2]))),
     "vectors": ((5, 3), (5, 3), (([1], [1]), ([0], [0]))),
     "outer": ((5, 3), (5, 4), (([], []), ([0], [0]))),
-    "rows and columns of two axes": ((5, 2, 3, 2), (5, 2, 4, 3), (([1], [1]), ([0], [0]))),
+    "rows and columns of two axes": ((5, 2, 3, 2), (5, 2, 2, 2), (([1], [1]), ([0], [0]))),
 }
 
 
@@ -45,8 +45,9 @@ def with_sums(function, *arguments):
 
 def drawn(dtype, *shapes):
     rng = np.random.default_rng(0)
-    parts = [rng.normal(size=shape) + 1j * rng.normal(size=shape) * np.iscomplexobj(dtype(0)) for shape in shapes]
-    return [jnp.asarray(part.astype(dtype) if np.iscomplexobj(dtype(0)) else part.real, dtype) for part in parts]
+    numbers = [rng.normal(size=shape) + 1j * rng.normal(size=shape) for shape in shapes]
+    is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
+    return [jnp.asarray(both if is_complex else both.real, dtype) for both in numbers]
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.complex128])
@@ -120,9 +121,8 @@ def test_sweeps_compute_so():
     estimator = jbptt.full_bptt(cell.step, jbptt.tasks.squared_error)
 
     def run(point, key):
-        xs, targets = jax.random.normal(key, (2, 4, 3, 2)), jnp.ones((4, 3, 3))
-        params, batch = cell.init(key), jbptt.Batch(xs[0], targets)
-        state = estimator.init(params, cell.initial_carry((3,)), batch)
+        params, batch = cell.init(key), jbptt.Batch(jax.random.normal(key, (3, 2, 2)), jnp.ones((3, 2, 3)))
+        state = estimator.init(params, cell.initial_carry((2,)), batch)
         grads = estimator.update(params, state, batch)[0].grads
         return {"w_h": grads["w_h"] * point["rate"]}
 

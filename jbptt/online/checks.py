@@ -89,7 +89,10 @@ def _check_apart(problem: Problem) -> None:
         return compared(step(params, carry, x)), for_each(one, shape, carry, x)
 
     try:
-        run, consts, _ = engine.fast.closed_over(both, *given)
+        if engine.fast is None:
+            run, consts = (lambda _, *arguments: both(*arguments)), []
+        else:
+            run, consts, _ = engine.fast.closed_over(both, *given)
         consts = [drawn(jax.typeof(c)) if isinstance(c, Tracer) else c for c in consts]
         with jax.ensure_compile_time_eval(), jax.debug_nans(False):
             together, apart = jax.jit(run)(consts, *drawn(given))
